@@ -1,0 +1,144 @@
+"""Megatron's pipeline communicator, for modality tokens that vary between samples.
+
+Two things in Megatron 0.19 take it for granted that every sample has as many image tokens as the
+next, when an encoder has more data-parallel ranks than the language model (fan-in):
+
+- the receiver learns how much each encoder rank sent, but splits the gradient evenly on the way
+  back; here it splits it as it was received;
+- ``MimoModel`` refuses to attach split sizes to an encoder's output, although under fan-in a rank
+  sends all of it to one receiver and needs none; here it is not asked to.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.models.mimo import MimoModel
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
+from megatron.core.pipeline_parallel.multimodule_communicator import (
+    MultiModulePipelineCommunicator,
+)
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
+
+# Language models exchange [sequence, batch, hidden]; for 2-dim messages Megatron splits dim 0.
+DIM_MAPPING = {"s": 0, "b": 1, "h": 2}
+
+
+def fan_in_encoders(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[str, int]:
+    """Encoder ranks that send to one language model rank, for each encoder that has several."""
+    ratios = {
+        name: grids[name].data_parallel_size // grids[LANGUAGE].data_parallel_size
+        for name, targets in topology.items()
+        if LANGUAGE in targets
+    }
+    return {name: ratio for name, ratio in ratios.items() if ratio > 1}
+
+
+def let_token_counts_vary(model: MimoModel, fan_in: Mapping[str, int]) -> None:
+    """Keep ``MimoModel`` from attaching split sizes where an encoder rank has one receiver."""
+    attach = MimoModel._attach_modality_split_sizes
+
+    def attach_where_split(
+        output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
+    ) -> None:
+        if encoder_name not in fan_in:
+            attach(model, output, input_ids, encoder_name)
+
+    model._attach_modality_split_sizes = attach_where_split
+
+
+class VaryingTokensCommunicator(MultiModulePipelineCommunicator):
+    """A ``MultiModulePipelineCommunicator`` whose bridges split gradients as they were received.
+
+    Args:
+        module_to_grid_map: grid of every module.
+        topology: for each module, the modules that its output goes to; pass empty lists for
+            colocated modules, which have no bridges.
+        config: the language model's config.
+        module_output_ndim: dims of each module's output.
+    """
+
+    def __init__(
+        self,
+        module_to_grid_map: Mapping[str, HyperCommGrid],
+        topology: Topology,
+        config: ModelParallelConfig,
+        module_output_ndim: Mapping[str, int],
+    ) -> None:
+        super().__init__(
+            dict(module_to_grid_map),
+            {name: list(targets) for name, targets in topology.items()},
+            config,
+            dim_mapping=DIM_MAPPING,
+            module_output_ndim=dict(module_output_ndim),
+        )
+
+    def _build_bridge_comms(self) -> None:
+        for source in self.module_to_grid_map:
+            for target in self.topology.get(source, []):
+                bridge = VaryingTokensBridge(
+                    src_grid=self.module_to_grid_map[source],
+                    dest_grid=self.module_to_grid_map[target],
+                    dim_mapping=self.dim_mapping,
+                    comm_dtype=self.config.pipeline_dtype,
+                    src_module_name=source,
+                    dest_module_name=target,
+                    tensor_ndim=self.module_output_ndim.get(source, 3),
+                )
+                self.bridge_comms.append(bridge)
+
+
+class VaryingTokensBridge(BridgeCommunicator):
+    """A bridge whose receiver sends each encoder rank the gradient of just what that rank sent."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._received: list[int] = []
+        # Split sizes of the microbatch whose backward has run and whose gradient is to be sent. Put
+        # there by backward itself: a forward_only pass leaves nothing behind.
+        self._to_return: deque[list[int]] = deque()
+
+    def recv_forward(self) -> torch.Tensor | None:
+        return self._remember_split(super().recv_forward())
+
+    def send_backward_recv_forward(
+        self, grad_tensor: torch.Tensor, forward_shape: tuple[int, ...] | None = None
+    ) -> torch.Tensor | None:
+        return self._remember_split(super().send_backward_recv_forward(grad_tensor, forward_shape))
+
+    def _communicate_shapes(self, *tensors: Any, **directions: Any) -> Any:
+        forward_shapes, grad_shapes = super()._communicate_shapes(*tensors, **directions)
+        if forward_shapes:
+            self._received = [shape[self._batch_dim] for shape in forward_shapes]
+        return forward_shapes, grad_shapes
+
+    def _remember_split(self, activation: torch.Tensor | None) -> torch.Tensor | None:
+        if self._is_receiver and activation is not None and activation.requires_grad:
+            sizes = self._received
+
+            def backward_has_run(_: torch.Tensor) -> None:
+                self._to_return.append(sizes)
+
+            activation.register_hook(backward_has_run)
+        return activation
+
+    def _split_tensor_at_batch_dim(
+        self, aggregated_tensor: torch.Tensor, num_splits: int
+    ) -> list[torch.Tensor]:
+        """Called for everything that this rank sends, activations and gradients."""
+        split_sizes = getattr(aggregated_tensor, "_mimo_bridge_split_sizes", None)
+        if self._is_receiver and self._to_return:
+            split_sizes = self._to_return.popleft()
+        # The other side allocates comm_dtype, whatever Float16Module made of an output.
+        tensor = aggregated_tensor.to(self.comm_dtype) if self.comm_dtype else aggregated_tensor
+        if split_sizes is not None:
+            tensor._mimo_bridge_split_sizes = split_sizes
+        return super()._split_tensor_at_batch_dim(tensor, num_splits)
+
+    @property
+    def _is_receiver(self) -> bool:
+        return self.comm_map[self.current_rank].role is CommRole.RECEIVER

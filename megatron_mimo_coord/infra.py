@@ -1,0 +1,232 @@
+"""Grids and process groups of every module, made once and given back whole."""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import torch.distributed as dist
+from attrs import frozen
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mimo_coord.layout import (
+    DIM_NAMES,
+    EXPERT_DIM_NAMES,
+    LANGUAGE,
+    ModuleGrid,
+    ModuleParallelism,
+    Topology,
+    batch_problems,
+    coverage_problems,
+    default_topology,
+    layout_problems,
+    pack,
+    raise_problems,
+)
+
+EXPERT_VIEW = "expert"
+"""The view that Megatron's ``get_mimo_optimizer`` looks up its expert groups in."""
+
+
+@runtime_checkable
+class Infra(Protocol):
+    """What a coordinator reads: Megatron-Bridge's own ``MegatronMIMOInfra`` qualifies."""
+
+    @property
+    def module_to_grid_map(self) -> Mapping[str, HyperCommGrid]:
+        """Grid of every module, on every rank."""
+
+    @property
+    def topology(self) -> Topology:
+        """For each module, the modules that its output goes to."""
+
+    @property
+    def pg_collections(self) -> Mapping[str, ProcessGroupCollection | None]:
+        """Process groups of the modules on this rank, None for the others."""
+
+
+@frozen(kw_only=True)
+class MegatronMIMOInfra:
+    """Grids and process groups of every module.
+
+    Args:
+        module_to_grid_map: grid of every module, on every rank; ``MimoModelConfig`` takes it.
+        topology: for each module, the modules that its output goes to.
+        pg_collections: process groups of each module on this rank, None for a module elsewhere.
+        participating_modules: names of the modules on this rank.
+        module_output_ndim: dims of each module's output: 2 for ``[tokens, hidden]``, which
+            encoders send over a bridge, 3 for ``[sequence, batch, hidden]``.
+    """
+
+    module_to_grid_map: dict[str, HyperCommGrid]
+    topology: dict[str, list[str]]
+    pg_collections: dict[str, ProcessGroupCollection | None]
+    participating_modules: list[str]
+    module_output_ndim: dict[str, int]
+
+    @classmethod
+    def build(
+        cls,
+        modules: Mapping[str, ModuleParallelism],
+        *,
+        topology: Topology | None = None,
+        module_output_ndim: Mapping[str, int] | None = None,
+    ) -> "MegatronMIMOInfra":
+        """Make the grids and all their process groups. Collective: every rank calls it.
+
+        Args:
+            modules: parallel sizes of each module; one is named ``"language"``.
+            topology: for each module, the modules that its output goes to; by default every
+                encoder feeds the language model.
+            module_output_ndim: dims of a module's output where it differs from the default, 2 for
+                encoders and 3 for the language model.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialised.
+            ValueError: the layout cannot run on this world; the message lists every problem. Raised
+                before any process group exists, on every rank alike.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "MegatronMIMOInfra.build makes process groups: call "
+                "torch.distributed.init_process_group first"
+            )
+        topology = default_topology(modules) if topology is None else topology
+        grids = pack(modules)
+        raise_problems(
+            "this layout cannot run", layout_problems(grids, topology, dist.get_world_size())
+        )
+        module_to_grid_map = {
+            name: HyperCommGrid(list(grid.shape), list(DIM_NAMES), rank_offset=grid.rank_offset)
+            for name, grid in grids.items()
+        }
+        pg_collections = {
+            name: _create_groups(name, grid, modules[name])
+            for name, grid in module_to_grid_map.items()
+        }
+        return cls(
+            module_to_grid_map=module_to_grid_map,
+            topology={name: list(topology.get(name, [])) for name in modules},
+            pg_collections=pg_collections,
+            participating_modules=[name for name, groups in pg_collections.items() if groups],
+            module_output_ndim=default_output_ndim(modules) | dict(module_output_ndim or {}),
+        )
+
+    def destroy(self) -> None:
+        """Give every process group back, those of the bridges between the grids included.
+
+        Collective in the sense of ``torch.distributed.destroy_process_group``: no rank may use
+        the groups any more. The world itself stays.
+        """
+        for groups in self.pg_collections.values():
+            for group in (groups.embd, groups.pos_embd) if groups else ():
+                if group is not None:
+                    dist.destroy_process_group(group)
+        for grid in self.module_to_grid_map.values():
+            grid.destroy()
+        BridgeCommunicator.destroy_broadcast_pgs()
+        BridgeCommunicator.destroy_bridge_pgs()
+
+
+def default_output_ndim(names: Mapping[str, object]) -> dict[str, int]:
+    """Encoders hand over ``[tokens, hidden]``, the language model ``[sequence, batch, hidden]``."""
+    return {name: 3 if name == LANGUAGE else 2 for name in names}
+
+
+def _create_groups(
+    name: str, grid: HyperCommGrid, module: ModuleParallelism
+) -> ProcessGroupCollection | None:
+    """Make every group of a grid, in one order on every rank, and collect those of this rank."""
+    grid.register_view(
+        EXPERT_VIEW, list(module.expert_shape), list(EXPERT_DIM_NAMES), shared_dims=["pp"]
+    )
+    dense = {
+        "tp": "tp",
+        "cp": "cp",
+        "dp": "dp",
+        "pp": "pp",
+        "tp_cp": ["tp", "cp"],
+        "dp_cp": ["dp", "cp"],
+        "mp": ["tp", "pp"],
+        "tp_dp_cp": ["tp", "dp", "cp"],
+        "intra_dist_opt": ["tp", "cp", "dp", "pp"],
+    }
+    expert = {
+        "expt_tp": "expt_tp",
+        "ep": "ep",
+        "expt_dp": "expt_dp",
+        "tp_ep": ["expt_tp", "ep"],
+        "tp_ep_pp": ["expt_tp", "ep", "pp"],
+    }
+    groups = {key: grid.create_pg(dims) for key, dims in dense.items()}
+    groups |= {key: grid.create_pg(dims, view=EXPERT_VIEW) for key, dims in expert.items()}
+    if name == LANGUAGE:
+        groups |= _create_embedding_groups(grid)
+    if not grid.is_current_rank_in_grid():
+        return None
+    return ProcessGroupCollection(
+        **groups, intra_dp_cp=groups["dp_cp"], intra_expt_dp=groups["expt_dp"]
+    )
+
+
+def _create_embedding_groups(grid: HyperCommGrid) -> dict[str, dist.ProcessGroup]:
+    """First and last stage share tied word embeddings; the first has the position embeddings."""
+    groups = {}
+    for stages in grid.get_rank_enum("pp"):
+        for key, ranks in (
+            ("embd", sorted({stages[0], stages[-1]})),
+            ("pos_embd", [stages[0]]),
+        ):
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                groups[key] = group
+    return groups
+
+
+def is_current_rank_in_grid(grid: HyperCommGrid) -> bool:
+    """Whether this rank is one of the grid's.
+
+    Args:
+        grid: a ``HyperCommGrid``, or whatever has its ``shape``, ``dim_names``, ``rank_offset``.
+    """
+    return dist.get_rank() in ModuleGrid.of("grid", grid).ranks
+
+
+def validate_no_stub_ranks(
+    module_to_grid_map: Mapping[str, HyperCommGrid], world_size: int
+) -> None:
+    """Check that every rank of the world is in a module. Costs O(modules), not O(ranks).
+
+    Args:
+        module_to_grid_map: grid of every module.
+        world_size: ranks in the job.
+
+    Raises:
+        ValueError: ranks are in no module, or a grid reaches beyond the world; the message names
+            the ranks, the modules and what to change.
+    """
+    grids = [ModuleGrid.of(name, grid) for name, grid in module_to_grid_map.items()]
+    raise_problems("not every rank has work", coverage_problems(grids, world_size))
+
+
+def validate_data_loader_contract(
+    infra: Infra, global_batch_size: int, micro_batch_size: int, num_microbatches: int
+) -> None:
+    """Check that a batch can be dealt out to every module.
+
+    Args:
+        infra: the layout.
+        global_batch_size: samples in an optimizer step, over all ranks.
+        micro_batch_size: samples in a microbatch over all ranks, before each module slices it
+            among its data-parallel ranks.
+        num_microbatches: microbatches in an optimizer step.
+
+    Raises:
+        ValueError: the global batch or the microbatch does not divide by a module's DP, or
+            ``num_microbatches * micro_batch_size != global_batch_size``; all problems at once.
+    """
+    grids = [ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()]
+    raise_problems(
+        "this batch cannot be dealt out",
+        batch_problems(grids, global_batch_size, micro_batch_size, num_microbatches),
+    )
