@@ -324,6 +324,7 @@ def draw_by_name(
     """Draw each matrix from a generator seeded by its name: the same model on every layout."""
     for name, parameter, shard in named_shards(module_name, module, groups):
         if parameter.ndim < 2:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # a norm's weight, or a bias
             continue
         whole = list(parameter.shape)
         whole[shard.dim] *= shard.count

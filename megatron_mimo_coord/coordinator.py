@@ -205,6 +205,9 @@ class MultiModuleCoordinator:
         self._step_is_open = True
         for ddp in self._ddps:
             ddp.zero_grad_buffer()
+            for param in ddp.params_with_grad:
+                # An optimizer in fp32 leaves main_grad here, where backward would add to it twice.
+                param.grad = None
 
     def data_parallel_slice(self, micro_batch_size: int, module_name: str | None = None) -> slice:
         """Samples of a microbatch that this rank's module reads.

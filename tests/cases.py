@@ -1,0 +1,404 @@
+"""One training job as a value: its layout, data and settings, and how to run it on real ranks.
+
+``Case`` prints as the expression that makes it, so that a failure can be pasted into a test. Each
+rank runs the case twice: as a trainer would, through the coordinator and Megatron's own schedule;
+and alone, with plain autograd on the whole model and the whole batch. That oracle knows nothing of
+this package, of DDP or of schedules. Weights and data are drawn by name and by number, so both see
+the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import vlm
+from attrs import field, frozen
+from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.optimizer import get_mimo_optimizer
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+
+TOLERANCE = 1e-5
+VOCABULARY = 16
+PATCHES, PATCH_DIM = 2, 3
+LEARNING_RATE = 0.1
+
+
+@frozen(kw_only=True)
+class Case:
+    """A training job.
+
+    Args:
+        modules: parallel sizes of each module.
+        images: for each encoder, images of each sample: [step][microbatch][sample]. A list that is
+            too short is repeated.
+        micro_batch_size: samples in a microbatch over all ranks.
+        num_microbatches: microbatches in a step.
+        steps: optimizer steps.
+        per_token: ``calculate_per_token_loss`` of each module.
+        unmasked: share of text tokens that count.
+        ddp: settings of every module's DDP.
+        frozen: parameters whose name in the whole model starts with one of these are frozen.
+        force_all_reduce: passed to the schedule.
+        wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
+        second_coordinator: build another coordinator on the same model after the first step.
+        layers, tied_embeddings, experts: of the language model.
+    """
+
+    modules: Mapping[str, ModuleParallelism]
+    images: Mapping[str, tuple[tuple[tuple[int, ...], ...], ...]] = field(factory=dict)
+    micro_batch_size: int = 4
+    num_microbatches: int = 2
+    steps: int = 1
+    per_token: Mapping[str, bool] = field(factory=dict)
+    unmasked: float = 0.7
+    ddp: Mapping[str, Any] = field(factory=dict)
+    frozen: tuple[str, ...] = ()
+    force_all_reduce: bool = False
+    wrap: str = ""
+    second_coordinator: bool = False
+    layers: int = 2
+    tied_embeddings: bool = False
+    experts: int | None = None
+    plain_path: bool = False
+    no_optimizer: bool = False
+    seed: int = 0
+
+    @property
+    def encoders(self) -> list[str]:
+        return [name for name in self.modules if name != vlm.LANGUAGE]
+
+    @property
+    def world_size(self) -> int:
+        from megatron_mimo_coord.layout import pack
+
+        return max(grid.ranks.stop for grid in pack(self.modules).values())
+
+    def counts(self, name: str, step: int, microbatch: int) -> list[int]:
+        """Images of each sample of a microbatch."""
+        steps = self.images.get(name, (((1,),),))
+        microbatches = steps[step % len(steps)]
+        samples = microbatches[microbatch % len(microbatches)]
+        return [samples[sample % len(samples)] for sample in range(self.micro_batch_size)]
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a sample: the most image tokens it can have, and five of text."""
+        most = 0
+        for name in self.encoders:
+            steps = self.images.get(name, (((1,),),))
+            most += max(max(samples) for step in steps for samples in step)
+        return most * PATCHES + 5
+
+    def shape(self) -> vlm.ModelShape:
+        """The model; its configs differ between modules where the case says so."""
+        config: dict[str, Any] = {}
+        if self.wrap:
+            config |= {"bf16": True, "params_dtype": torch.bfloat16}
+            config |= {"pipeline_dtype": torch.bfloat16}
+        return vlm.ModelShape(
+            encoders={
+                name: vlm.EncoderShape(
+                    patches=PATCHES, patch_dim=PATCH_DIM, token_id=VOCABULARY - 1 - index,
+                    hidden=8, heads=2,
+                )
+                for index, name in enumerate(self.encoders)
+            },
+            language=vlm.LanguageShape(
+                vocabulary=VOCABULARY, sequence=self.sequence, hidden=16, heads=2,
+                layers=self.layers, tied_embeddings=self.tied_embeddings, experts=self.experts,
+            ),
+            per_token=self.per_token,
+            ddp={name: self._ddp_of(name) for name in self.modules},
+            config=config,
+        )
+
+    def _ddp_of(self, name: str) -> dict[str, Any]:
+        settings = dict(self.ddp)
+        if self.per_token.get(name):
+            settings.pop("average_in_collective", None)  # Megatron forbids the two together
+        return settings
+
+
+@frozen
+class Microbatch:
+    """All samples of a microbatch."""
+
+    tokens_BS: torch.Tensor
+    mask_BS: torch.Tensor
+    images: dict[str, torch.Tensor]
+    counts: dict[str, list[int]]
+
+    def images_of(self, name: str, samples: slice) -> torch.Tensor:
+        """The images of a slice of the samples: [image, patch, number]."""
+        before = sum(self.counts[name][: samples.start])
+        return self.images[name][before : before + sum(self.counts[name][samples])]
+
+
+def draw(case: Case, step: int, microbatch: int) -> Microbatch:
+    """The same data on every rank."""
+    generator = torch.Generator().manual_seed(1000 * case.seed + 10 * step + microbatch)
+    text = VOCABULARY - len(case.encoders)
+    tokens = torch.randint(text, (case.micro_batch_size, case.sequence), generator=generator)
+    mask = torch.rand(tokens.shape, generator=generator) < case.unmasked
+    counts = {name: case.counts(name, step, microbatch) for name in case.encoders}
+    for sample in range(case.micro_batch_size):
+        place = 0
+        for index, name in enumerate(case.encoders):
+            number = counts[name][sample] * PATCHES
+            tokens[sample, place : place + number] = VOCABULARY - 1 - index
+            place += number
+        mask[sample, :place] = False
+    images = {
+        name: torch.randn((sum(counts[name]), PATCHES, PATCH_DIM), generator=generator)
+        for name in case.encoders
+    }
+    return Microbatch(tokens, mask.float(), images, counts)
+
+
+# -- as a trainer does it --------------------------------------------------------------------------
+
+
+def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
+    """Run the case through the coordinator; yields after each step's finalize, before the update.
+
+    Yields:
+        (infra, model, reduced losses).
+    """
+    if case.plain_path:
+        from megatron_mimo_coord import normalization
+
+        original = normalization.rides_on_ddp
+        normalization.rides_on_ddp = lambda ddp: False
+    infra = MegatronMIMOInfra.build(case.modules)
+    wrapped = model = vlm.build_model(
+        case.shape(),
+        infra.module_to_grid_map,
+        infra.pg_collections,
+        prepare=partial(_prepare, case, infra.pg_collections),
+    )
+    if case.wrap == "model":
+        model.pg_collection = infra.pg_collections[infra.participating_modules[0]]
+        wrapped = Float16Module(model.config, model)
+    coordinator = MultiModuleCoordinator(infra, wrapped)
+    if case.plain_path:
+        normalization.rides_on_ddp = original
+    optimizer = None
+    if not case.no_optimizer:
+        optimizer = get_mimo_optimizer(
+            model,
+            OptimizerConfig(
+                optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=0.0, weight_decay=0.0,
+                clip_grad=0.0, bf16=bool(case.wrap),
+                use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
+            ),
+        )
+    coordinator.attach(model.config, optimizer)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    for step in range(case.steps):
+        coordinator.zero_grad_buffer()
+        losses = forward_backward_pipelining_without_interleaving(
+            forward_step_func=partial(_forward_step, case, coordinator),
+            data_iterator=iter([draw(case, step, index) for index in range(case.num_microbatches)]),
+            model=[wrapped],
+            num_microbatches=case.num_microbatches,
+            seq_length=case.sequence,
+            micro_batch_size=case.micro_batch_size,
+            p2p_communicator=communicator,
+            pg_collection=coordinator.schedule_pg_collection,
+            force_all_reduce=case.force_all_reduce,
+        )
+        yield infra, model, coordinator.reduce_losses(losses)
+        if optimizer is not None:
+            optimizer.step()
+        if case.second_coordinator and step == 0:
+            coordinator = MultiModuleCoordinator(infra, wrapped)
+            coordinator.attach(model.config, optimizer)
+    infra.destroy()
+
+
+def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
+    """Freeze what the case freezes; put ``Float16Module`` where it belongs."""
+    for name, module in vlm.submodules(model).items():
+        for whole_name, parameter, _ in vlm.named_shards(name, module, groups[name]):
+            if whole_name.startswith(case.frozen or ("nothing",)):
+                parameter.requires_grad = False
+        if case.wrap:
+            module.bfloat16()
+        if case.wrap == "submodules":
+            float16 = Float16Module(vlm.config_of(module), module)
+            if name == vlm.LANGUAGE:
+                model.language_model = float16
+            else:
+                model.modality_submodules[name] = float16
+
+
+def _forward_step(
+    case: Case, coordinator: MultiModuleCoordinator, data: Iterator[Microbatch], model: Any
+) -> Any:
+    microbatch = next(data)
+    here = list(coordinator.gradient_scaling_factors)
+    size = case.micro_batch_size
+    text = vlm.LANGUAGE if vlm.LANGUAGE in here else here[0]
+    samples = coordinator.data_parallel_slice(size, text)
+    inputs = {}
+    for name in case.encoders:
+        if name in here:
+            images = microbatch.images_of(name, coordinator.data_parallel_slice(size, name))
+            inputs[name] = {"transformer": {"images": images}} if len(images) else None
+    inputs = {name: value and value["transformer"] for name, value in inputs.items()}
+    tokens, mask = microbatch.tokens_BS[samples], microbatch.mask_BS[samples]
+    output, mask = model(
+        input_ids=tokens,
+        position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
+        labels=tokens.roll(-1, 1),
+        loss_mask=mask,
+        modality_inputs=inputs,
+    )
+    return output, partial(_loss, mask)
+
+
+def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    total, number = (losses.float() * mask).sum(), mask.sum().to(torch.int)
+    return total, number, {"loss": torch.stack((total.detach(), number.float()))}
+
+
+# -- the oracle: one process, plain autograd -------------------------------------------------------
+
+_alone: list[ProcessGroupCollection] = []
+
+
+def alone() -> ProcessGroupCollection:
+    """Groups of this rank only, for a whole model in one process."""
+    if not _alone:
+        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        names = "tp cp dp pp tp_cp dp_cp mp ep expt_tp expt_dp tp_ep tp_ep_pp tp_dp_cp".split()
+        _alone.append(ProcessGroupCollection(**dict.fromkeys(names, groups[dist.get_rank()])))
+    return _alone[0]
+
+
+class Oracle:
+    """The whole model on this rank alone."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        groups = dict.fromkeys(case.modules, alone())
+        self.model = vlm.build_bare_model(case.shape(), groups)
+        self.parameters = {}
+        for name, module in vlm.submodules(self.model).items():
+            for whole_name, parameter, _ in vlm.named_shards(name, module, alone()):
+                self.parameters[whole_name] = parameter
+                parameter.requires_grad = not whole_name.startswith(case.frozen or ("nothing",))
+
+    def backward(self, step: int) -> float:
+        """Gradient of the one loss of a step, by its definition; returns the loss."""
+        case = self.case
+        replicas = case.modules[vlm.LANGUAGE].data_parallel_size
+        share = case.micro_batch_size // replicas
+        total = number = torch.zeros(())
+        mean = torch.zeros(())
+        for index in range(case.num_microbatches):
+            microbatch = draw(case, step, index)
+            tokens = microbatch.tokens_BS
+            losses, _ = self.model(
+                input_ids=tokens,
+                position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
+                labels=tokens.roll(-1, 1),
+                modality_inputs={
+                    name: {"images": images} if len(images) else None
+                    for name, images in microbatch.images.items()
+                },
+            )
+            losses = losses.float() * microbatch.mask_BS
+            total, number = total + losses.sum(), number + microbatch.mask_BS.sum()
+            for replica in range(replicas):
+                samples = slice(replica * share, (replica + 1) * share)
+                tokens_here = microbatch.mask_BS[samples].sum().clamp(min=1)
+                mean = mean + losses[samples].sum() / tokens_here
+        mean = mean / (case.num_microbatches * replicas)
+        loss = total / number.clamp(min=1) if case.per_token.get(vlm.LANGUAGE) else mean
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        loss.backward()
+        return float(total / number.clamp(min=1))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Plain gradient descent."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter -= LEARNING_RATE * parameter.grad
+
+
+# -- one against the other -------------------------------------------------------------------------
+
+
+def check(case: Case, tolerance: float = TOLERANCE) -> int:
+    """Run a case both ways on this rank; returns how many parameters were compared.
+
+    Raises:
+        AssertionError: a gradient, or the reported loss, differs; names the step and parameter.
+    """
+    oracle = Oracle(case)
+    compared = 0
+    for step, (infra, model, metrics) in enumerate(train(case)):
+        expected = oracle.backward(step)
+        if not case.wrap:
+            assert abs(metrics["loss"] - expected) <= 1e-5 * max(1, expected), (
+                f"step {step}: reported {metrics}, expected {expected}"
+            )
+        for name, module in vlm.submodules(model).items():
+            compared += _compare(name, module, infra.pg_collections[name], oracle, step, tolerance)
+        oracle.update()
+    return compared
+
+
+def _compare(
+    name: str, ddp: Any, groups: ProcessGroupCollection, oracle: Oracle, step: int, tolerance: float
+) -> int:
+    bare = ddp
+    while hasattr(bare, "module"):
+        bare = bare.module
+    compared = 0
+    expected = {
+        whole_name: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        for whole_name, parameter in oracle.parameters.items()
+        if whole_name.startswith(f"{name}.")
+    }
+    scale = torch.stack([grad.float().norm() for grad in expected.values()]).max()
+    for whole_name, parameter, shard in vlm.named_shards(name, bare, groups):
+        if not parameter.requires_grad:
+            assert not hasattr(parameter, "main_grad"), f"{whole_name} is frozen"
+            continue
+        mine = reduced_part(ddp, parameter, oracle.case.force_all_reduce)
+        got = parameter.main_grad.float().flatten()[mine]
+        want = shard.of(expected[whole_name]).float().flatten()[mine]
+        error = (got - want).norm()
+        bound = tolerance * torch.maximum(want.norm(), 1e-2 * scale)
+        assert error <= bound, (
+            f"step {step}, {whole_name}: error {error:.3g} > {bound:.3g}; "
+            f"got norm {got.norm():.6g}, want {want.norm():.6g}, "
+            f"ratio {(got @ want) / (want @ want):.6g}"
+        )
+        compared += got.numel() > 0
+    return compared
+
+
+def reduced_part(ddp: Any, parameter: torch.nn.Parameter, force_all_reduce: bool) -> slice:
+    """Which elements of a parameter's gradient this rank gets reduced."""
+    if force_all_reduce or not ddp.ddp_config.use_distributed_optimizer:
+        return slice(None)
+    group = ddp.param_to_bucket_group[parameter]
+    bucket = group.param_to_bucket[parameter]
+    start, end = bucket.param_to_index[parameter]
+    size = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
+    low = size * group.intra_distributed_optimizer_instance_rank
+    return slice(max(low - start, 0), max(min(low + size, end) - start, 0))

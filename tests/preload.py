@@ -1,0 +1,12 @@
+"""What the forkserver of ``ranks.py`` imports once for all ranks."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import vlm  # noqa: F401
+
+    import megatron_mimo_coord.cpu
+    from megatron_mimo_coord import MultiModuleCoordinator  # noqa: F401
+
+    list(megatron_mimo_coord.cpu._replacements())

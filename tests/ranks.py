@@ -1,0 +1,175 @@
+"""Worlds of real ranks: started once a size, reused by every test, gone with the test run.
+
+A rank is a process with gloo. A forkserver imports torch and Megatron once, so that a world starts
+in a second. A test hands over a function by its name; every rank calls it and answers with what it
+returned or raised. Waits are bounded: a world that hangs or loses a rank is killed and replaced.
+"""
+
+import atexit
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import Any
+
+TIMEOUT = timedelta(seconds=60)
+_worlds: dict[int, "World"] = {}
+
+
+class RankError(AssertionError):
+    """What went wrong on some ranks: rank -> (name of the exception's class, traceback)."""
+
+    def __init__(self, errors: dict[int, tuple[str, str]]) -> None:
+        self.errors = errors
+        super().__init__(
+            "\n".join(f"--- rank {rank} ---\n{text}" for rank, (_, text) in sorted(errors.items()))
+        )
+
+
+def world(size: int) -> "World":
+    """The world of this size, started if need be."""
+    if size not in _worlds or not _worlds[size].is_alive():
+        _worlds[size] = World(size)
+    return _worlds[size]
+
+
+@cache
+def _start_forkserver() -> Any:
+    """The forkserver, with its imports done; it looks for them on PYTHONPATH alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preload"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+class World:
+    """``size`` ranks that wait for work."""
+
+    def __init__(self, size: int) -> None:
+        context = _start_forkserver()
+        self.size = size
+        self._store = tempfile.mkdtemp(prefix="ranks-")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, size, f"{self._store}/store"), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def is_alive(self) -> bool:
+        """Whether all ranks wait for work."""
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
+
+    def run(self, function: str, *args: Any, timeout: timedelta = TIMEOUT) -> list[Any]:
+        """Call ``module:function`` on every rank.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RankError: any rank raised, died or did not answer in time; the world is gone then.
+        """
+        answers, errors = self.try_run(function, *args, timeout=timeout)
+        if errors:
+            raise RankError(errors)
+        return [answers[rank] for rank in range(self.size)]
+
+    def try_run(
+        self, function: str, *args: Any, timeout: timedelta = TIMEOUT
+    ) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
+        """Like :meth:`run`, but returns the answers and the errors by rank."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers: dict[int, Any] = {}
+        errors: dict[int, tuple[str, str]] = {}
+        deadline = monotonic() + timeout.total_seconds()
+        while len(answers) + len(errors) < self.size:
+            waiting = [
+                pipe
+                for rank, pipe in enumerate(self._pipes)
+                if rank not in answers and rank not in errors
+            ]
+            # Once a rank has raised, its peers wait in vain: give them little time to say so.
+            ready = wait(waiting, timeout=min(deadline - monotonic(), 5 if errors else 1e6))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    succeeded, value = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    succeeded, value = False, ("ProcessDied", "the process is gone")
+                (answers if succeeded else errors)[rank] = value
+            if not ready:
+                for pipe in waiting:
+                    errors[self._pipes.index(pipe)] = ("Timeout", "no answer in time")
+        if errors and not all(name == "ValueError" for name, _ in errors.values()):
+            self.kill()
+        elif errors and len(errors) < self.size:
+            self.kill()
+        return answers, errors
+
+    def kill(self) -> None:
+        """End all ranks, whatever they do."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes = []
+        if os.path.exists(f"{self._store}/store"):
+            os.remove(f"{self._store}/store")
+        if os.path.isdir(self._store):
+            os.rmdir(self._store)
+
+
+@atexit.register
+def kill_all() -> None:
+    """Leave no process behind."""
+    for each in _worlds.values():
+        each.kill()
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+    """The life of a rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mimo_coord.cpu import enable_cpu_ranks
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    os.environ["WORLD_SIZE"] = str(size)
+    torch.set_num_threads(1)
+    enable_cpu_ranks()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        module, name = function.split(":")
+        try:
+            answer = (True, getattr(importlib.import_module(module), name)(*args))
+        except Exception as error:  # every failure of a rank is the parent's to report
+            answer = (False, (type(error).__name__, traceback.format_exc()))
+        pipe.send(answer)
