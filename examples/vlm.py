@@ -200,6 +200,7 @@ def build_bare_model(
             "post_process": language_pg is None
             or language_pg.pp.rank() == language_pg.pp.size() - 1,
             "share_embeddings_and_output_weights": language.tied_embeddings,
+            "scatter_embedding_sequence_parallel": False,  # MimoModel scatters what it combined
             "pg_collection": language_pg,
         },
     )
@@ -221,7 +222,9 @@ def build_bare_model(
             modality_submodules_spec=encoder_specs,
             special_token_ids={name: spec.token_id for name, spec in shape.encoders.items()},
             module_to_grid_map=dict(grids) if grids else None,
-        )
+        ),
+        tp_group=language_pg and language_pg.tp,
+        cp_group=language_pg and language_pg.cp,
     ).to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
     for name, module in submodules(model).items():
         draw_by_name(name, module, groups[name], seed)
@@ -251,9 +254,11 @@ def _config(
     mixture = (
         {
             "num_moe_experts": experts,
+            "add_bias_linear": False,
             "moe_router_load_balancing_type": "none",
             "expert_model_parallel_size": groups.ep.size() if groups else 1,
             "expert_tensor_parallel_size": groups.expt_tp.size() if groups else 1,
+            "sequence_parallel": bool(groups and groups.tp.size() > 1),  # Megatron insists
         }
         if experts
         else {}

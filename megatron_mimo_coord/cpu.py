@@ -95,8 +95,6 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     from megatron.core.transformer.moe import token_dispatcher
     from torch.distributed import distributed_c10d
 
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
-
     stream = _NoStream()
     yield torch.cuda, "current_device", lambda: _CPU
     yield torch.cuda, "current_stream", lambda device=None: stream
@@ -105,7 +103,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "Stream", _NoStream
     yield torch.cuda, "Event", _NoStream
     for name in ("set_device", "synchronize", "empty_cache"):
-        yield torch.cuda, name, nothing
+        yield torch.cuda, name, lambda *args: None  # each its own: torch looks them up by identity
     yield torch.nn.Module, "cuda", lambda module, device=None: module
 
     # Megatron's tracker of random states then keeps states of the CPU generator.

@@ -23,13 +23,15 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
 
 TOLERANCE = 1e-5
 VOCABULARY = 16
 PATCHES, PATCH_DIM = 2, 3
-LEARNING_RATE = 0.1
+# With a large eps the update is smooth in the gradient: rounding errors stay as small as they are.
+ADAM = {"lr": 0.1, "eps": 1.0}
 
 
 @frozen(kw_only=True)
@@ -91,12 +93,12 @@ class Case:
 
     @property
     def sequence(self) -> int:
-        """Tokens of a sample: the most image tokens it can have, and five of text."""
+        """Tokens of a sample: the most image tokens it can have, and six of text."""
         most = 0
         for name in self.encoders:
             steps = self.images.get(name, (((1,),),))
             most += max(max(samples) for step in steps for samples in step)
-        return most * PATCHES + 5
+        return most * PATCHES + 6
 
     def shape(self) -> vlm.ModelShape:
         """The model; its configs differ between modules where the case says so."""
@@ -164,6 +166,17 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
     return Microbatch(tokens, mask.float(), images, counts)
 
 
+def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.LayerNorm:
+    """Megatron's own norm without Transformer Engine refuses sequence parallelism."""
+    norm = torch.nn.LayerNorm(hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+WrappedTorchNorm.__new__ = lambda cls, *args, **kwargs: _norm(*args, **kwargs)
+
+
 # -- as a trainer does it --------------------------------------------------------------------------
 
 
@@ -196,7 +209,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         optimizer = get_mimo_optimizer(
             model,
             OptimizerConfig(
-                optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=0.0, weight_decay=0.0,
+                optimizer="adam", lr=ADAM["lr"], adam_eps=ADAM["eps"], weight_decay=0.0,
                 clip_grad=0.0, bf16=bool(case.wrap),
                 use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
             ),
@@ -297,6 +310,9 @@ class Oracle:
             for whole_name, parameter, _ in vlm.named_shards(name, module, alone()):
                 self.parameters[whole_name] = parameter
                 parameter.requires_grad = not whole_name.startswith(case.frozen or ("nothing",))
+        if case.wrap:
+            self.model.bfloat16()
+        self.optimizer = torch.optim.Adam(self.parameters.values(), **ADAM)
 
     def backward(self, step: int) -> float:
         """Gradient of the one loss of a step, by its definition; returns the loss."""
@@ -326,16 +342,13 @@ class Oracle:
         mean = mean / (case.num_microbatches * replicas)
         loss = total / number.clamp(min=1) if case.per_token.get(vlm.LANGUAGE) else mean
         for parameter in self.parameters.values():
-            parameter.grad = None
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         loss.backward()
         return float(total / number.clamp(min=1))
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Plain gradient descent."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter -= LEARNING_RATE * parameter.grad
+        """One step of plain Adam."""
+        self.optimizer.step()
 
 
 # -- one against the other -------------------------------------------------------------------------

@@ -61,3 +61,99 @@ def test_encoders_on_the_same_ranks():
         "language": parallel(rank_offset=2),
     }
     verify(Case(modules=layout, no_optimizer=True, num_microbatches=3))
+
+
+FAN_IN, FAN_OUT = LAYOUTS["fan-in"], LAYOUTS["fan-out"]
+OVERLAP = {"overlap_grad_reduce": True}
+SHARDED = {"use_distributed_optimizer": True}
+PER_TOKEN = LOSSES["per token"]
+VARYING = {"vision": (((0, 2, 1, 3), (1, 0, 0, 2)), ((2, 0, 0, 0), (1, 1, 3, 0)))}
+LAST_WITHOUT = {"vision": (((1, 1, 1, 1),), ((1, 1, 1, 1), (0, 0, 0, 0)), ((1, 0, 0, 0),))}
+FIRST_WITHOUT = {"vision": (((0,), (0,)), ((1, 1, 0, 0), (1, 1, 0, 0)), ((1,),))}
+SOME_RANKS_WITHOUT = {"vision": (((1,),), ((1, 1, 0, 0),), ((0, 0, 1, 1),), ((1,), (0,)))}
+MANY_BUCKETS = {**OVERLAP, "bucket_size": 1}
+MIXTURE = {"experts": 4}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, images=VARYING, steps=2),
+        Case(modules=FAN_OUT, images=VARYING, steps=2, per_token=PER_TOKEN),
+        Case(modules=LAYOUTS["equal"], images=VARYING, steps=2),
+        Case(modules=LAYOUTS["encoder pipeline"], images=VARYING, steps=2, num_microbatches=4),
+        Case(
+            modules=LAYOUTS["two encoders"],
+            images={**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)},
+            steps=2,
+        ),
+        Case(modules={"vision": parallel(dp=4), "language": parallel(pp=2, dp=2)},
+             images={"vision": (((0, 3, 0, 0), (2, 1, 1, 0)),)}, num_microbatches=5),
+    ],
+    ids=repr,
+)
+def test_images_per_sample_vary(case):
+    verify(case)
+
+
+@pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["whole", "sharded"])
+@pytest.mark.parametrize("loss", [{}, PER_TOKEN], ids=["mean", "per token"])
+@pytest.mark.parametrize(
+    "images", [LAST_WITHOUT, FIRST_WITHOUT, SOME_RANKS_WITHOUT], ids=["last", "first", "some"]
+)
+@pytest.mark.parametrize("overlap", [OVERLAP, MANY_BUCKETS], ids=["one bucket", "many buckets"])
+def test_microbatches_without_images_under_overlap(overlap, images, loss, sharded):
+    layout = {"vision": parallel(dp=2), "language": parallel(dp=2)}
+    verify(
+        Case(modules=layout, images=images, steps=4, per_token=loss, ddp={**overlap, **sharded})
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, **MIXTURE),
+        Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, **MIXTURE, per_token=PER_TOKEN, ddp={**OVERLAP, **SHARDED}, steps=2),
+        Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, **MIXTURE, ddp={"average_in_collective": True}, steps=2),
+        Case(modules={"vision": parallel(), "language": parallel(tp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)}, **MIXTURE),
+        Case(modules={"vision": parallel(), "language": parallel(tp=2, dp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)}, **MIXTURE),
+    ],
+    ids=repr,
+)
+def test_mixtures_of_experts(case):
+    verify(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, frozen=("vision.",), steps=2),
+        Case(modules=FAN_IN, frozen=("vision.encoders",), steps=2),
+        Case(modules=FAN_IN, frozen=("language.",), steps=2, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, frozen=("language.",), steps=2, ddp={**OVERLAP, **SHARDED}),
+        Case(modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2),
+        Case(modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2, per_token=PER_TOKEN),
+        Case(modules={"vision": parallel(), "language": parallel(pp=2, dp=2)}, tied_embeddings=True, steps=3, per_token=PER_TOKEN, ddp=SHARDED),
+        Case(modules=FAN_OUT, ddp={"average_in_collective": True}, steps=2),
+        Case(modules=FAN_IN, ddp={"average_in_collective": True}, per_token={"vision": True}, steps=2),
+        Case(modules=FAN_IN, ddp={"average_in_collective": True}, per_token={"language": True}, steps=2),
+        Case(modules=FAN_IN, ddp=SHARDED, force_all_reduce=True, steps=3, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP}, force_all_reduce=True, steps=3, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True, "align_param_gather": True}, steps=3),
+        Case(modules=FAN_IN, num_microbatches=9, steps=3, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, second_coordinator=True, steps=3),
+        Case(modules=FAN_OUT, second_coordinator=True, steps=3, ddp=MANY_BUCKETS, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, unmasked=0.0, steps=2),
+        Case(modules=FAN_IN, unmasked=0.0, steps=2, per_token=PER_TOKEN),
+    ],
+    ids=repr,
+)
+def test_settings(case):
+    verify(case)
+
+
+@pytest.mark.parametrize("where", ["model", "submodules"])
+@pytest.mark.parametrize("layout", [FAN_IN, FAN_OUT], ids=["fan-in", "fan-out"])
+def test_bf16_with_fp32_reduction(layout, where):
+    case = Case(modules=layout, wrap=where, ddp={"grad_reduce_in_fp32": True})
+    assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
