@@ -1,0 +1,276 @@
+"""The trainer of train_digits_vlm.py: what a Megatron training script does with a coordinator."""
+
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from digits import (
+    END,
+    IMAGE,
+    NAME_LENGTH,
+    PATCH_DIM,
+    PATCHES,
+    PROMPT,
+    SEQUENCE,
+    VOCABULARY,
+    Batch,
+    Digits,
+    patches,
+    spelled,
+    training_batches,
+)
+from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.multimodule_communicator import (
+    MultiModulePipelineCommunicator,
+)
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import get_model_config
+from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
+
+from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+
+VISION = "vision"
+
+
+def start_ranks() -> None:
+    """Join the other ranks: on a GPU each if this machine has as many, else on its CPU."""
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        from megatron_mimo_coord.cpu import enable_cpu_ranks
+
+        enable_cpu_ranks()
+        torch.set_num_threads(1)  # the ranks already share the cores
+        dist.init_process_group("gloo")
+
+
+@frozen
+class Trainer:
+    """What a step needs: the model, and who coordinates, connects and updates it."""
+
+    model: MimoModel
+    infra: MegatronMIMOInfra
+    coordinator: MultiModuleCoordinator
+    communicator: MultiModulePipelineCommunicator
+    optimizer: MimoOptimizer
+    micro_batch_size: int
+
+    @classmethod
+    def build(
+        cls, modules: Mapping[str, ModuleParallelism], shape: ModelShape, options: Namespace
+    ) -> "Trainer":
+        """Grids, model, coordinator and optimizer, in the order in which they need each other."""
+        infra = MegatronMIMOInfra.build(modules)
+        model = build_model(shape, infra.module_to_grid_map, infra.pg_collections, options.seed)
+        coordinator = MultiModuleCoordinator(infra, model)
+        optimizer = get_mimo_optimizer(
+            model,
+            OptimizerConfig(
+                optimizer="adam",
+                lr=options.lr,
+                adam_beta2=0.95,  # a short training has no time to remember longer
+                clip_grad=1.0,
+                use_distributed_optimizer=options.distributed_optimizer,
+            ),
+        )
+        config = get_model_config(model)
+        coordinator.attach(config, optimizer)
+        communicator = coordinator.build_pipeline_communicator(config)
+        return cls(model, infra, coordinator, communicator, optimizer, options.micro_batch_size)
+
+    def destroy(self) -> None:
+        """Give all process groups back, those of the world included."""
+        self.model.destroy()
+        self.infra.destroy()
+        dist.destroy_process_group()
+
+    # -- learning ----------------------------------------------------------------------------------
+
+    def step(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[float, float]:
+        """One optimizer step; the loss, and the norm of its gradient before clipping."""
+        self.optimizer.zero_grad()
+        self.coordinator.zero_grad_buffer()
+        losses = self._run_schedule(self._forward_losses, batches, num_microbatches)
+        _, grad_norm, _ = self.optimizer.step()
+        return self.coordinator.reduce_losses(losses)["loss"], grad_norm
+
+    def _forward_losses(self, batches: Iterator[Batch], model: MimoModel) -> tuple[Any, Any]:
+        """Forward of one microbatch, and what to make of its output on the last stage."""
+        batch = next(batches)
+        share = self._share_of_text()
+        labels, loss_mask = batch.labels[share], batch.loss_mask[share]
+        output, _ = self._forward(batch, model, labels=labels, loss_mask=loss_mask)
+
+        def loss_func(
+            losses: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            loss, num_tokens = (losses * loss_mask).sum(), loss_mask.sum()
+            return loss, num_tokens.int(), {"loss": torch.stack((loss.detach(), num_tokens))}
+
+        return output, loss_func
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def read(self, images: torch.Tensor) -> list[str]:
+        """What the model reads in images [n, 8, 8]: each letter takes one pass over all of them."""
+        count = math.ceil(len(images) / self.micro_batch_size)
+        filled = torch.arange(count * self.micro_batch_size).to("cuda") % len(images)
+        parts = patches(images)[filled].split(self.micro_batch_size)
+        tokens = torch.tensor([PROMPT], device="cuda").repeat(len(filled), 1)
+        for _ in range(NAME_LENGTH):
+            letters = self._next_letters(parts, tokens.split(self.micro_batch_size))
+            tokens = torch.cat((tokens, letters.unsqueeze(1)), dim=1)
+            if (tokens == END).any(dim=1).all():
+                break
+        return [spelled(row) for row in tokens[: len(images), len(PROMPT) :].tolist()]
+
+    @torch.no_grad()
+    def _next_letters(
+        self, images: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The likeliest letter after each sample's tokens, on every rank."""
+        batches = iter([Batch(*pair) for pair in zip(images, tokens, strict=True)])
+        found = self._run_schedule(self._forward_letters, batches, len(images), reading=True)
+        # Every sample has one rank that knows its letter, so a sum over the world tells all ranks.
+        letters = torch.zeros((len(images), self.micro_batch_size), dtype=torch.long, device="cuda")
+        if found and self.infra.pg_collections[LANGUAGE].tp.rank() == 0:
+            share = self.coordinator.data_parallel_slice(self.micro_batch_size, LANGUAGE)
+            letters[:, share] = torch.stack(found)
+        dist.all_reduce(letters)
+        return letters.flatten()
+
+    def _forward_letters(self, batches: Iterator[Batch], model: MimoModel) -> tuple[Any, Any]:
+        """Forward of one microbatch whose next letters are asked for."""
+        output, _ = self._forward(next(batches), model)
+
+        def likeliest(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            tp = self.infra.pg_collections[LANGUAGE].tp
+            last = gather_from_tensor_model_parallel_region(logits[:, -1], group=tp)
+            return last[:, : END + 1].argmax(dim=-1)  # a letter or the end, nothing else
+
+        return output, likeliest
+
+    # -- both --------------------------------------------------------------------------------------
+
+    def _run_schedule(
+        self,
+        forward_step: Callable[..., Any],
+        batches: Iterator[Batch],
+        num_microbatches: int,
+        reading: bool = False,
+    ) -> list[Any]:
+        """Megatron's schedule, which calls the coordinator where gradients are concerned."""
+        return forward_backward_pipelining_without_interleaving(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=[self.model],
+            num_microbatches=num_microbatches,
+            seq_length=SEQUENCE,  # an upper bound: ranks tell each other the shapes they send
+            micro_batch_size=self.micro_batch_size,
+            forward_only=reading,
+            collect_non_loss_data=reading,
+            p2p_communicator=self.communicator,
+            pg_collection=self.coordinator.schedule_pg_collection,
+        )
+
+    def _forward(self, batch: Batch, model: MimoModel, **targets: Any) -> tuple[Any, Any]:
+        """The modules on this rank, each with its share of the microbatch."""
+        tokens = batch.tokens[self._share_of_text()]
+        inputs = None
+        if VISION in self.infra.participating_modules:
+            share = self.coordinator.data_parallel_slice(self.micro_batch_size, VISION)
+            inputs = {VISION: {"images": batch.images[share]}}
+        positions = torch.arange(tokens.shape[1]).to("cuda").expand_as(tokens)
+        return model(input_ids=tokens, position_ids=positions, modality_inputs=inputs, **targets)
+
+    def _share_of_text(self) -> slice:
+        """Samples whose text this rank reads; an encoder on its own counts their image tokens."""
+        module = LANGUAGE if LANGUAGE in self.infra.participating_modules else VISION
+        return self.coordinator.data_parallel_slice(self.micro_batch_size, module)
+
+
+def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
+    """Both modules as the options want them, at one width."""
+    ddp = {
+        "use_distributed_optimizer": options.distributed_optimizer,
+        "overlap_grad_reduce": options.overlap_grad_reduce,
+    }
+    vision = EncoderShape(
+        patches=PATCHES,
+        patch_dim=PATCH_DIM,
+        token_id=IMAGE,
+        layers=options.vision_layers,
+        hidden=hidden,
+        heads=heads,
+    )
+    language = LanguageShape(
+        vocabulary=VOCABULARY,
+        sequence=SEQUENCE,
+        layers=options.language_layers,
+        hidden=hidden,
+        heads=heads,
+    )
+    return ModelShape(
+        encoders={VISION: vision},
+        language=language,
+        per_token=dict.fromkeys((VISION, LANGUAGE), options.loss == "per-token"),
+        ddp=dict.fromkeys((VISION, LANGUAGE), ddp),
+    )
+
+
+@frozen
+class Progress:
+    """How training stands after a step; ``accuracy`` is that of the last reading, if any."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    images_per_second: float
+    seconds_left: float
+    accuracy: float | None
+
+
+def train(
+    trainer: Trainer, learn: Digits, held_out: Digits, options: Namespace
+) -> Iterator[Progress]:
+    """Take all steps, and tell after each how training stands."""
+    batches = training_batches(learn, options.micro_batch_size, options.seed)
+    num_microbatches = options.global_batch_size // options.micro_batch_size
+    accuracy = None
+    start = time.perf_counter()
+    for step in range(1, options.steps + 1):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        loss, grad_norm = trainer.step(batches, num_microbatches)
+        if options.eval_interval and step % options.eval_interval == 0:
+            accuracy = held_out.accuracy(trainer.read(held_out.images))
+        seconds = (time.perf_counter() - start) / step
+        yield Progress(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            images_per_second=options.global_batch_size / seconds,
+            seconds_left=seconds * (options.steps - step),
+            accuracy=accuracy,
+        )
+
+
+def learning_rate(step: int, options: Namespace) -> float:
+    """Linear warmup over a tenth of the steps, then a cosine down to a hundredth."""
+    warmup = max(1, options.steps // 10)
+    if step <= warmup:
+        return options.lr * step / warmup
+    done = (step - warmup) / (options.steps - warmup)
+    return options.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
