@@ -8,6 +8,7 @@ the same.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+from megatron_mimo_coord import (
+    MegatronMIMOInfra,
+    ModuleParallelism,
+    MultiModuleCoordinator,
+    coordinator as coordination,
+    normalization,
+)
+from megatron_mimo_coord.layout import pack
 
 TOLERANCE = 1e-5
 VOCABULARY = 16
@@ -53,6 +61,9 @@ class Case:
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
         second_coordinator: build another coordinator on the same model after the first step.
         layers, tied_embeddings, experts: of the language model.
+        plain_path: scale gradients after the reduction, as if Megatron's buckets had changed.
+        no_optimizer: do not build Megatron's optimizer; one step only.
+        seed: of the data.
     """
 
     modules: Mapping[str, ModuleParallelism]
@@ -80,8 +91,6 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        from megatron_mimo_coord.layout import pack
-
         return max(grid.ranks.stop for grid in pack(self.modules).values())
 
     def counts(self, name: str, step: int, microbatch: int) -> list[int]:
@@ -186,11 +195,6 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     Yields:
         (infra, model, reduced losses).
     """
-    if case.plain_path:
-        from megatron_mimo_coord import normalization
-
-        original = normalization.rides_on_ddp
-        normalization.rides_on_ddp = lambda ddp: False
     infra = MegatronMIMOInfra.build(case.modules)
     wrapped = model = vlm.build_model(
         case.shape(),
@@ -201,9 +205,8 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     if case.wrap == "model":
         model.pg_collection = infra.pg_collections[infra.participating_modules[0]]
         wrapped = Float16Module(model.config, model)
-    coordinator = MultiModuleCoordinator(infra, wrapped)
-    if case.plain_path:
-        normalization.rides_on_ddp = original
+    with _without_fast_path() if case.plain_path else nullcontext():
+        coordinator = MultiModuleCoordinator(infra, wrapped)
     optimizer = None
     if not case.no_optimizer:
         optimizer = get_mimo_optimizer(
@@ -216,26 +219,42 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         )
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
-    for step in range(case.steps):
-        coordinator.zero_grad_buffer()
-        losses = forward_backward_pipelining_without_interleaving(
-            forward_step_func=partial(_forward_step, case, coordinator),
-            data_iterator=iter([draw(case, step, index) for index in range(case.num_microbatches)]),
-            model=[wrapped],
-            num_microbatches=case.num_microbatches,
-            seq_length=case.sequence,
-            micro_batch_size=case.micro_batch_size,
-            p2p_communicator=communicator,
-            pg_collection=coordinator.schedule_pg_collection,
-            force_all_reduce=case.force_all_reduce,
-        )
-        yield infra, model, coordinator.reduce_losses(losses)
-        if optimizer is not None:
-            optimizer.step()
-        if case.second_coordinator and step == 0:
-            coordinator = MultiModuleCoordinator(infra, wrapped)
-            coordinator.attach(model.config, optimizer)
-    infra.destroy()
+    try:
+        for step in range(case.steps):
+            coordinator.zero_grad_buffer()
+            losses = forward_backward_pipelining_without_interleaving(
+                forward_step_func=partial(_forward_step, case, coordinator),
+                data_iterator=iter(
+                    [draw(case, step, index) for index in range(case.num_microbatches)]
+                ),
+                model=[wrapped],
+                num_microbatches=case.num_microbatches,
+                seq_length=case.sequence,
+                micro_batch_size=case.micro_batch_size,
+                p2p_communicator=communicator,
+                pg_collection=coordinator.schedule_pg_collection,
+                force_all_reduce=case.force_all_reduce,
+            )
+            yield infra, model, coordinator.reduce_losses(losses)
+            if optimizer is not None:
+                optimizer.step()
+            if case.second_coordinator and step == 0:
+                coordinator = MultiModuleCoordinator(infra, wrapped)
+                coordinator.attach(model.config, optimizer)
+    finally:
+        model.destroy()
+        infra.destroy()
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """As if Megatron's buckets had changed."""
+    original = normalization.rides_on_ddp
+    normalization.rides_on_ddp = lambda ddp: False
+    try:
+        yield
+    finally:
+        normalization.rides_on_ddp = original
 
 
 def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
@@ -266,8 +285,7 @@ def _forward_step(
     for name in case.encoders:
         if name in here:
             images = microbatch.images_of(name, coordinator.data_parallel_slice(size, name))
-            inputs[name] = {"transformer": {"images": images}} if len(images) else None
-    inputs = {name: value and value["transformer"] for name, value in inputs.items()}
+            inputs[name] = {"images": images} if len(images) else None
     tokens, mask = microbatch.tokens_BS[samples], microbatch.mask_BS[samples]
     output, mask = model(
         input_ids=tokens,
@@ -415,3 +433,74 @@ def reduced_part(ddp: Any, parameter: torch.nn.Parameter, force_all_reduce: bool
     size = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
     low = size * group.intra_distributed_optimizer_instance_rank
     return slice(max(low - start, 0), max(min(low + size, end) - start, 0))
+
+
+# -- broken on purpose -----------------------------------------------------------------------------
+
+
+def is_caught(case: Case, mutant: str) -> bool:
+    """Whether the check of a case fails on this rank when a term of the formula is broken."""
+    with MUTANTS[mutant]():
+        try:
+            check(case)
+        except AssertionError:
+            return True
+    return False
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _normalizer(after: Any) -> Any:
+    """A mutant that does something to a module's DDP once its normalizer is built."""
+    original = normalization.GradientNormalizer.__init__
+
+    def broken(self: Any, name: str, ddp: Any, **sizes: Any) -> None:
+        original(self, name, ddp, **sizes)
+        for bucket, _ in normalization._buckets(ddp):
+            bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, self, sizes)
+
+    return _replaced(normalization.GradientNormalizer, "__init__", broken)
+
+
+def _formula(**wrong: Any) -> Any:
+    """A mutant of the factor itself, as the path without DDP's help uses it."""
+    original = normalization.gradient_scaling_factor
+
+    def broken(replicas: int, language_replicas: int, *, ddp_sums: bool, per_token: bool) -> float:
+        values = {"replicas": replicas, "language_replicas": language_replicas}
+        values |= {"ddp_sums": ddp_sums, "per_token": per_token}
+        return original(**{key: wrong.get(key, lambda v: v[key])(values) for key in values})
+
+    return _replaced(normalization, "gradient_scaling_factor", broken)
+
+
+def _uncounted(self: Any, num_tokens: torch.Tensor | None) -> Any:
+    if num_tokens is None:
+        return None
+    self._tokens.copy_(num_tokens)
+    return dist.all_reduce(self._tokens.clone(), async_op=True)
+
+
+_Coordinator = coordination.MultiModuleCoordinator
+MUTANTS = {
+    "none": nullcontext,
+    "DDP keeps its own factor": lambda: _normalizer(lambda f, self, sizes: 1 / sizes["replicas"]),
+    "the factor is applied twice": lambda: _normalizer(lambda f, self, sizes: f * self.factor),
+    "nothing is divided by": lambda: _normalizer(lambda f, self, sizes: 1.0),
+    "the language model's flag for all": lambda: _formula(ddp_sums=lambda v: v["per_token"]),
+    "no flag is read": lambda: _formula(ddp_sums=lambda v: False),
+    "the module's replicas are ignored": lambda: _formula(replicas=lambda v: 1),
+    "the language replicas are ignored": lambda: _formula(language_replicas=lambda v: 1),
+    "tokens are not summed": lambda: _replaced(_Coordinator, "_start_counting", _uncounted),
+    "every rank's tokens are summed": lambda: _replaced(
+        _Coordinator, "_is_token_counter", _Coordinator._is_on_last_stage
+    ),
+}

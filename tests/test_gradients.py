@@ -1,7 +1,11 @@
 """Every module's gradient is that of the one loss: real ranks against one process."""
 
+import os
+
 import pytest
-from cases import Case
+from cases import MUTANTS, Case
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
 from ranks import world
 
 from megatron_mimo_coord import ModuleParallelism
@@ -157,3 +161,95 @@ def test_settings(case):
 def test_bf16_with_fp32_reduction(layout, where):
     case = Case(modules=layout, wrap=where, ddp={"grad_reduce_in_fp32": True})
     assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
+
+
+# -- drawn layouts ---------------------------------------------------------------------------------
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Whole jobs on up to four ranks: layout, data, losses, DDP, optimizer."""
+    colocated = draw(st.booleans())
+    powers = st.sampled_from([1, 2])
+    language = parallel(tp=draw(powers), pp=1 if colocated else draw(powers), dp=draw(powers))
+    names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
+    modules = {}
+    for name in names:
+        if colocated:
+            tp = draw(st.sampled_from([size for size in (1, 2) if language.size % size == 0]))
+            modules[name] = parallel(tp=tp, dp=language.size // tp, rank_offset=0)
+        else:
+            modules[name] = parallel(tp=draw(powers), pp=draw(powers), dp=draw(powers))
+    modules["language"] = parallel(
+        language.tensor_model_parallel_size,
+        language.pipeline_model_parallel_size,
+        language.data_parallel_size,
+        **({"rank_offset": 0} if colocated else {}),
+    )
+    steps, num_microbatches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    # Megatron's colocated bridge needs as many tokens in each sample where the DP sizes differ.
+    same_dp = len({module.data_parallel_size for module in modules.values()}) == 1
+    numbers = st.just(1) if colocated and not same_dp else st.integers(0, 2)
+    sample = st.lists(numbers, min_size=4, max_size=4).map(tuple)
+    step = st.lists(sample, min_size=num_microbatches, max_size=num_microbatches).map(tuple)
+    images = {name: tuple(draw(st.lists(step, min_size=1, max_size=3))) for name in names}
+    overlap = draw(st.booleans())
+    per_token = {name: draw(st.booleans()) for name in modules}
+    return Case(
+        modules=modules,
+        images=images,
+        num_microbatches=num_microbatches,
+        steps=steps,
+        per_token=per_token,
+        unmasked=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        ddp={
+            "overlap_grad_reduce": overlap,
+            "use_distributed_optimizer": draw(st.booleans()),
+            "average_in_collective": draw(st.booleans()),
+            **({"bucket_size": draw(st.sampled_from([1, 500, 10**6]))} if overlap else {}),
+        },
+        frozen=draw(st.sampled_from([(), (), ("vision.",), ("vision.encoders",), ("language.",)])),
+        force_all_reduce=draw(st.booleans()),
+        second_coordinator=draw(st.booleans()),
+        tied_embeddings=draw(st.booleans()),
+        plain_path=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@settings(
+    max_examples=int(os.environ.get("MIMO_LAYOUTS", "12")),
+    deadline=None,
+    derandomize=True,
+    print_blob=False,
+)
+@given(
+    cases().filter(lambda case: case.world_size <= int(os.environ.get("MIMO_RANKS", "4")))
+)
+def test_drawn_layouts(case):
+    note(f"verify({case!r})")
+    verify(case)
+
+
+# -- the suite notices what breaks -----------------------------------------------------------------
+
+SENSITIVE = [
+    Case(modules={"vision": parallel(dp=2), "language": parallel(tp=2)}, no_optimizer=True, **more)
+    for more in (
+        {"per_token": PER_TOKEN},
+        {"plain_path": True, "per_token": {"vision": True}},
+        {"plain_path": True, "per_token": {"language": True}},
+        {},
+    )
+] + [
+    Case(modules={"vision": parallel(dp=1), "language": parallel(dp=2)}, no_optimizer=True, **more)
+    for more in ({"per_token": PER_TOKEN}, {"plain_path": True}, {})
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(mutant):
+    caught = [
+        any(world(case.world_size).run("cases:is_caught", case, mutant)) for case in SENSITIVE
+    ]
+    assert any(caught) == (mutant != "none")
