@@ -38,17 +38,71 @@ def fan_in_encoders(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict
     return {name: ratio for name, ratio in ratios.items() if ratio > 1}
 
 
-def let_token_counts_vary(model: MimoModel, fan_in: Mapping[str, int]) -> None:
-    """Keep ``MimoModel`` from attaching split sizes where an encoder rank has one receiver."""
-    attach = MimoModel._attach_modality_split_sizes
+class TokenCounts:
+    """What a ``MimoModel`` does about samples with different numbers of tokens under fan-in.
 
-    def attach_where_split(
-        output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
+    With Megatron's own communicator such samples fail far from their cause: a shape error inside
+    backward, or a wait without end. So it refuses them with a sentence, until a communicator that
+    can carry them is built.
+
+    Args:
+        model: the model; its forward is watched.
+        fan_in: for each encoder that has several ranks for one of the language model's, how many.
+    """
+
+    def __init__(self, model: MimoModel, fan_in: Mapping[str, int]) -> None:
+        self._model = model
+        self._fan_in = fan_in
+        self._may_vary = False
+        self._watch = model.register_forward_pre_hook(self._refuse_uneven_ranks, with_kwargs=True)
+        model._attach_modality_split_sizes = self._attach_split_sizes
+
+    @classmethod
+    def of(cls, model: MimoModel, fan_in: Mapping[str, int]) -> "TokenCounts":
+        """The one of this model, whoever asked for it first."""
+        if not hasattr(model, "_mimo_token_counts"):
+            model._mimo_token_counts = cls(model, fan_in)
+        return model._mimo_token_counts
+
+    def let_vary(self) -> None:
+        """A communicator that carries them is built."""
+        self._may_vary = True
+        self._watch.remove()
+
+    def _attach_split_sizes(
+        self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
-        if encoder_name not in fan_in:
-            attach(model, output, input_ids, encoder_name)
+        """On an encoder rank: under fan-in it has one receiver, so there is nothing to split."""
+        if encoder_name not in self._fan_in:
+            MimoModel._attach_modality_split_sizes(self._model, output, input_ids, encoder_name)
+        elif not self._may_vary and input_ids is not None:
+            self._refuse_uneven(encoder_name, self._count(encoder_name, input_ids))
 
-    model._attach_modality_split_sizes = attach_where_split
+    def _refuse_uneven_ranks(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """On a language model rank: each encoder rank must have sent the same number of tokens."""
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        role = self._model.role
+        if input_ids is None or not model.training or not role.is_first_stage(LANGUAGE):
+            return
+        for name, ratio in self._fan_in.items():
+            if len(input_ids) % ratio == 0:
+                counts = self._count(name, input_ids).view(ratio, -1)
+                self._refuse_uneven(name, counts.sum(dim=1))
+
+    def _count(self, name: str, input_ids: torch.Tensor) -> torch.Tensor:
+        return (input_ids == self._model.special_token_ids.get(name)).sum(dim=1)
+
+    def _refuse_uneven(self, name: str, counts: torch.Tensor) -> None:
+        numbers = counts.tolist()
+        if len(set(numbers)) > 1:
+            raise RuntimeError(
+                f"{self._fan_in[name]} ranks of {name} send to one language model rank, and their "
+                f"samples have different numbers of {name} tokens ({numbers}): Megatron's own "
+                f"communicator splits the gradient evenly and would fail in backward. Build the "
+                f"schedule's p2p_communicator with coordinator.build_pipeline_communicator(config)"
+            )
 
 
 class VaryingTokensCommunicator(MultiModulePipelineCommunicator):

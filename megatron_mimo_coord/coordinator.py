@@ -21,9 +21,9 @@ from megatron.core.process_groups_config import (
 from megatron_mimo_coord import infra as infrastructure
 from megatron_mimo_coord.agreement import Statement, agree
 from megatron_mimo_coord.communicator import (
+    TokenCounts,
     VaryingTokensCommunicator,
     fan_in_encoders,
-    let_token_counts_vary,
 )
 from megatron_mimo_coord.infra import Infra, default_output_ndim
 from megatron_mimo_coord.layout import (
@@ -85,6 +85,9 @@ class MultiModuleCoordinator:
         self._ddps = tuple(module.ddp for module in self._modules)
         self._module_to_grid_tuples = tuple((module.ddp, module.grid) for module in self._modules)
         self._schedule_pg_collection = self._collect_for_schedule()
+        self._token_counts = TokenCounts.of(
+            self._model, fan_in_encoders(self._grids, infra.topology)
+        )
         self._hooks: dict[str, Any] = {}
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._device)
         self._counts_tokens = self._is_token_counter()
@@ -192,7 +195,7 @@ class MultiModuleCoordinator:
                 "to the dtype of the activations, such as torch.bfloat16"
             )
         topology = self._infra.topology
-        let_token_counts_vary(self._model, fan_in_encoders(self._grids, topology))
+        self._token_counts.let_vary()
         return VaryingTokensCommunicator(
             self._infra.module_to_grid_map,
             {name: [] if colocated else topology.get(name, []) for name in self._grids},

@@ -19,6 +19,9 @@ from attrs import field, frozen
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.multimodule_communicator import (
+    MultiModulePipelineCommunicator,
+)
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_without_interleaving,
 )
@@ -63,6 +66,8 @@ class Case:
         layers, tied_embeddings, experts: of the language model.
         plain_path: scale gradients after the reduction, as if Megatron's buckets had changed.
         no_optimizer: do not build Megatron's optimizer; one step only.
+        megatron_communicator: build the communicator without the coordinator.
+        evaluate: run the schedule forward_only, on the next step's data, before each step.
         seed: of the data.
     """
 
@@ -83,6 +88,8 @@ class Case:
     experts: int | None = None
     plain_path: bool = False
     no_optimizer: bool = False
+    megatron_communicator: bool = False
+    evaluate: bool = False
     seed: int = 0
 
     @property
@@ -218,23 +225,33 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
             ),
         )
     coordinator.attach(model.config, optimizer)
-    communicator = coordinator.build_pipeline_communicator(model.config)
+    if case.megatron_communicator:
+        communicator = MultiModulePipelineCommunicator(
+            infra.module_to_grid_map,
+            infra.topology,
+            model.config,
+            dim_mapping={"s": 0, "b": 1, "h": 2},
+            module_output_ndim=infra.module_output_ndim,
+        )
+    else:
+        communicator = coordinator.build_pipeline_communicator(model.config)
+    schedule = partial(
+        forward_backward_pipelining_without_interleaving,
+        forward_step_func=partial(_forward_step, case, coordinator),
+        model=[wrapped],
+        num_microbatches=case.num_microbatches,
+        seq_length=case.sequence,
+        micro_batch_size=case.micro_batch_size,
+        p2p_communicator=communicator,
+        pg_collection=coordinator.schedule_pg_collection,
+        force_all_reduce=case.force_all_reduce,
+    )
     try:
         for step in range(case.steps):
+            if case.evaluate:
+                schedule(data_iterator=_data(case, step + 1), forward_only=True)
             coordinator.zero_grad_buffer()
-            losses = forward_backward_pipelining_without_interleaving(
-                forward_step_func=partial(_forward_step, case, coordinator),
-                data_iterator=iter(
-                    [draw(case, step, index) for index in range(case.num_microbatches)]
-                ),
-                model=[wrapped],
-                num_microbatches=case.num_microbatches,
-                seq_length=case.sequence,
-                micro_batch_size=case.micro_batch_size,
-                p2p_communicator=communicator,
-                pg_collection=coordinator.schedule_pg_collection,
-                force_all_reduce=case.force_all_reduce,
-            )
+            losses = schedule(data_iterator=_data(case, step))
             yield infra, model, coordinator.reduce_losses(losses)
             if optimizer is not None:
                 optimizer.step()
@@ -244,6 +261,10 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     finally:
         model.destroy()
         infra.destroy()
+
+
+def _data(case: Case, step: int) -> Iterator[Microbatch]:
+    return iter([draw(case, step, index) for index in range(case.num_microbatches)])
 
 
 @contextmanager
