@@ -1,0 +1,327 @@
+"""Times how gradients are finalized: by the coordinator, by a functional API, and by DDP alone.
+
+    torchrun --nproc-per-node 4 examples/benchmark_finalize.py
+
+Three finalizers treat the same gradients on the same ranks, in turns:
+
+    bare         Megatron's finalize_model_grads for each module, no normalization: the limit
+    functional   the same, then passes over whole buffers and a broadcast of the token count
+    coordinator  coordinator.finalize_model_grads
+
+A time is that of the slowest rank of a module, its median over all rounds. A ratio is the median
+over rounds of the ratio of two neighbouring runs, so that a machine that slows down slows down
+both; behind it stands the interval in which the true median lies 19 times in 20. Where that is too
+wide, raise --rounds, or use --clock cpu, which other jobs on the machine disturb less.
+"""
+
+import argparse
+import contextlib
+import itertools
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+
+VISION = "vision"
+BARE, FUNCTIONAL, COORDINATOR = "bare", "functional", "coordinator"
+IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
+GOALS = {"mean": 1.02, "per-token": 1.05}  # coordinator / bare
+
+
+@frozen(kw_only=True)
+class Layout:
+    """Data-parallel sizes of the modules; the language model's stages take the ranks left over."""
+
+    encoder_dp: int
+    language_dp: int
+    language_pp: int = 1
+    colocated: bool = False
+
+    def modules(self) -> dict[str, ModuleParallelism]:
+        """Parallel sizes of each module."""
+        offset = 0 if self.colocated else None
+        return {
+            VISION: ModuleParallelism(data_parallel_size=self.encoder_dp, rank_offset=offset),
+            LANGUAGE: ModuleParallelism(
+                data_parallel_size=self.language_dp,
+                pipeline_model_parallel_size=self.language_pp,
+                rank_offset=offset,
+            ),
+        }
+
+    def __str__(self) -> str:
+        stages = f" PP {self.language_pp}" if self.language_pp > 1 else ""
+        return f"{self.encoder_dp} -> {self.language_dp}{stages}"
+
+
+@frozen(kw_only=True)
+class Case:
+    """One way to train."""
+
+    layout: Layout
+    loss: str
+    overlap: bool
+    distributed_optimizer: bool
+
+
+@frozen
+class Measurement:
+    """Seconds that a module of a case took in each round, by finalizer."""
+
+    case: Case
+    module: str
+    seconds: Mapping[str, Sequence[float]]
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that the module's gradients are reduced over."""
+        layout = self.case.layout
+        return layout.language_dp if self.module == LANGUAGE else layout.encoder_dp
+
+    def milliseconds(self, finalizer: str) -> float:
+        """Median over the rounds."""
+        return 1e3 * statistics.median(self.seconds[finalizer])
+
+    def ratios(self, finalizer: str) -> list[float]:
+        """Coordinator's time over the finalizer's, round by round."""
+        pairs = zip(self.seconds[COORDINATOR], self.seconds[finalizer], strict=True)
+        return [coordinator / other for coordinator, other in pairs]
+
+
+def main() -> None:
+    """Check the options, measure, print."""
+    options = parse_options()
+    layouts = choose_layouts(options)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import finalizers  # torch and Megatron, which take seconds to import
+
+    finalizers.start_ranks()
+    measurements: list[Measurement] = []
+    findings: list[str] = []
+    cases = list(all_cases(layouts, options))
+    for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
+        with finalizers.process_groups(layout.modules()) as infra:
+            for case in group:
+                note(f"case {cases.index(case) + 1} of {len(cases)}: {' '.join(cells(case))}")
+                bench = finalizers.Bench.build(case, infra, options)
+                seconds = bench.measure(options.rounds)
+                measurements += [Measurement(case, *found) for found in seconds.items()]
+                findings += bench.check_on_gpu()
+    if IS_MAIN:
+        print(finalizers.machine())
+        show(measurements)
+        print("\n".join([*verdicts(measurements), *dict.fromkeys(findings)]))
+    finalizers.stop_ranks()
+
+
+# -- options: all checked before torch is imported -------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line; a layout that is left out is chosen later."""
+
+    class Formatter(
+        argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    ): ...
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    layout = parser.add_argument_group("layout (left out: several that fit the ranks)")
+    for module in ("encoder", "language"):
+        layout.add_argument(
+            f"--{module}-dp",
+            type=positive,
+            metavar="N",
+            default=argparse.SUPPRESS,
+            help=f"data-parallel ranks of the {module} module",
+        )
+    layout.add_argument(
+        "--colocated", action="store_true", help="both modules on all ranks, with equal DP"
+    )
+    cases = parser.add_argument_group("cases (all by default)")
+    for name, choices, text in (
+        ("loss", ("mean", "per-token"), "the loss's normalization"),
+        ("overlap", ("off", "on"), "overlap_grad_reduce"),
+        ("optimizer", ("plain", "distributed"), "use_distributed_optimizer"),
+    ):
+        cases.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, help=text)
+    sizes = parser.add_argument_group("sizes: a module has about 12 x layers x hidden^2 weights")
+    for module in ("encoder", "language"):
+        sizes.add_argument(f"--{module}-hidden", type=positive, default=512, metavar="N", help=" ")
+        sizes.add_argument(f"--{module}-layers", type=positive, default=4, metavar="N", help=" ")
+    sizes.add_argument(
+        "--buckets", type=positive, default=4, metavar="N", help="of a module, where overlap is on"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=60, metavar="N", help="runs of each finalizer in a case"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="wall: from the common start until the rank is done; cpu: the time for which the rank "
+        "and its communication threads were running, so without waiting",
+    )
+    defaults = argparse.Namespace(encoder_dp=None, language_dp=None)
+    return parser.parse_args(namespace=defaults)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
+
+
+def choose_layouts(options: argparse.Namespace) -> list[Layout]:
+    """Layouts for the ranks that there are; exit with what to do where there is none."""
+    if "WORLD_SIZE" not in os.environ:
+        command = " ".join(["torchrun --nproc-per-node 4", *sys.argv])
+        exit_with(f"the benchmark runs on several ranks, which torchrun starts:\n\n  {command}\n")
+    world_size = int(os.environ["WORLD_SIZE"])
+    wanted = [(options.encoder_dp, options.language_dp)]
+    if wanted == [(None, None)]:
+        wanted = [(4, 2), (4, 1), (2, 1), (2, 2)]
+    if options.colocated or world_size < 3:
+        return [Layout(encoder_dp=world_size, language_dp=world_size, colocated=True)]
+    layouts = [
+        Layout(encoder_dp=encoder, language_dp=language, language_pp=ranks // language)
+        for encoder, language in wanted
+        if encoder and language and not (encoder % language and language % encoder)
+        if (ranks := world_size - encoder) > 0
+        and not ranks % language
+        and not options.language_layers % (ranks // language)
+    ]
+    if not layouts:
+        exit_with(
+            f"no such layout on {world_size} ranks: give both --encoder-dp and --language-dp, one "
+            f"a multiple of the other; the ranks that the encoder leaves must be a multiple of "
+            f"--language-dp, and its --language-layers (now {options.language_layers}) a multiple "
+            f"of the pipeline stages that this makes"
+        )
+    return layouts[:2]
+
+
+def exit_with(message: str) -> None:
+    """End this rank as argparse does; torchrun ends all ranks once one has failed."""
+    if IS_MAIN:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)
+    sys.exit(2)
+
+
+def all_cases(layouts: Sequence[Layout], options: argparse.Namespace) -> Iterator[Case]:
+    """Every combination that the options ask for."""
+    for layout, loss, overlap, optimizer in itertools.product(
+        layouts, options.loss, options.overlap, options.optimizer
+    ):
+        yield Case(
+            layout=layout,
+            loss=loss,
+            overlap=overlap == "on",
+            distributed_optimizer=optimizer == "distributed",
+        )
+
+
+# -- what it tells ---------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    """Progress, kept out of the table's way."""
+    if IS_MAIN:
+        print(text, file=sys.stderr, flush=True)
+
+
+HEADER = (
+    *("DP", "loss", "overlap", "optimizer", "module"),
+    *("bare ms", "functional ms", "coordinator ms", "coordinator/bare", "coordinator/functional"),
+)
+
+
+def cells(case: Case) -> tuple[str, ...]:
+    """A case in words."""
+    return (
+        str(case.layout),
+        case.loss,
+        "on" if case.overlap else "off",
+        "distributed" if case.distributed_optimizer else "plain",
+    )
+
+
+def row(measurement: Measurement) -> list[str]:
+    """A line of the table."""
+    times = [f"{measurement.milliseconds(name):.2f}" for name in (BARE, FUNCTIONAL, COORDINATOR)]
+    ratios = [with_interval(measurement.ratios(name)) for name in (BARE, FUNCTIONAL)]
+    return [*cells(measurement.case), measurement.module, *times, *ratios]
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """Median and its 95% interval, which assumes nothing about how the noise is distributed."""
+    low, high = interval(values)
+    return f"{statistics.median(values):.3f} ({low:.2f}-{high:.2f})"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Values of the ranks n/2 -+ 0.98 sqrt(n): as many heads as n tosses of a coin give."""
+    ordered = sorted(values)
+    reach = 0.98 * math.sqrt(len(ordered))
+    low = max(0, math.floor(len(ordered) / 2 - reach) - 1)
+    return ordered[low], ordered[-1 - low]
+
+
+def show(measurements: Sequence[Measurement]) -> None:
+    """The table, drawn by rich on a terminal, else as aligned text."""
+    rows = [row(measurement) for measurement in measurements]
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            return show_rich(rows)
+    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+    for line in (HEADER, *rows):
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+    return None
+
+
+def show_rich(rows: Sequence[Sequence[str]]) -> None:
+    """The table on a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEADER)
+    for cells_of_row in rows:
+        table.add_row(*cells_of_row)
+    Console().print(table)
+
+
+def verdicts(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """How many lines of the table reach the goals."""
+    reducing = [found for found in measurements if found.replicas > 1]
+    for loss, goal in GOALS.items():
+        yield verdict(loss, BARE, goal, reducing)
+        yield verdict(loss, FUNCTIONAL, 1.0, measurements)
+    if len(reducing) < len(measurements):
+        yield "(a module with DP 1 has nothing to reduce: its bare time is no measure)"
+
+
+def verdict(loss: str, finalizer: str, limit: float, measurements: Sequence[Measurement]) -> str:
+    """How many lines reach one goal."""
+    ratios = [found.ratios(finalizer) for found in measurements if found.case.loss == loss]
+    reached = sum(statistics.median(values) <= limit for values in ratios)
+    missed = sum(interval(values)[0] > limit for values in ratios)
+    return (
+        f"{loss}: coordinator <= {limit:.2f} x {finalizer} in {reached} of {len(ratios)} lines, "
+        f"and slower beyond the noise in {missed}"
+    )
+
+
+if __name__ == "__main__":
+    main()
