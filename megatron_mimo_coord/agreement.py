@@ -137,8 +137,8 @@ def _exchange(statement: Statement, device: torch.device) -> list[Statement]:
     lengths = length.new_empty((dist.get_world_size(),))
     dist.all_gather_into_tensor(lengths, length)
     sizes = lengths.tolist()
-    padded = payload.new_zeros((max(sizes),))
-    padded[: payload.numel()] = payload
+    padded = payload.new_zeros((1, max(sizes)))
+    padded[0, : payload.numel()] = payload
     gathered = payload.new_empty((dist.get_world_size(), max(sizes)))
     dist.all_gather_into_tensor(gathered, padded)
     texts = [

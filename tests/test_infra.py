@@ -1,0 +1,147 @@
+"""Grids and process groups, on real ranks."""
+
+from types import SimpleNamespace
+
+import pytest
+from ranks import world
+
+from megatron_mimo_coord import (
+    ModuleParallelism,
+    validate_data_loader_contract,
+    validate_no_stub_ranks,
+)
+
+LAYOUT = {
+    "vision": ModuleParallelism(data_parallel_size=2),
+    "language": ModuleParallelism(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+    ),
+}
+
+
+def _build() -> dict:
+    import torch.distributed as dist
+
+    from megatron_mimo_coord import MegatronMIMOInfra, is_current_rank_in_grid
+
+    before = dist.distributed_c10d._world.pg_map.copy()
+    infra = MegatronMIMOInfra.build(LAYOUT)
+    grids = infra.module_to_grid_map
+    here = infra.participating_modules
+    groups = {
+        name: {
+            key: dist.get_process_group_ranks(group)
+            for key, group in vars(infra.pg_collections[name]).items()
+        }
+        for name in here
+    }
+    answer = {
+        "here": here,
+        "in grid": [name for name, grid in grids.items() if is_current_rank_in_grid(grid)],
+        "elsewhere": [name for name, groups in infra.pg_collections.items() if groups is None],
+        "groups": groups,
+        "enumerated": {
+            "tp": grids["language"].get_rank_enum("tp"),
+            "expt_dp": grids["language"].get_rank_enum("expt_dp", view="expert"),
+        },
+        "topology": infra.topology,
+        "ndim": infra.module_output_ndim,
+    }
+    infra.destroy()
+    answer["left over"] = len(dist.distributed_c10d._world.pg_map) - len(before)
+    return answer
+
+
+def test_build_makes_every_group_and_destroy_gives_all_back():
+    ranks = world(6).run("test_infra:_build")
+    for rank, answer in enumerate(ranks):
+        name = "vision" if rank < 2 else "language"
+        assert answer["here"] == answer["in grid"] == [name]
+        assert answer["elsewhere"] == ["language" if rank < 2 else "vision"]
+        assert answer["left over"] == 0
+        assert all(rank in group for group in answer["groups"][name].values())
+        assert answer["topology"] == {"vision": ["language"], "language": []}
+        assert answer["ndim"] == {"vision": 2, "language": 3}
+    last = ranks[5]["groups"]["language"]
+    assert last["tp"] == [4, 5]
+    assert last["pp"] == [3, 5]
+    assert last["dp_cp"] == [5]
+    assert last["ep"] == [4, 5]
+    assert last["expt_tp"] == last["expt_dp"] == [5]
+    assert last["embd"] == [3, 5]
+    assert "pos_embd" not in last
+    assert ranks[2]["groups"]["language"]["pos_embd"] == [2]
+    assert last["tp"] in ranks[0]["enumerated"]["tp"]
+    assert "embd" not in ranks[0]["groups"]["vision"]
+
+
+def _count_groups_of_a_refused_layout(layout: dict) -> int:
+    import torch.distributed as dist
+
+    from megatron_mimo_coord import MegatronMIMOInfra
+
+    before = len(dist.distributed_c10d._world.pg_map)
+    try:
+        MegatronMIMOInfra.build(layout)
+    except ValueError as error:
+        created = len(dist.distributed_c10d._world.pg_map) - before
+        raise ValueError(f"{created} groups were made; {error}") from error
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"language": ModuleParallelism()}, "ranks 1-3 of 4 are in no module"),
+        ({"vision": ModuleParallelism(data_parallel_size=4)}, "no module named 'language'"),
+        ({"language": ModuleParallelism(data_parallel_size=8)}, "the world has 4 ranks"),
+        (
+            {
+                "vision": ModuleParallelism(data_parallel_size=3),
+                "language": ModuleParallelism(data_parallel_size=2, rank_offset=2),
+            },
+            "overlap in part",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_run_is_refused_on_every_rank_before_any_group(layout, message):
+    answers, errors = world(4).try_run("test_infra:_count_groups_of_a_refused_layout", layout)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "ValueError"
+        assert "0 groups were made" in text
+        assert message in text
+
+
+def grid(dp: int, offset: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        shape=[1, 1, dp, 1], dim_names=["tp", "cp", "dp", "pp"], rank_offset=offset
+    )
+
+
+def test_ranks_without_work_are_named():
+    grids = {"vision": grid(2, 1), "language": grid(2, 5)}
+    with pytest.raises(ValueError) as error:
+        validate_no_stub_ranks(grids, 10)
+    for ranks in ("ranks 0 of 10", "ranks 3-4 of 10", "ranks 7-9 of 10"):
+        assert ranks in str(error.value)
+
+
+def test_a_million_ranks_are_checked_as_intervals():
+    validate_no_stub_ranks({"vision": grid(500_000, 0), "language": grid(500_000, 500_000)}, 10**6)
+
+
+def test_the_data_loader_contract():
+    infra = SimpleNamespace(module_to_grid_map={"vision": grid(4, 0), "language": grid(2, 4)})
+    validate_data_loader_contract(infra, 32, 8, 4)
+    with pytest.raises(ValueError) as error:
+        validate_data_loader_contract(infra, 30, 6, 4)
+    for part in (
+        "global_batch_size 30 is not divisible by the DP 4 of module vision",
+        "micro_batch_size 6 is not divisible by the DP 4 of module vision",
+        "num_microbatches 4 x micro_batch_size 6 = 24, not the global_batch_size 30",
+    ):
+        assert part in str(error.value)
