@@ -22,12 +22,15 @@ def with_progress(steps: Iterable[Progress], total: int) -> Iterator[Progress]:
     bar = ProgressBar(
         BarColumn(20), TextColumn("{task.description}"), console=console, disable=not _live()
     )
+    accuracy = None
     with bar:
         task = bar.add_task("starting", total=total)
         for progress in steps:
-            bar.update(task, completed=progress.step, description=_line(progress, total))
+            accuracy = progress.accuracy if progress.accuracy is not None else accuracy
+            line = _line(progress, total, accuracy)
+            bar.update(task, completed=progress.step, description=line)
             if not _live() and progress.step % max(1, total // PLAIN_LINES) == 0:
-                print(_line(progress, total), flush=True)
+                print(line, flush=True)
             yield progress
 
 
@@ -35,7 +38,7 @@ def _live() -> bool:
     return console.is_terminal
 
 
-def _line(progress: Progress, total: int) -> str:
+def _line(progress: Progress, total: int, accuracy: float | None) -> str:
     parts = [
         f"step {progress.step}/{total}",
         f"loss {progress.loss:.4f}",
@@ -43,8 +46,8 @@ def _line(progress: Progress, total: int) -> str:
         f"{progress.images_per_second:,.0f} images/s",
         f"{progress.seconds_left:.0f} s left",
     ]
-    if progress.accuracy is not None:
-        parts.insert(3, f"held-out accuracy {progress.accuracy:.1%}")
+    if accuracy is not None:
+        parts.insert(3, f"held-out accuracy {accuracy:.1%}")
     return "  ".join(parts)
 
 
@@ -97,7 +100,7 @@ def plot(steps: Sequence[Progress], path: Path) -> None:
     above.set(yscale="log", ylabel="loss")
     read = [progress for progress in steps if progress.accuracy is not None]
     below.plot(
-        [progress.step for progress in read], [100 * progress.accuracy for progress in read], "."
+        [progress.step for progress in read], [100 * progress.accuracy for progress in read], "o-"
     )
     below.set(xlabel="step", ylabel="held-out images read right, %", ylim=(0, 102))
     figure.savefig(path)

@@ -232,7 +232,7 @@ def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
 
 @frozen
 class Progress:
-    """How training stands after a step; ``accuracy`` is that of the last reading, if any."""
+    """How training stands after a step; ``accuracy`` is None where nothing was read."""
 
     step: int
     loss: float
@@ -248,12 +248,12 @@ def train(
     """Take all steps, and tell after each how training stands."""
     batches = training_batches(learn, options.micro_batch_size, options.seed)
     num_microbatches = options.global_batch_size // options.micro_batch_size
-    accuracy = None
     start = time.perf_counter()
     for step in range(1, options.steps + 1):
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         loss, grad_norm = trainer.step(batches, num_microbatches)
+        accuracy = None
         if options.eval_interval and step % options.eval_interval == 0:
             accuracy = held_out.accuracy(trainer.read(held_out.images))
         seconds = (time.perf_counter() - start) / step

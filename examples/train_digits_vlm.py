@@ -191,10 +191,9 @@ def parse_options() -> argparse.Namespace:
 
 def positive(text: str) -> int:
     """An argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)
 
 
 def parallelism(options: argparse.Namespace) -> dict[str, ModuleParallelism]:
@@ -254,6 +253,11 @@ def option_problems(options: argparse.Namespace) -> list[str]:
             )
         elif (getattr(options, f"{module}_rank_offset") or 0) < 0:
             problems.append(f"--{module}-rank-offset must be a rank, 0 or more")
+    if options.global_batch_size % options.micro_batch_size:
+        problems.append(
+            f"--global-batch-size {options.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {options.micro_batch_size}; change one of the two"
+        )
     if options.lr <= 0:
         problems.append(f"--lr must be more than 0, not {options.lr}")
     for name in ("plot", "log_losses"):
