@@ -160,11 +160,16 @@ class MultiModuleCoordinator:
                 'then needs moe_token_dispatcher_type="alltoall")'
             )
         hooks = self._hooks_for(optimizer)
-        previous = getattr(config.finalize_model_grads_func, "__self__", None)
-        ours = previous._hooks if isinstance(previous, MultiModuleCoordinator) else {}
+        owners = [getattr(getattr(config, name), "__self__", None) for name in hooks]
+        ours = [
+            hook
+            for owner in owners
+            if isinstance(owner, MultiModuleCoordinator)
+            for hook in owner._hooks.values()
+        ]
         for name, hook in hooks.items():
             current = getattr(config, name)
-            if current not in (None, hook, ours.get(name)):
+            if current not in (None, hook, *ours):
                 raise ValueError(
                     f"config.{name} is already {current!r}; the coordinator needs that place: set "
                     f"config.{name} = None before attach, and leave it to the coordinator"

@@ -93,6 +93,7 @@ class _LaunchQueue:
     """Bucket groups that share a process group, launched in the order of the list."""
 
     def __init__(self, groups: Sequence[Any]) -> None:
+        self._groups = groups
         self._launchers = [MethodType(type(group).start_grad_sync, group) for group in groups]
         for index, group in enumerate(groups):
             group.start_grad_sync = self._request_of(index)
@@ -114,8 +115,19 @@ class _LaunchQueue:
 
     def _request(self, index: int, force_all_reduce: bool | None) -> None:
         """Launch a group when its turn comes; one that is launched already stays launched."""
+        if index < self._launched and self._is_reset(self._groups[index]):
+            self.reset()  # a new step, of which only DDP was told
         self._held[index] = force_all_reduce
         while self._launched in self._held:
             launched = self._launched
             self._launched += 1
             self._launchers[launched](force_all_reduce=self._held.pop(launched))
+
+    @staticmethod
+    def _is_reset(group: Any) -> bool:
+        """Whether Megatron holds no reduction of this group (it keeps no handle of instances)."""
+        return (
+            group.ddp_config.num_distributed_optimizer_instances == 1
+            and group.grad_reduce_handle is None
+            and not group.grad_reduce_finished
+        )

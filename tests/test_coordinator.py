@@ -1,0 +1,399 @@
+"""What a trainer holds: built on real ranks, attached, and refused with a sentence."""
+
+from typing import Any
+
+import pytest
+from cases import Case
+from ranks import world
+from test_gradients import FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED
+
+COLOCATED = LAYOUTS["colocated"]
+
+
+def built(case: Case) -> Any:
+    """(infra, model, coordinator) of a case on this rank."""
+    import vlm
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+
+    infra = MegatronMIMOInfra.build(case.modules)
+    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    return infra, model, MultiModuleCoordinator(infra, model)
+
+
+def on_ranks(function: str, *args: Any, size: int = 3) -> list[Any]:
+    return world(size).run(f"test_coordinator:{function}", *args)
+
+
+# -- what lives here -------------------------------------------------------------------------------
+
+
+def _members(case: Case) -> dict[str, Any]:
+    from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
+
+    from megatron_mimo_coord import unwrap_mimo_model
+
+    infra, model, coordinator = built(case)
+    collection = coordinator.schedule_pg_collection
+    assert isinstance(collection, MultiModuleProcessGroupCollection)
+    assert unwrap_mimo_model(model) is model
+    answer: dict[str, Any] = {
+        "factors": dict(coordinator.gradient_scaling_factors),
+        "modules": [type(module).__name__ for module, _ in coordinator.module_to_grid_tuples],
+        "grids": [list(grid.shape) for _, grid in coordinator.module_to_grid_tuples],
+        "language": collection.language_model_module_name,
+        "description": coordinator.describe(4),
+    }
+    for name in ("active_module_pg", "gradient_scaling_factor"):
+        try:
+            answer[name] = getattr(coordinator, name)
+        except RuntimeError as error:
+            answer[name] = str(error)
+    if not isinstance(answer["active_module_pg"], str):
+        name, groups = answer["active_module_pg"]
+        assert groups is infra.pg_collections[name]
+        answer["active_module_pg"] = name
+    try:
+        answer["slice"] = coordinator.data_parallel_slice(4)
+    except RuntimeError as error:
+        answer["slice"] = str(error)
+    answer["slices"] = {
+        name: coordinator.data_parallel_slice(4, name) for name in infra.participating_modules
+    }
+    model.destroy()
+    infra.destroy()
+    return answer
+
+
+def test_each_rank_knows_its_module():
+    vision, other, language = on_ranks("_members", Case(modules=FAN_IN))
+    assert vision["factors"] == {"vision": 2.0}
+    assert vision["gradient_scaling_factor"] == 2.0
+    assert vision["active_module_pg"] == "vision"
+    assert vision["modules"] == ["DistributedDataParallel"]
+    assert vision["grids"] == [[1, 1, 2, 1]]
+    assert vision["language"] is None
+    assert (vision["slice"], other["slice"]) == (slice(0, 2), slice(2, 4))
+    assert language["language"] == "language"
+    assert language["slice"] == slice(0, 4)
+    assert vision["description"] == language["description"]
+    assert "fan-in 2:1" in vision["description"]
+
+
+def test_flags_of_other_ranks_reach_the_description():
+    _, _, language = on_ranks("_members", Case(modules=FAN_IN, per_token={"vision": True}))
+    assert language["factors"] == {"language": 1.0}
+    rows = [line.split() for line in language["description"].splitlines()]
+    assert rows[2][7] == "1", "vision's DDP sums, and the language model has one replica"
+
+
+def test_colocated_ranks_hold_several_modules():
+    first, second = on_ranks("_members", Case(modules=COLOCATED), size=2)
+    assert first["factors"] == {"vision": 2.0, "language": 1.0}
+    assert first["language"] == "language"
+    for member, plural in (
+        ("active_module_pg", "schedule_pg_collection"),
+        ("gradient_scaling_factor", "gradient_scaling_factors"),
+        ("slice", "module_name"),
+    ):
+        assert "vision, language" in first[member]
+        assert plural in first[member]
+    assert second["slices"] == {"vision": slice(2, 4), "language": slice(0, 4)}
+
+
+def _foreign() -> dict[str, float]:
+    """An infra of other classes, with the same attributes and no more."""
+    from types import SimpleNamespace
+
+    from megatron_mimo_coord import MultiModuleCoordinator
+
+    infra, model, _ = built(Case(modules=FAN_IN))
+    theirs = SimpleNamespace(
+        module_to_grid_map=infra.module_to_grid_map,
+        pg_collections=infra.pg_collections,
+        topology=infra.topology,
+    )
+    coordinator = MultiModuleCoordinator(theirs, model)
+    coordinator.build_pipeline_communicator(model.config)
+    infra.destroy()
+    return dict(coordinator.gradient_scaling_factors)
+
+
+def test_any_infra_with_the_attributes_works():
+    assert on_ranks("_foreign")[0] == {"vision": 2.0}
+
+
+# -- attach ----------------------------------------------------------------------------------------
+
+
+def _attach(case: Case) -> dict[str, Any]:
+    from megatron_mimo_coord import MultiModuleCoordinator
+
+    infra, model, coordinator = built(case)
+    config = model.config
+
+    class Optimizer:
+        def scale_loss(self, loss: Any) -> Any:
+            return loss
+
+    optimizer = Optimizer()
+    answer: dict[str, Any] = {}
+    coordinator.attach(config)
+    answer["without optimizer"] = config.grad_scale_func is None
+    coordinator.attach(config, optimizer)
+    coordinator.attach(config, optimizer)
+    answer["no_sync"] = config.no_sync_func == coordinator.no_sync
+    answer["finalize"] = config.finalize_model_grads_func == coordinator.finalize_model_grads
+    answer["scale"] = config.grad_scale_func == optimizer.scale_loss
+    answer["grad_sync"] = config.grad_sync_func == coordinator.start_grad_sync
+    answer["param_sync"] = config.param_sync_func == coordinator.start_param_sync
+    successor = MultiModuleCoordinator(infra, model)
+    successor.attach(config, Optimizer())
+    answer["successor"] = config.no_sync_func == successor.no_sync
+    for hook in ("no_sync_func", "finalize_model_grads_func", "grad_scale_func"):
+        before = getattr(config, hook)
+        setattr(config, hook, print)
+        others = {name: getattr(config, name) for name in vars(config) if name.endswith("_func")}
+        try:
+            MultiModuleCoordinator(infra, model).attach(config, optimizer)
+        except ValueError as error:
+            answer[hook] = str(error)
+        assert others == {name: getattr(config, name) for name in others}, "nothing is set then"
+        setattr(config, hook, before)
+    config.variable_seq_lengths = False
+    try:
+        successor.attach(config)
+    except ValueError as error:
+        answer["shapes"] = str(error)
+    infra.destroy()
+    return answer
+
+
+def test_attach_sets_hooks_and_respects_those_of_others():
+    for answer in on_ranks("_attach", Case(modules=FAN_IN)):
+        assert answer["without optimizer"]
+        assert answer["no_sync"] and answer["finalize"] and answer["scale"] and answer["successor"]
+        assert not answer["grad_sync"] and not answer["param_sync"]
+        for hook in ("no_sync_func", "finalize_model_grads_func", "grad_scale_func"):
+            assert f"config.{hook} is already <built-in function print>" in answer[hook]
+        assert "config.variable_seq_lengths is False" in answer["shapes"]
+
+
+def test_overlap_adds_the_hooks_that_it_needs():
+    overlap = {**OVERLAP, **SHARDED, "overlap_param_gather": True, "align_param_gather": True}
+    for answer in on_ranks("_attach", Case(modules=FAN_IN, ddp=overlap)):
+        assert answer["grad_sync"] and answer["param_sync"]
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def _refused(case: Case, fault: str) -> None:
+    import torch.distributed as dist
+    import vlm
+    from attrs import evolve
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+
+    infra = MegatronMIMOInfra.build(case.modules)
+    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    rank = dist.get_rank()
+    if fault == "unwrapped" and rank == 0:
+        model.modality_submodules["vision"] = model.modality_submodules["vision"].module
+    if fault == "lacking" and rank == 0:
+        del model.modality_submodules["vision"]
+    if fault == "groups" and rank == 2:
+        infra = evolve(infra, pg_collections=dict.fromkeys(infra.pg_collections))
+    if fault == "topology" and rank == 1:
+        infra = evolve(infra, topology={"vision": ["language"]})
+    if fault == "language flag" and rank == 2:
+        model.config.calculate_per_token_loss = True
+    if fault == "ddp" and rank == 0:
+        model.modality_submodules["vision"].ddp_config.overlap_grad_reduce = True
+    if fault == "version" and rank == 0:
+        from megatron_mimo_coord import coordinator
+
+        coordinator.megatron_version = "0.0"
+    try:
+        MultiModuleCoordinator(infra, model)
+    finally:
+        if fault == "version" and rank == 0:
+            from megatron.core import __version__
+
+            coordinator.megatron_version = __version__
+        infra.destroy()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unwrapped", "module 'vision' is not wrapped in megatron.core.distributed"),
+        ("lacking", "the model has no such module here"),
+        ("groups", "no process groups for module 'language'"),
+        ("topology", "ranks disagree about topology"),
+        ("language flag", "ranks disagree about calculate_per_token_loss"),
+        ("ddp", "ranks disagree about vision: overlap_grad_reduce: rank 0 has True; rank 1 has"),
+        ("version", "ranks disagree about megatron-core version: rank 0 has 0.0"),
+    ],
+)
+def test_a_fault_on_one_rank_is_said_on_every_rank(fault, message):
+    answers, errors = world(3).try_run("test_coordinator:_refused", Case(modules=FAN_IN), fault)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "ValueError", text
+        assert message in text
+
+
+def _refused_grids(vision: tuple, language: tuple) -> None:
+    """Grids that someone else made, and that Megatron cannot run."""
+    from types import SimpleNamespace
+
+    import vlm
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+
+    from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+
+    names = ["tp", "cp", "dp", "pp"]
+    fine = MegatronMIMOInfra.build({"language": ModuleParallelism(data_parallel_size=4)})
+    case = Case(modules={"language": ModuleParallelism(data_parallel_size=4)})
+    model = vlm.build_model(case.shape(), fine.module_to_grid_map, fine.pg_collections)
+    infra = SimpleNamespace(
+        module_to_grid_map={
+            "vision": HyperCommGrid(list(vision[0]), names, vision[1]),
+            "language": HyperCommGrid(list(language[0]), names, language[1]),
+        },
+        pg_collections=fine.pg_collections,
+        topology={"vision": ["language"], "language": []},
+    )
+    try:
+        MultiModuleCoordinator(infra, model)
+    finally:
+        fine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("vision", "language", "message"),
+    [
+        (((1, 2, 1, 1), 0), ((1, 1, 2, 1), 2), "module vision (ranks 0-1"),
+        (((1, 1, 1, 1), 0), ((1, 1, 2, 1), 1), "ranks 3 of 4 are in no module"),
+        (((1, 1, 2, 2), 0), ((1, 1, 2, 2), 0), "runs colocated modules without a pipeline"),
+        (((1, 1, 3, 1), 0), ((1, 1, 2, 1), 2), "overlap in part"),
+    ],
+)
+def test_layouts_that_megatron_cannot_run_are_refused(vision, language, message):
+    answers, errors = world(4).try_run("test_coordinator:_refused_grids", vision, language)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "ValueError", text
+        assert message in text
+
+
+def test_what_holds_no_mimo_model_is_refused():
+    import torch
+
+    from megatron_mimo_coord import unwrap_mimo_model
+
+    with pytest.raises(RuntimeError, match="there is no MimoModel inside Linear"):
+        unwrap_mimo_model(torch.nn.Linear(1, 1))
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+def _sync_state() -> dict[str, Any]:
+    infra, model, coordinator = built(Case(modules=COLOCATED, ddp=OVERLAP))
+    ddps = [ddp for ddp, _ in coordinator.module_to_grid_tuples]
+
+    def state() -> list[bool]:
+        return [group.is_last_microbatch for ddp in ddps for group in ddp.bucket_groups]
+
+    answer = {"before": state()}
+    with coordinator.no_sync():
+        answer["inside"] = state()
+    answer["after"] = state()
+    try:
+        with coordinator.no_sync():
+            raise KeyError("inside")
+    except KeyError:
+        answer["after an exception inside"] = state()
+
+    def broken() -> None:
+        raise KeyError("entering")
+
+    ddps[1].no_sync = broken
+    try:
+        with coordinator.no_sync():
+            pass
+    except KeyError:
+        answer["after an exception on entering"] = state()
+    model.destroy()
+    infra.destroy()
+    return answer
+
+
+def test_no_sync_leaves_every_module_as_it_was():
+    for answer in on_ranks("_sync_state", size=2):
+        inside = answer.pop("inside")
+        assert len(inside) >= 2 and not any(inside)
+        assert len(answer) == 4
+        assert all(all(state) for state in answer.values()), answer
+
+
+def _finalize_faults(per_token: bool) -> dict[str, str]:
+    import torch
+
+    case = Case(modules=FAN_IN, per_token=PER_TOKEN if per_token else {})
+    infra, model, coordinator = built(case)
+    tokens = torch.ones((), dtype=torch.int)
+    answer = {}
+    try:
+        coordinator.finalize_model_grads([model], None if per_token else tokens)
+    except ValueError as error:
+        answer["tokens"] = str(error)
+    coordinator.zero_grad_buffer()
+    coordinator.finalize_model_grads([model], tokens if per_token else None)
+    try:
+        coordinator.finalize_model_grads([model], tokens if per_token else None)
+    except RuntimeError as error:
+        answer["twice"] = str(error)
+    with coordinator.no_sync():
+        pass
+    coordinator.finalize_model_grads([model], tokens if per_token else None)
+    infra.destroy()
+    return answer
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_finalize_says_how_it_wants_to_be_called(per_token):
+    for answer in on_ranks("_finalize_faults", per_token):
+        assert f"num_tokens is {'missing' if per_token else 'given'}" in answer["tokens"]
+        assert "a second time in one step" in answer["twice"]
+
+
+def _reduce(losses: list, size: int) -> dict[str, float]:
+    import torch
+
+    infra, model, coordinator = built(
+        Case(modules={name: LAYOUTS["fan-out"][name] for name in ("vision", "language")})
+    )
+    here = torch.distributed.get_rank()
+    try:
+        return coordinator.reduce_losses(losses[here])
+    finally:
+        infra.destroy()
+
+
+def test_losses_are_the_same_on_every_rank():
+    # rank 0 is vision, ranks 1 and 2 are the two replicas of the language model
+    losses = [
+        [],
+        [{"pair": [6.0, 2.0], "number": 1.0}, {"pair": [0.0, 0.0], "number": 2.0}],
+        [{"pair": [1.0, 5.0], "number": 3.0}, {"pair": [0.0, 0.0], "number": 6.0}],
+    ]
+    for answer in on_ranks("_reduce", losses, 3):
+        assert answer == {"pair": 1.0, "number": 3.0}
+
+
+def test_no_tokens_are_a_loss_of_zero():
+    losses = [[], [{"loss": [0.0, 0.0]}], [{"loss": [0.0, 0.0]}]]
+    assert on_ranks("_reduce", losses, 3) == [{"loss": 0.0}] * 3
