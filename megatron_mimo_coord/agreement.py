@@ -141,7 +141,5 @@ def _exchange(statement: Statement, device: torch.device) -> list[Statement]:
     padded[0, : payload.numel()] = payload
     gathered = payload.new_empty((dist.get_world_size(), max(sizes)))
     dist.all_gather_into_tensor(gathered, padded)
-    texts = [
-        bytes(row[:size]).decode() for row, size in zip(gathered.tolist(), sizes, strict=True)
-    ]
+    texts = [bytes(row[:size]).decode() for row, size in zip(gathered.tolist(), sizes, strict=True)]
     return [Statement(*json.loads(text)) for text in texts]

@@ -157,11 +157,13 @@ class VaryingTokensBridge(BridgeCommunicator):
         self._to_return: deque[list[int]] = deque()
 
     def recv_forward(self) -> torch.Tensor | None:
+        """As Megatron's, and remembers how much came from each encoder rank."""
         return self._remember_split(super().recv_forward())
 
     def send_backward_recv_forward(
         self, grad_tensor: torch.Tensor, forward_shape: tuple[int, ...] | None = None
     ) -> torch.Tensor | None:
+        """As Megatron's, and remembers how much came from each encoder rank."""
         return self._remember_split(super().send_backward_recv_forward(grad_tensor, forward_shape))
 
     def _communicate_shapes(self, *tensors: Any, **directions: Any) -> Any:
@@ -190,7 +192,7 @@ class VaryingTokensBridge(BridgeCommunicator):
         # The other side allocates comm_dtype, whatever Float16Module made of an output.
         tensor = aggregated_tensor.to(self.comm_dtype) if self.comm_dtype else aggregated_tensor
         if split_sizes is not None:
-            tensor._mimo_bridge_split_sizes = split_sizes
+            tensor._mimo_bridge_split_sizes = split_sizes  # type: ignore[attr-defined]
         return super()._split_tensor_at_batch_dim(tensor, num_splits)
 
     @property

@@ -117,7 +117,7 @@ class MultiModuleCoordinator:
 
     @property
     def gradient_scaling_factors(self) -> Mapping[str, float]:
-        """For each module on this rank, the factor from what its DDP delivers to the loss's gradient.
+        """For each module on this rank, the factor from DDP's result to the gradient of the loss.
 
         Of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`: encoder DP / language DP for
         a mean loss where both modules average. With a per-token loss it lacks the 1/N, which only
@@ -178,9 +178,7 @@ class MultiModuleCoordinator:
             setattr(config, name, hook)
         self._hooks = hooks
 
-    def build_pipeline_communicator(
-        self, config: ModelParallelConfig
-    ) -> VaryingTokensCommunicator:
+    def build_pipeline_communicator(self, config: ModelParallelConfig) -> VaryingTokensCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
 
         Samples may have no, one or many images, and encoders any DP that divides or is a multiple
@@ -394,9 +392,7 @@ class MultiModuleCoordinator:
             },
             modules={name: _facts(ddp) for name, ddp in found.items()},
             problems=problems,
-            flags=sum(
-                1 << names.index(name) for name, ddp in found.items() if _sums(ddp)
-            ),
+            flags=sum(1 << names.index(name) for name, ddp in found.items() if _sums(ddp)),
         )
         flags = agree(statement, self._device)
         return {
@@ -416,8 +412,7 @@ class MultiModuleCoordinator:
     def _submodule(self, name: str) -> torch.nn.Module | None:
         if name == LANGUAGE:
             return self._model.language_model
-        submodules = self._model.modality_submodules
-        return submodules[name] if name in submodules else None
+        return dict(self._model.modality_submodules.items()).get(name)
 
     def _problems(self, name: str, ddp: DistributedDataParallel | None) -> list[str]:
         """What keeps a module on this rank from being coordinated."""

@@ -1,9 +1,9 @@
 """Runs Megatron-Core on CPU ranks over gloo: a laptop stands in for a cluster.
 
-Megatron-Core writes ``device="cuda"`` and ``backend="nccl"`` into its own code. On a machine without
-a GPU for each rank, :func:`enable_cpu_ranks` makes those words mean the CPU and gloo, so that the
-real models, schedules, communicators and optimizers run as they are. It is never called for you,
-and nothing else in this package knows about it: on GPUs no line of this file runs.
+Megatron-Core writes ``device="cuda"`` and ``backend="nccl"`` into its own code. On a machine
+without a GPU for each rank, :func:`enable_cpu_ranks` makes those words mean the CPU and gloo, so
+that the real models, schedules, communicators and optimizers run as they are. It is never called
+for you, and nothing else in this package knows about it: on GPUs no line of this file runs.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Grids and process groups of every module, made once and given back whole."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from attrs import frozen
@@ -169,7 +169,7 @@ def _create_groups(
     )
 
 
-def _create_embedding_groups(grid: HyperCommGrid) -> dict[str, dist.ProcessGroup]:
+def _create_embedding_groups(grid: HyperCommGrid) -> dict[str, Any]:
     """First and last stage share tied word embeddings; the first has the position embeddings."""
     groups = {}
     for stages in grid.get_rank_enum("pp"):

@@ -38,6 +38,10 @@ def _offset(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
         raise ValueError(f"{attribute.name} must be a rank (0 or more) or None, got {value!r}")
 
 
+def _same_as_tensor_parallel(size: Any, module: Any) -> Any:
+    return module.tensor_model_parallel_size if size is None else size
+
+
 @frozen(kw_only=True)
 class ModuleParallelism:
     """The parallel sizes of one module, as a user writes them down.
@@ -67,10 +71,7 @@ class ModuleParallelism:
     expert_model_parallel_size: int = field(default=1, validator=_positive)
     expert_tensor_parallel_size: int = field(
         default=None,
-        converter=Converter(  # type: ignore[misc]
-            lambda size, self: self.tensor_model_parallel_size if size is None else size,
-            takes_self=True,
-        ),
+        converter=Converter(_same_as_tensor_parallel, takes_self=True),  # type: ignore[misc]
         validator=_positive,
     )
     rank_offset: int | None = field(default=None, validator=_offset)
@@ -133,8 +134,8 @@ class ModuleGrid:
     """
 
     name: str
-    shape: tuple[int, ...] = field(converter=tuple)
-    dim_names: tuple[str, ...] = field(converter=tuple)
+    shape: Sequence[int] = field(converter=tuple[int, ...])
+    dim_names: Sequence[str] = field(converter=tuple[str, ...])
     rank_offset: int = 0
 
     @classmethod
@@ -248,8 +249,9 @@ def coverage_problems(grids: Iterable[ModuleGrid], world_size: int) -> list[str]
 def _idle(ranks: range, world_size: int) -> str:
     if not ranks:
         return ""
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {span(ranks)}"
     return (
-        f"ranks {span(ranks)} of {world_size} are in no module ({len(ranks)} idle); make a module "
+        f"{who} of {world_size} {'is' if len(ranks) == 1 else 'are'} in no module; make a module "
         f"larger, move one there with rank_offset, or launch fewer ranks"
     )
 
@@ -309,7 +311,7 @@ def _sharing_problems(grids: list[ModuleGrid]) -> list[str]:
                     f"of their own; Megatron's MimoModel has the language model share its ranks "
                     f"with every module or with none: change a rank_offset"
                 )
-            elif left.dim("pp") != right.dim("pp"):
+            elif left.dim("pp") != right.dim("pp") and not everything_shared:
                 problems.append(
                     f"modules {left} and {right} share their ranks with different PP; a rank has "
                     f"one place in the pipeline: give them the same pipeline_model_parallel_size"
@@ -397,8 +399,9 @@ def batch_problems(
     if num_microbatches * micro_batch_size != global_batch_size:
         problems.append(
             f"num_microbatches {num_microbatches} x micro_batch_size {micro_batch_size} = "
-            f"{num_microbatches * micro_batch_size}, not the global_batch_size {global_batch_size}; "
-            f"change one of the three (micro_batch_size counts the samples of all ranks)"
+            f"{num_microbatches * micro_batch_size}, not the global_batch_size "
+            f"{global_batch_size}; change one of the three (micro_batch_size counts the samples "
+            f"of all ranks)"
         )
     return problems
 
@@ -463,7 +466,9 @@ def describe(
 ) -> str:
     """A layout as a table of text: ranks, sizes, samples, scaling and bridge of each module."""
     language = grids[LANGUAGE].data_parallel_size
-    rows = [("module", "ranks", "TP", "CP", "PP", "DP", "samples/rank", "gradient x", "bridge")]
+    rows: list[tuple[str, ...]] = [
+        ("module", "ranks", "TP", "CP", "PP", "DP", "samples/rank", "gradient x", "bridge")
+    ]
     for name, grid in grids.items():
         dp = grid.data_parallel_size
         share = f"1/{dp}" if micro_batch_size is None else f"{micro_batch_size // dp}"

@@ -98,7 +98,11 @@ def rides_on_ddp(ddp: DistributedDataParallel) -> bool:
     Checked: the reduction reads ``gradient_scaling_factor``; each bucket's is one that DDP 0.19
     (or an earlier coordinator) would have set; buffers and shards are where they are expected.
     """
-    expected = {1.0, 1.0 / ddp.dp_cp_group.size(), ddp.expt_dp_group.size() / ddp.dp_cp_group.size()}
+    expected = {
+        1.0,
+        1.0 / ddp.dp_cp_group.size(),
+        ddp.expt_dp_group.size() / ddp.dp_cp_group.size(),
+    }
     groups = [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups]
     reductions = [getattr(type(group).start_grad_sync, "__code__", None) for group in groups]
     return (

@@ -33,8 +33,10 @@ from megatron_mimo_coord import (
     MegatronMIMOInfra,
     ModuleParallelism,
     MultiModuleCoordinator,
-    coordinator as coordination,
     normalization,
+)
+from megatron_mimo_coord import (
+    coordinator as coordination,
 )
 from megatron_mimo_coord.layout import pack
 
@@ -125,14 +127,22 @@ class Case:
         return vlm.ModelShape(
             encoders={
                 name: vlm.EncoderShape(
-                    patches=PATCHES, patch_dim=PATCH_DIM, token_id=VOCABULARY - 1 - index,
-                    hidden=8, heads=2,
+                    patches=PATCHES,
+                    patch_dim=PATCH_DIM,
+                    token_id=VOCABULARY - 1 - index,
+                    hidden=8,
+                    heads=2,
                 )
                 for index, name in enumerate(self.encoders)
             },
             language=vlm.LanguageShape(
-                vocabulary=VOCABULARY, sequence=self.sequence, hidden=16, heads=2,
-                layers=self.layers, tied_embeddings=self.tied_embeddings, experts=self.experts,
+                vocabulary=VOCABULARY,
+                sequence=self.sequence,
+                hidden=16,
+                heads=2,
+                layers=self.layers,
+                tied_embeddings=self.tied_embeddings,
+                experts=self.experts,
             ),
             per_token=self.per_token,
             ddp={name: self._ddp_of(name) for name in self.modules},
@@ -150,8 +160,8 @@ class Case:
 class Microbatch:
     """All samples of a microbatch."""
 
-    tokens_BS: torch.Tensor
-    mask_BS: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
     images: dict[str, torch.Tensor]
     counts: dict[str, list[int]]
 
@@ -219,8 +229,12 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         optimizer = get_mimo_optimizer(
             model,
             OptimizerConfig(
-                optimizer="adam", lr=ADAM["lr"], adam_eps=ADAM["eps"], weight_decay=0.0,
-                clip_grad=0.0, bf16=bool(case.wrap),
+                optimizer="adam",
+                lr=ADAM["lr"],
+                adam_eps=ADAM["eps"],
+                weight_decay=0.0,
+                clip_grad=0.0,
+                bf16=bool(case.wrap),
                 use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
             ),
         )
@@ -307,7 +321,7 @@ def _forward_step(
         if name in here:
             images = microbatch.images_of(name, coordinator.data_parallel_slice(size, name))
             inputs[name] = {"images": images} if len(images) else None
-    tokens, mask = microbatch.tokens_BS[samples], microbatch.mask_BS[samples]
+    tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
     output, mask = model(
         input_ids=tokens,
         position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
@@ -332,7 +346,21 @@ def alone() -> ProcessGroupCollection:
     """Groups of this rank only, for a whole model in one process."""
     if not _alone:
         groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        names = "tp cp dp pp tp_cp dp_cp mp ep expt_tp expt_dp tp_ep tp_ep_pp tp_dp_cp".split()
+        names = [
+            "tp",
+            "cp",
+            "dp",
+            "pp",
+            "tp_cp",
+            "dp_cp",
+            "mp",
+            "ep",
+            "expt_tp",
+            "expt_dp",
+            "tp_ep",
+            "tp_ep_pp",
+            "tp_dp_cp",
+        ]
         _alone.append(ProcessGroupCollection(**dict.fromkeys(names, groups[dist.get_rank()])))
     return _alone[0]
 
@@ -362,7 +390,7 @@ class Oracle:
         mean = torch.zeros(())
         for index in range(case.num_microbatches):
             microbatch = draw(case, step, index)
-            tokens = microbatch.tokens_BS
+            tokens = microbatch.tokens
             losses, _ = self.model(
                 input_ids=tokens,
                 position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
@@ -372,11 +400,11 @@ class Oracle:
                     for name, images in microbatch.images.items()
                 },
             )
-            losses = losses.float() * microbatch.mask_BS
-            total, number = total + losses.sum(), number + microbatch.mask_BS.sum()
+            losses = losses.float() * microbatch.mask
+            total, number = total + losses.sum(), number + microbatch.mask.sum()
             for replica in range(replicas):
                 samples = slice(replica * share, (replica + 1) * share)
-                tokens_here = microbatch.mask_BS[samples].sum().clamp(min=1)
+                tokens_here = microbatch.mask[samples].sum().clamp(min=1)
                 mean = mean + losses[samples].sum() / tokens_here
         mean = mean / (case.num_microbatches * replicas)
         loss = total / number.clamp(min=1) if case.per_token.get(vlm.LANGUAGE) else mean
@@ -498,7 +526,7 @@ def _formula(**wrong: Any) -> Any:
     def broken(replicas: int, language_replicas: int, *, ddp_sums: bool, per_token: bool) -> float:
         values = {"replicas": replicas, "language_replicas": language_replicas}
         values |= {"ddp_sums": ddp_sums, "per_token": per_token}
-        return original(**{key: wrong.get(key, lambda v: v[key])(values) for key in values})
+        return original(**values | {key: change(values) for key, change in wrong.items()})
 
     return _replaced(normalization, "gradient_scaling_factor", broken)
 

@@ -121,9 +121,9 @@ class World:
             if not ready:
                 for pipe in waiting:
                     errors[self._pipes.index(pipe)] = ("Timeout", "no answer in time")
-        if errors and not all(name == "ValueError" for name, _ in errors.values()):
-            self.kill()
-        elif errors and len(errors) < self.size:
+        if (errors and not all(name == "ValueError" for name, _ in errors.values())) or (
+            errors and len(errors) < self.size
+        ):
             self.kill()
         return answers, errors
 

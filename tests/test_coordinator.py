@@ -275,7 +275,7 @@ def _refused_grids(vision: tuple, language: tuple) -> None:
     ("vision", "language", "message"),
     [
         (((1, 2, 1, 1), 0), ((1, 1, 2, 1), 2), "module vision (ranks 0-1"),
-        (((1, 1, 1, 1), 0), ((1, 1, 2, 1), 1), "ranks 3 of 4 are in no module"),
+        (((1, 1, 1, 1), 0), ((1, 1, 2, 1), 1), "rank 3 of 4 is in no module"),
         (((1, 1, 2, 2), 0), ((1, 1, 2, 2), 0), "runs colocated modules without a pipeline"),
         (((1, 1, 3, 1), 0), ((1, 1, 2, 1), 2), "overlap in part"),
     ],
@@ -373,7 +373,7 @@ def test_finalize_says_how_it_wants_to_be_called(per_token):
 def _reduce(losses: list, size: int) -> dict[str, float]:
     import torch
 
-    infra, model, coordinator = built(
+    infra, _, coordinator = built(
         Case(modules={name: LAYOUTS["fan-out"][name] for name in ("vision", "language")})
     )
     here = torch.distributed.get_rank()

@@ -20,9 +20,7 @@ class Counter(TorchDispatchMode):
         self.syncs: list[str] = []
         self.scaled_bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         tensors = [value for value in _flat(args) if hasattr(value, "numel")]
         if name.startswith("c10d::"):
@@ -36,9 +34,11 @@ class Counter(TorchDispatchMode):
 
 
 def _flat(value: Any) -> list[Any]:
-    return [leaf for item in value for leaf in _flat(item)] if isinstance(
-        value, (list, tuple)
-    ) else [value]
+    return (
+        [leaf for item in value for leaf in _flat(item)]
+        if isinstance(value, (list, tuple))
+        else [value]
+    )
 
 
 def _count(case: Case) -> dict[str, Any]:
@@ -80,9 +80,7 @@ def _count(case: Case) -> dict[str, Any]:
 def _ddps(model: Any, infra: Any) -> list[tuple[Any, Any]]:
     import vlm
 
-    return [
-        (ddp, infra.pg_collections[name]) for name, ddp in vlm.submodules(model).items()
-    ]
+    return [(ddp, infra.pg_collections[name]) for name, ddp in vlm.submodules(model).items()]
 
 
 def _without(many: list[Any], few: list[Any]) -> list[Any]:
@@ -170,7 +168,6 @@ def test_encoder_ranks_do_not_wait_for_the_language_model(per_token):
 
 def _launches(case: Case) -> list[list[str]]:
     """For each step, where each reduction of this rank's module was launched."""
-    import traceback
 
     from cases import train
 

@@ -91,8 +91,11 @@ MIXTURE = {"experts": 4}
             images={**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)},
             steps=2,
         ),
-        Case(modules={"vision": parallel(dp=4), "language": parallel(pp=2, dp=2)},
-             images={"vision": (((0, 3, 0, 0), (2, 1, 1, 0)),)}, num_microbatches=5),
+        Case(
+            modules={"vision": parallel(dp=4), "language": parallel(pp=2, dp=2)},
+            images={"vision": (((0, 3, 0, 0), (2, 1, 1, 0)),)},
+            num_microbatches=5,
+        ),
     ],
     ids=repr,
 )
@@ -108,19 +111,56 @@ def test_images_per_sample_vary(case):
 @pytest.mark.parametrize("overlap", [OVERLAP, MANY_BUCKETS], ids=["one bucket", "many buckets"])
 def test_microbatches_without_images_under_overlap(overlap, images, loss, sharded):
     layout = {"vision": parallel(dp=2), "language": parallel(dp=2)}
-    verify(
-        Case(modules=layout, images=images, steps=4, per_token=loss, ddp={**overlap, **sharded})
-    )
+    verify(Case(modules=layout, images=images, steps=4, per_token=loss, ddp={**overlap, **sharded}))
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, **MIXTURE),
-        Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, **MIXTURE, per_token=PER_TOKEN, ddp={**OVERLAP, **SHARDED}, steps=2),
-        Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, **MIXTURE, ddp={"average_in_collective": True}, steps=2),
-        Case(modules={"vision": parallel(), "language": parallel(tp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)}, **MIXTURE),
-        Case(modules={"vision": parallel(), "language": parallel(tp=2, dp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1)}, **MIXTURE),
+        Case(
+            modules={
+                "vision": parallel(dp=2),
+                "language": parallel(dp=2, expert_model_parallel_size=2),
+            },
+            **MIXTURE,
+        ),
+        Case(
+            modules={
+                "vision": parallel(dp=2),
+                "language": parallel(dp=2, expert_model_parallel_size=2),
+            },
+            **MIXTURE,
+            per_token=PER_TOKEN,
+            ddp={**OVERLAP, **SHARDED},
+            steps=2,
+        ),
+        Case(
+            modules={
+                "vision": parallel(dp=2),
+                "language": parallel(dp=2, expert_model_parallel_size=2),
+            },
+            **MIXTURE,
+            ddp={"average_in_collective": True},
+            steps=2,
+        ),
+        Case(
+            modules={
+                "vision": parallel(),
+                "language": parallel(
+                    tp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+                ),
+            },
+            **MIXTURE,
+        ),
+        Case(
+            modules={
+                "vision": parallel(),
+                "language": parallel(
+                    tp=2, dp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+                ),
+            },
+            **MIXTURE,
+        ),
     ],
     ids=repr,
 )
@@ -136,17 +176,44 @@ def test_mixtures_of_experts(case):
         Case(modules=FAN_IN, frozen=("language.",), steps=2, per_token=PER_TOKEN),
         Case(modules=FAN_IN, frozen=("language.",), steps=2, ddp={**OVERLAP, **SHARDED}),
         Case(modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2),
-        Case(modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2, per_token=PER_TOKEN),
-        Case(modules={"vision": parallel(), "language": parallel(pp=2, dp=2)}, tied_embeddings=True, steps=3, per_token=PER_TOKEN, ddp=SHARDED),
+        Case(
+            modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2, per_token=PER_TOKEN
+        ),
+        Case(
+            modules={"vision": parallel(), "language": parallel(pp=2, dp=2)},
+            tied_embeddings=True,
+            steps=3,
+            per_token=PER_TOKEN,
+            ddp=SHARDED,
+        ),
         Case(modules=FAN_OUT, ddp={"average_in_collective": True}, steps=2),
-        Case(modules=FAN_IN, ddp={"average_in_collective": True}, per_token={"vision": True}, steps=2),
-        Case(modules=FAN_IN, ddp={"average_in_collective": True}, per_token={"language": True}, steps=2),
+        Case(
+            modules=FAN_IN, ddp={"average_in_collective": True}, per_token={"vision": True}, steps=2
+        ),
+        Case(
+            modules=FAN_IN,
+            ddp={"average_in_collective": True},
+            per_token={"language": True},
+            steps=2,
+        ),
         Case(modules=FAN_IN, ddp=SHARDED, force_all_reduce=True, steps=3, per_token=PER_TOKEN),
-        Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP}, force_all_reduce=True, steps=3, per_token=PER_TOKEN),
-        Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True, "align_param_gather": True}, steps=3),
+        Case(
+            modules=FAN_IN,
+            ddp={**SHARDED, **OVERLAP},
+            force_all_reduce=True,
+            steps=3,
+            per_token=PER_TOKEN,
+        ),
+        Case(
+            modules=FAN_IN,
+            ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True, "align_param_gather": True},
+            steps=3,
+        ),
         Case(modules=FAN_IN, num_microbatches=9, steps=3, per_token=PER_TOKEN),
         Case(modules=FAN_IN, second_coordinator=True, steps=3),
-        Case(modules=FAN_OUT, second_coordinator=True, steps=3, ddp=MANY_BUCKETS, per_token=PER_TOKEN),
+        Case(
+            modules=FAN_OUT, second_coordinator=True, steps=3, ddp=MANY_BUCKETS, per_token=PER_TOKEN
+        ),
         Case(modules=FAN_IN, unmasked=0.0, steps=2),
         Case(modules=FAN_IN, unmasked=0.0, steps=2, per_token=PER_TOKEN),
     ],
@@ -223,9 +290,7 @@ def cases(draw: st.DrawFn) -> Case:
     derandomize=True,
     print_blob=False,
 )
-@given(
-    cases().filter(lambda case: case.world_size <= int(os.environ.get("MIMO_RANKS", "4")))
-)
+@given(cases().filter(lambda case: case.world_size <= int(os.environ.get("MIMO_RANKS", "4"))))
 def test_drawn_layouts(case):
     note(f"verify({case!r})")
     verify(case)

@@ -126,7 +126,7 @@ def test_ranks_without_work_are_named():
     grids = {"vision": grid(2, 1), "language": grid(2, 5)}
     with pytest.raises(ValueError) as error:
         validate_no_stub_ranks(grids, 10)
-    for ranks in ("ranks 0 of 10", "ranks 3-4 of 10", "ranks 7-9 of 10"):
+    for ranks in ("rank 0 of 10", "ranks 3-4 of 10", "ranks 7-9 of 10"):
         assert ranks in str(error.value)
 
 

@@ -165,8 +165,8 @@ def test_exactly_the_layouts_that_run_are_accepted(drawn, difference):
     ("drawn", "world_size", "message"),
     [
         ({"vision": {}}, 1, "no module named 'language' (modules: vision)"),
-        ({"language": {}}, 2, "ranks 1 of 2 are in no module (1 idle)"),
-        ({"language": {"rank_offset": 1}}, 2, "ranks 0 of 2 are in no module"),
+        ({"language": {}}, 2, "rank 1 of 2 is in no module"),
+        ({"language": {"rank_offset": 1}}, 2, "rank 0 of 2 is in no module"),
         ({"language": {"data_parallel_size": 4}}, 2, "but the world has 2 ranks (0-1)"),
         (
             {"vision": {"data_parallel_size": 2}, "language": {"rank_offset": 1}},
