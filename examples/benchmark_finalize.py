@@ -114,7 +114,10 @@ def main() -> None:
                 note(f"case {cases.index(case) + 1} of {len(cases)}: {' '.join(cells(case))}")
                 bench = finalizers.Bench.build(case, infra, options)
                 seconds = bench.measure(options.rounds)
-                measurements += [Measurement(case, *found) for found in seconds.items()]
+                measured = [Measurement(case, *found) for found in seconds.items()]
+                for found in measured:  # at once: what is there stays there, should a run be cut
+                    note(f"  {'  '.join(row(found)[len(cells(case)) :])}")
+                measurements += measured
                 findings += bench.check_on_gpu()
     if IS_MAIN:
         print(finalizers.machine())
