@@ -164,7 +164,11 @@ def parse_options() -> argparse.Namespace:
         "--buckets", type=positive, default=4, metavar="N", help="of a module, where overlap is on"
     )
     parser.add_argument(
-        "--rounds", type=positive, default=60, metavar="N", help="runs of each finalizer in a case"
+        "--rounds",
+        type=positive,
+        default=60,
+        metavar="N",
+        help="runs of each finalizer in a case, 6 or more",
     )
     parser.add_argument(
         "--clock",
