@@ -20,6 +20,9 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord import infra as infrastructure
 from megatron_mimo_coord.agreement import Statement, agree
+from megatron_mimo_coord.colocated import (
+    let_token_counts_vary as let_colocated_token_counts_vary,
+)
 from megatron_mimo_coord.communicator import (
     TokenCounts,
     VaryingTokensCommunicator,
@@ -199,6 +202,8 @@ class MultiModuleCoordinator:
             )
         topology = self._infra.topology
         self._token_counts.let_vary()
+        if colocated:
+            let_colocated_token_counts_vary(self._model)
         return VaryingTokensCommunicator(
             self._infra.module_to_grid_map,
             {name: [] if colocated else topology.get(name, []) for name in self._grids},
@@ -334,18 +339,17 @@ class MultiModuleCoordinator:
         force = bool(force_all_reduce)
         counting = self._start_counting(num_tokens)
         for module in self._modules:
-            with torch.profiler.record_function(f"finalize_model_grads: {module.name}"):
-                module.reduction.launch()
-                finalize_model_grads(
-                    [module.ddp],
-                    num_tokens=None,
-                    pg_collection=module.pg_collection,
-                    force_all_reduce=force,
-                )
+            module.reduction.launch()
+            finalize_model_grads(
+                [module.ddp],
+                num_tokens=None,
+                pg_collection=module.pg_collection,
+                force_all_reduce=force,
+            )
         inverse_tokens = None
         if counting is not None:
             counting.wait()
-            inverse_tokens = 1.0 / self._tokens.clamp(min=1)
+            inverse_tokens = self._tokens.clamp(min=1).reciprocal()
         for module in self._modules:
             module.normalizer.apply(inverse_tokens, module.reduction.reduces_everything(force))
             module.reduction.end(force)

@@ -6,6 +6,7 @@ returned or raised. Waits are bounded: a world that hangs or loses a rank is kil
 """
 
 import atexit
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -22,6 +23,9 @@ from time import monotonic
 from typing import Any
 
 TIMEOUT = timedelta(seconds=60)
+# Megatron's distributed optimizer keeps process groups alive, and each group has threads that wake
+# often: a world is replaced before they slow it down.
+RUNS = 12
 _worlds: dict[int, "World"] = {}
 
 
@@ -37,6 +41,8 @@ class RankError(AssertionError):
 
 def world(size: int) -> "World":
     """The world of this size, started if need be."""
+    if size in _worlds and _worlds[size].runs >= RUNS:
+        _worlds[size].kill()
     if size not in _worlds or not _worlds[size].is_alive():
         _worlds[size] = World(size)
     return _worlds[size]
@@ -63,6 +69,7 @@ class World:
     def __init__(self, size: int) -> None:
         context = _start_forkserver()
         self.size = size
+        self.runs = 0
         self._store = tempfile.mkdtemp(prefix="ranks-")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -98,6 +105,7 @@ class World:
         self, function: str, *args: Any, timeout: timedelta = TIMEOUT
     ) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
         """Like :meth:`run`, but returns the answers and the errors by rank."""
+        self.runs += 1
         for pipe in self._pipes:
             pipe.send((function, args))
         answers: dict[int, Any] = {}
@@ -172,4 +180,5 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             answer = (True, getattr(importlib.import_module(module), name)(*args))
         except Exception as error:  # every failure of a rank is the parent's to report
             answer = (False, (type(error).__name__, traceback.format_exc()))
+        gc.collect()  # each process group has a thread that wakes often, and models hold groups
         pipe.send(answer)
