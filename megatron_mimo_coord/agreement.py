@@ -54,12 +54,11 @@ class Statement:
         return {**self.job, **of_modules}
 
 
-def agree(statement: Statement, device: torch.device) -> list[int]:
+def agree(statement: Statement) -> list[int]:
     """Compare this rank's statement with those of all ranks. Collective over the world.
 
     Args:
         statement: what this rank was given.
-        device: where the world's backend expects tensors.
 
     Returns:
         The flags of every rank.
@@ -67,7 +66,7 @@ def agree(statement: Statement, device: torch.device) -> list[int]:
     Raises:
         ValueError: on every rank, if any two disagree or any rank has a problem.
     """
-    row = torch.tensor([statement.row()], dtype=torch.int64, device=device)
+    row = torch.tensor([statement.row()], dtype=torch.int64, device=world_device())
     gathered = row.new_empty((dist.get_world_size(), row.shape[1]))
     dist.all_gather_into_tensor(gathered, row)
     rows = [tuple(row) for row in gathered.tolist()]
@@ -76,10 +75,17 @@ def agree(statement: Statement, device: torch.device) -> list[int]:
     modules = {row[3:6] for row in rows}
     sets_of_modules = {row[3] for row in rows}
     if any(row[0] for row in rows) or len(jobs) > 1 or len(modules) > len(sets_of_modules):
-        statements = _exchange(statement, device)
+        statements = _exchange(statement)
         raise_problems("this job cannot start", disagreements(statements))
         raise AssertionError("digests differ, but the facts behind them do not")
     return [row[6] for row in rows]
+
+
+def world_device() -> torch.device:
+    """Where the backend of the world expects tensors."""
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def disagreements(statements: Sequence[Statement]) -> list[str]:
@@ -129,8 +135,9 @@ def _digest(value: object) -> tuple[int, int]:
     )
 
 
-def _exchange(statement: Statement, device: torch.device) -> list[Statement]:
+def _exchange(statement: Statement) -> list[Statement]:
     """Gather everybody's statement as plain JSON."""
+    device = world_device()
     text = json.dumps([statement.job, statement.modules, list(statement.problems)])
     payload = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     length = torch.tensor([payload.numel()], dtype=torch.int64, device=device)

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import (
 )
 
 from megatron_mimo_coord import infra as infrastructure
-from megatron_mimo_coord.agreement import Statement, agree
+from megatron_mimo_coord.agreement import Statement, agree, world_device
 from megatron_mimo_coord.colocated import (
     let_token_counts_vary as let_colocated_token_counts_vary,
 )
@@ -66,7 +66,7 @@ class MultiModuleCoordinator:
             Megatron-Bridge's, or any object with ``module_to_grid_map``, ``pg_collections`` and
             ``topology``.
         model: the ``MimoModel``, its submodules wrapped in Megatron's ``DistributedDataParallel``;
-            ``Float16Module`` or DDP may be around it, around its submodules, or both.
+            ``Float16Module`` may be around it, around its submodules, or both.
 
     Raises:
         ValueError: the layout cannot run, the model lacks a module or its DDP, or ranks disagree;
@@ -82,7 +82,7 @@ class MultiModuleCoordinator:
             name: ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()
         }
         self._per_token = bool(self._model.config.calculate_per_token_loss)
-        self._device = next(self._model.parameters(), torch.empty(0)).device
+        self._device = world_device()
         self._factors = self._agree_on_factors()
         self._modules = tuple(self._collect(name) for name in self._names_here)
         self._ddps = tuple(module.ddp for module in self._modules)
@@ -94,7 +94,9 @@ class MultiModuleCoordinator:
         self._hooks: dict[str, Any] = {}
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._device)
         self._counts_tokens = self._is_token_counter()
-        self._step_is_open = True
+        self._needs_tokens = self._per_token and self._rank in self._grids[LANGUAGE].ranks
+        self._grads = [buffer.grad_data for ddp in self._ddps for buffer in _buffers(ddp)]
+        self._finalized: list[int] | None = None
 
     # -- what lives on this rank -------------------------------------------------------------------
 
@@ -179,7 +181,7 @@ class MultiModuleCoordinator:
                 )
         for name, hook in hooks.items():
             setattr(config, name, hook)
-        self._hooks = hooks
+        self._hooks |= hooks
 
     def build_pipeline_communicator(self, config: ModelParallelConfig) -> VaryingTokensCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
@@ -192,10 +194,11 @@ class MultiModuleCoordinator:
             config: the language model's config, with ``pipeline_dtype``.
 
         Raises:
-            ValueError: the modules are on disjoint ranks and ``pipeline_dtype`` is not set.
+            ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
         """
         colocated = is_colocated(self._grids.values())
-        if config.pipeline_dtype is None and not colocated:
+        has_stages = any(grid.dim("pp") > 1 for grid in self._grids.values())
+        if config.pipeline_dtype is None and (has_stages or not colocated):
             raise ValueError(
                 "config.pipeline_dtype is None, so a receiver cannot know what it is sent: set it "
                 "to the dtype of the activations, such as torch.bfloat16"
@@ -213,7 +216,6 @@ class MultiModuleCoordinator:
 
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module on this rank to zero, before a step."""
-        self._step_is_open = True
         for ddp in self._ddps:
             ddp.zero_grad_buffer()
             for param in ddp.params_with_grad:
@@ -259,14 +261,13 @@ class MultiModuleCoordinator:
                 (sum, weight), of which sum of sums / sum of weights is reported.
 
         Raises:
-            ValueError: a value is neither a number nor a pair.
+            ValueError: a value is neither a number nor a pair; on every rank.
         """
         last_stage = self._grids[LANGUAGE].dim("pp") - 1
         return reduce_losses(
             losses,
             group=self._language_group() if self._is_on_last_stage() else None,
             source=self._grids[LANGUAGE].rank_at(pp=last_stage),
-            device=self._device,
         )
 
     def describe(self, micro_batch_size: int | None = None) -> str:
@@ -282,7 +283,7 @@ class MultiModuleCoordinator:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
-        self._step_is_open = True
+        self._finalized = None
         for module in self._modules:
             module.reduction.begin()
         with ExitStack() as stack:
@@ -305,9 +306,8 @@ class MultiModuleCoordinator:
         Args:
             *params: the model's parameters, which the schedule passes; all are gathered.
         """
-        for ddp in self._ddps:
-            if ddp.ddp_config.overlap_param_gather:
-                ddp.start_param_sync()
+        for module in self._modules:
+            module.reduction.gather_params()
 
     def finalize_model_grads(
         self,
@@ -335,7 +335,7 @@ class MultiModuleCoordinator:
             ValueError: ``num_tokens`` is missing and the loss is per token, or the reverse.
             RuntimeError: called twice in a step.
         """
-        self._close_step()
+        self._refuse_second_time()
         force = bool(force_all_reduce)
         counting = self._start_counting(num_tokens)
         for module in self._modules:
@@ -353,27 +353,35 @@ class MultiModuleCoordinator:
         for module in self._modules:
             module.normalizer.apply(inverse_tokens, module.reduction.reduces_everything(force))
             module.reduction.end(force)
+        self._finalized = self._versions()
 
-    def _close_step(self) -> None:
-        if not self._step_is_open:
+    def _versions(self) -> list[int]:
+        """PyTorch's count of the writes to each gradient buffer: backward's, zeroing, scaling."""
+        return [grads._version for grads in self._grads]
+
+    def _refuse_second_time(self) -> None:
+        if self._grads and self._finalized == self._versions():
             raise RuntimeError(
                 "finalize_model_grads was called a second time in one step, which would reduce the "
                 "gradients twice: call it once after the last backward, and zero_grad_buffer() "
                 "before the next step (the schedule calls it; do not call it yourself as well)"
             )
-        self._step_is_open = False
 
     def _start_counting(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
         """Launch the sum of the token counts over the ranks that hold distinct ones."""
-        if (num_tokens is not None) != self._per_token:
+        missing = self._needs_tokens and num_tokens is None
+        if missing or (num_tokens is not None and not self._per_token):
             raise ValueError(
                 f"the language model's calculate_per_token_loss is {self._per_token}, but "
                 f"num_tokens is {'missing' if num_tokens is None else 'given'}: pass num_tokens "
                 f"just when the loss is per token (the schedule does so by itself)"
             )
-        if num_tokens is None:
+        if not self._per_token:
             return None
-        self._tokens.copy_(num_tokens.reshape(())) if self._counts_tokens else self._tokens.zero_()
+        if self._counts_tokens and num_tokens is not None:
+            self._tokens.copy_(num_tokens.reshape(()))
+        else:
+            self._tokens.zero_()
         return dist.all_reduce(self._tokens, async_op=True)
 
     # -- construction ------------------------------------------------------------------------------
@@ -398,7 +406,7 @@ class MultiModuleCoordinator:
             problems=problems,
             flags=sum(1 << names.index(name) for name, ddp in found.items() if _sums(ddp)),
         )
-        flags = agree(statement, self._device)
+        flags = agree(statement)
         return {
             name: gradient_scaling_factor(
                 grid.replicas,
@@ -442,6 +450,15 @@ class MultiModuleCoordinator:
                 f"module {name!r} is reduced over {ddp.dp_cp_group.size()} ranks by its DDP, but "
                 f"its grid has DP x CP = {replicas}: pass pg_collections[{name!r}] to the DDP"
             )
+        buffers = {buffer.grad_data.untyped_storage().data_ptr() for buffer in _buffers(ddp)}
+        grads = [param.main_grad for param in ddp.params_with_grad[:1]]
+        if any(grad.untyped_storage().data_ptr() not in buffers for grad in grads) and not any(
+            buffer.extra_main_grads for buffer in _buffers(ddp)
+        ):
+            problems.append(
+                f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
+                f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
+            )
         if name == LANGUAGE and _sums(ddp) != self._per_token:
             problems.append(
                 f"the language model's DDP was built with calculate_per_token_loss={_sums(ddp)}, "
@@ -458,7 +475,7 @@ class MultiModuleCoordinator:
             ddp=ddp,
             grid=self._infra.module_to_grid_map[name],
             pg_collection=pg_collection,
-            reduction=OrderedReduction(ddp),
+            reduction=OrderedReduction.of(ddp),
             normalizer=GradientNormalizer(
                 name,
                 ddp,
@@ -507,9 +524,12 @@ class MultiModuleCoordinator:
         )
 
     def _is_token_counter(self) -> bool:
-        """Tensor-parallel peers hold the same count: one of them speaks for all."""
-        return self._is_on_last_stage() and (
-            self._grids[LANGUAGE].coordinate(self._rank, "tp") == 0
+        """Ranks that differ in more than DP and CP hold the same count: one speaks for all."""
+        grid = self._grids[LANGUAGE]
+        return self._is_on_last_stage() and all(
+            grid.coordinate(self._rank, dim) == 0
+            for dim in grid.dim_names
+            if dim not in ("dp", "cp", "pp")
         )
 
     def _language_group(self) -> dist.ProcessGroup:
@@ -541,6 +561,11 @@ def _find_ddp(module: Any) -> DistributedDataParallel | None:
     while module is not None and not isinstance(module, DistributedDataParallel):
         module = getattr(module, "module", None)
     return module
+
+
+def _buffers(ddp: DistributedDataParallel) -> list[Any]:
+    """The gradient buffers of a module."""
+    return [*ddp.buffers, *ddp.expert_parallel_buffers]
 
 
 def _sums(ddp: DistributedDataParallel) -> bool:

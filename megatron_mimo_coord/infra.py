@@ -9,6 +9,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mimo_coord.agreement import Statement, agree
 from megatron_mimo_coord.layout import (
     DIM_NAMES,
     EXPERT_DIM_NAMES,
@@ -96,6 +97,7 @@ class MegatronMIMOInfra:
         raise_problems(
             "this layout cannot run", layout_problems(grids, topology, dist.get_world_size())
         )
+        agree(Statement({"modules": str(dict(modules)), "topology": str(topology)}, {}))
         module_to_grid_map = {
             name: HyperCommGrid(list(grid.shape), list(DIM_NAMES), rank_offset=grid.rank_offset)
             for name, grid in grids.items()
@@ -122,6 +124,8 @@ class MegatronMIMOInfra:
             for group in (groups.embd, groups.pos_embd) if groups else ():
                 if group is not None:
                     dist.destroy_process_group(group)
+            if groups:
+                groups.embd = groups.pos_embd = None
         for grid in self.module_to_grid_map.values():
             grid.destroy()
         BridgeCommunicator.destroy_broadcast_pgs()
@@ -187,9 +191,13 @@ def is_current_rank_in_grid(grid: HyperCommGrid) -> bool:
     """Whether this rank is one of the grid's.
 
     Args:
-        grid: a ``HyperCommGrid``, or whatever has its ``shape``, ``dim_names``, ``rank_offset``.
+        grid: a ``HyperCommGrid``, or whatever has its ``rank_offset`` and ``size``.
     """
-    return dist.get_rank() in ModuleGrid.of("grid", grid).ranks
+    return dist.get_rank() in _ranks(grid)
+
+
+def _ranks(grid: HyperCommGrid) -> range:
+    return range(grid.rank_offset, grid.rank_offset + grid.size)
 
 
 def validate_no_stub_ranks(
@@ -205,8 +213,8 @@ def validate_no_stub_ranks(
         ValueError: ranks are in no module, or a grid reaches beyond the world; the message names
             the ranks, the modules and what to change.
     """
-    grids = [ModuleGrid.of(name, grid) for name, grid in module_to_grid_map.items()]
-    raise_problems("not every rank has work", coverage_problems(grids, world_size))
+    ranks_of = {name: _ranks(grid) for name, grid in module_to_grid_map.items()}
+    raise_problems("not every rank has work", coverage_problems(ranks_of, world_size))
 
 
 def validate_data_loader_contract(

@@ -227,19 +227,19 @@ def is_colocated(grids: Iterable[ModuleGrid]) -> bool:
 # -- what must hold --------------------------------------------------------------------------------
 
 
-def coverage_problems(grids: Iterable[ModuleGrid], world_size: int) -> list[str]:
+def coverage_problems(ranks_of: Mapping[str, range], world_size: int) -> list[str]:
     """Ranks in no module, and modules beyond the world. Works on intervals: O(modules)."""
     problems = []
     covered = 0
-    for grid in sorted(grids, key=lambda grid: grid.rank_offset):
-        if grid.rank_offset > covered:
-            problems.append(_idle(range(covered, min(grid.rank_offset, world_size)), world_size))
-        covered = max(covered, grid.rank_offset + grid.size)
-        if grid.rank_offset + grid.size > world_size:
+    for name, ranks in sorted(ranks_of.items(), key=lambda item: item[1].start):
+        if ranks.start > covered:
+            problems.append(_idle(range(covered, min(ranks.start, world_size)), world_size))
+        covered = max(covered, ranks.stop)
+        if ranks.stop > world_size:
             problems.append(
-                f"module {grid} needs ranks up to {grid.ranks[-1]}, but the world has "
-                f"{world_size} ranks (0-{world_size - 1}); make its sizes or rank_offset smaller, "
-                f"or launch at least {grid.rank_offset + grid.size} ranks"
+                f"module {name} (ranks {span(ranks)}) needs ranks up to {ranks[-1]}, but the world "
+                f"has {world_size} ranks (0-{world_size - 1}); make its sizes or rank_offset "
+                f"smaller, or launch at least {ranks.stop} ranks"
             )
     if covered < world_size:
         problems.append(_idle(range(covered, world_size), world_size))
@@ -275,7 +275,7 @@ def layout_problems(
             f"there is no module named {LANGUAGE!r} (modules: {', '.join(grids) or 'none'}); "
             f"Megatron's MimoModel needs exactly one, under that name"
         )
-    problems += coverage_problems(grids.values(), world_size)
+    problems += coverage_problems({name: grid.ranks for name, grid in grids.items()}, world_size)
     problems += _sharing_problems(list(grids.values()))
     problems += _topology_problems(grids, topology)
     for source, target in _bridges(grids, topology):
@@ -471,7 +471,7 @@ def describe(
     ]
     for name, grid in grids.items():
         dp = grid.data_parallel_size
-        share = f"1/{dp}" if micro_batch_size is None else f"{micro_batch_size // dp}"
+        share = f"1/{dp}" if micro_batch_size is None else f"{micro_batch_size / dp:g}"
         factor = f"{factors[name]:g}" + ("/tokens" if per_token else "")
         sizes = (str(grid.dim(dim)) for dim in ("tp", "cp", "pp", "dp"))
         rows.append((name, span(grid.ranks), *sizes, share, factor, _bridge(grid, language)))

@@ -14,6 +14,7 @@ what was reduced: with the distributed optimizer that is this rank's shard of ea
 The factor is set and never multiplied: a second coordinator on the same model changes nothing.
 """
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_mimo_coord.layout import gradient_scaling_factor
 
 logger = logging.getLogger(__name__)
 
-_SET_HERE = "_mimo_gradient_scaling_factor"
+_FACTOR_OF_DDP = "_mimo_factor_of_ddp"
 
 
 class GradientNormalizer:
@@ -66,12 +67,16 @@ class GradientNormalizer:
                 "its gradients are scaled in a pass of their own after the reduction",
                 name,
             )
+            for bucket, _ in _buckets(ddp):
+                if hasattr(bucket, _FACTOR_OF_DDP):
+                    bucket.gradient_scaling_factor = getattr(bucket, _FACTOR_OF_DDP)
             return
         loss_factor = 1.0 if per_token else 1.0 / language_replicas
         for bucket, group_size in _buckets(ddp):
+            if not hasattr(bucket, _FACTOR_OF_DDP):
+                setattr(bucket, _FACTOR_OF_DDP, bucket.gradient_scaling_factor)
             averaged_over = group_size if ddp.ddp_config.average_in_collective else 1
             bucket.gradient_scaling_factor = averaged_over * loss_factor
-            setattr(bucket, _SET_HERE, bucket.gradient_scaling_factor)
         extra = [grad for buffer in _buffers(ddp) for grad in buffer.extra_main_grads]
         self._everything = [buffer.grad_data for buffer in _buffers(ddp)] + extra
         self._shards = list(_shards(ddp)) + extra
@@ -85,7 +90,8 @@ class GradientNormalizer:
         """
         if not self.fast:
             scale = self.factor if inverse_tokens is None else self.factor * inverse_tokens
-            self._ddp.scale_gradients(scale)
+            if inverse_tokens is not None or self.factor != 1.0:
+                self._ddp.scale_gradients(scale)
         elif inverse_tokens is not None:
             grads = self._everything if everything else self._shards
             if grads:
@@ -98,18 +104,15 @@ def rides_on_ddp(ddp: DistributedDataParallel) -> bool:
     Checked: the reduction reads ``gradient_scaling_factor``; each bucket's is one that DDP 0.19
     (or an earlier coordinator) would have set; buffers and shards are where they are expected.
     """
-    expected = {
-        1.0,
-        1.0 / ddp.dp_cp_group.size(),
-        ddp.expt_dp_group.size() / ddp.dp_cp_group.size(),
-    }
+    replicas, expert_replicas = ddp.dp_cp_group.size(), ddp.expt_dp_group.size()
+    expected = {1.0, 1.0 / replicas, expert_replicas / replicas}
     groups = [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups]
-    reductions = [getattr(type(group).start_grad_sync, "__code__", None) for group in groups]
+    reductions = [inspect.unwrap(type(group).start_grad_sync) for group in groups]
     return (
-        all(code and "gradient_scaling_factor" in code.co_names for code in reductions)
+        all("gradient_scaling_factor" in code.__code__.co_names for code in reductions)
         and all(
-            getattr(bucket, "gradient_scaling_factor", None)
-            in expected | {getattr(bucket, _SET_HERE, 1.0)}
+            hasattr(bucket, "gradient_scaling_factor")
+            and getattr(bucket, _FACTOR_OF_DDP, bucket.gradient_scaling_factor) in expected
             for bucket, _ in _buckets(ddp)
         )
         and all(hasattr(buffer, "extra_main_grads") for buffer in _buffers(ddp))

@@ -6,6 +6,9 @@ launched, ``finish_grad_sync`` asserts, and the peers wait for ever. Launching w
 backward is over mends that only if all ranks launch in the same order: the order of backward (which
 such a rank never sees) is not the order of the list. So here every launch follows the list: a group
 that is ready early is held until those before it are launched.
+
+With ``overlap_param_gather`` it is the same with parameters: Megatron gathers them from forward,
+which a rank without an image does not run. Here every rank launches the gathers as a step begins.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +23,12 @@ class OrderedReduction:
     """The gradient reductions of one module.
 
     Args:
-        ddp: the module. Its bucket groups' ``start_grad_sync`` is routed through this object; a
-            second object on the same module takes over from the first.
+        ddp: the module. Its bucket groups' ``start_grad_sync`` is routed through this object.
     """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self._ddp = ddp
+        self._gathers = bool(ddp.ddp_config.overlap_param_gather)
         self.overlaps = bool(ddp.ddp_config.overlap_grad_reduce)
         self._groups = [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups]
         self._queues = (
@@ -34,13 +37,37 @@ class OrderedReduction:
             else []
         )
 
+        for group in self._groups if self._gathers else ():
+            group.next_param_gather_bucket_group = None  # launched with all others, not in a chain
+
+    @classmethod
+    def of(cls, ddp: DistributedDataParallel) -> "OrderedReduction":
+        """The one of this module, whoever asked for it first."""
+        if not hasattr(ddp, "_mimo_ordered_reduction"):
+            ddp._mimo_ordered_reduction = cls(ddp)
+        return ddp._mimo_ordered_reduction
+
     def begin(self) -> None:
-        """Forget the launches of a step that an exception cut short."""
+        """Forget the launches of a step that an exception cut short; gather the parameters."""
+        for group in self._groups:
+            if group.grad_reduce_handle is not None:
+                group.grad_reduce_handle.wait()
+                group.grad_reduce_handle = None
         for queue in self._queues:
             queue.reset()
+        self.gather_params()
+
+    def gather_params(self) -> None:
+        """Launch the gathering of parameters that forward waits for, in the order of forward."""
+        for group in reversed(self._groups) if self._gathers else ():
+            if not group.param_gather_dispatched:
+                group.start_param_sync()
 
     def launch(self) -> None:
-        """Launch every reduction that backward did not. Nothing to do without overlap."""
+        """Launch every reduction that backward did not; collect parameters that it did not use."""
+        for group in self._groups if self._gathers else ():
+            if group.param_gather_handle is not None:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
         for queue in self._queues:
             queue.launch_rest(self._ddp.force_all_reduce)
 

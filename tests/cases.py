@@ -65,6 +65,7 @@ class Case:
         force_all_reduce: passed to the schedule.
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
         second_coordinator: build another coordinator on the same model after the first step.
+        attach_second: attach that one.
         layers, tied_embeddings, experts: of the language model.
         plain_path: scale gradients after the reduction, as if Megatron's buckets had changed.
         no_optimizer: do not build Megatron's optimizer; one step only.
@@ -85,6 +86,7 @@ class Case:
     force_all_reduce: bool = False
     wrap: str = ""
     second_coordinator: bool = False
+    attach_second: bool = True
     layers: int = 2
     tied_embeddings: bool = False
     experts: int | None = None
@@ -271,7 +273,8 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
                 optimizer.step()
             if case.second_coordinator and step == 0:
                 coordinator = MultiModuleCoordinator(infra, wrapped)
-                coordinator.attach(model.config, optimizer)
+                if case.attach_second:
+                    coordinator.attach(model.config, optimizer)
     finally:
         model.destroy()
         infra.destroy()

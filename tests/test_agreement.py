@@ -35,7 +35,6 @@ def test_a_problem_of_one_rank_is_told_to_all():
 
 
 def _agree(kind: str) -> list[int]:
-    import torch
     import torch.distributed as dist
 
     from megatron_mimo_coord.agreement import agree
@@ -52,7 +51,7 @@ def _agree(kind: str) -> list[int]:
         job = {"layout": "three modules"}
     if kind == "problem" and rank == 2:
         problems = ["language is not wrapped"]
-    return agree(Statement(job, modules, problems, flags=rank), torch.device("cpu"))
+    return agree(Statement(job, modules, problems, flags=rank))
 
 
 def test_flags_of_all_ranks_reach_all_ranks():

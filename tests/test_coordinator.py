@@ -200,6 +200,12 @@ def _refused(case: Case, fault: str) -> None:
     rank = dist.get_rank()
     if fault == "unwrapped" and rank == 0:
         model.modality_submodules["vision"] = model.modality_submodules["vision"].module
+    if fault == "wrapped twice":
+        from megatron.core.distributed import DistributedDataParallel
+
+        groups = infra.pg_collections[infra.participating_modules[0]]
+        ddp = next(iter(vlm.submodules(model).values()))
+        DistributedDataParallel(model.config, ddp.ddp_config, model, pg_collection=groups)
     if fault == "lacking" and rank == 0:
         del model.modality_submodules["vision"]
     if fault == "groups" and rank == 2:
@@ -228,6 +234,7 @@ def _refused(case: Case, fault: str) -> None:
     ("fault", "message"),
     [
         ("unwrapped", "module 'vision' is not wrapped in megatron.core.distributed"),
+        ("wrapped twice", "go to the buffers of another DDP"),
         ("lacking", "the model has no such module here"),
         ("groups", "no process groups for module 'language'"),
         ("topology", "ranks disagree about topology"),
@@ -344,29 +351,35 @@ def _finalize_faults(per_token: bool) -> dict[str, str]:
 
     case = Case(modules=FAN_IN, per_token=PER_TOKEN if per_token else {})
     infra, model, coordinator = built(case)
-    tokens = torch.ones((), dtype=torch.int)
+    tokens = torch.ones((), dtype=torch.int) if per_token else None
+    wrong = None if per_token else torch.ones((), dtype=torch.int)
     answer = {}
+    if not per_token or "language" in infra.participating_modules:
+        try:
+            coordinator.finalize_model_grads([model], wrong)
+        except ValueError as error:
+            answer["tokens"] = str(error)
+    coordinator.finalize_model_grads([model], tokens)
     try:
-        coordinator.finalize_model_grads([model], None if per_token else tokens)
-    except ValueError as error:
-        answer["tokens"] = str(error)
-    coordinator.zero_grad_buffer()
-    coordinator.finalize_model_grads([model], tokens if per_token else None)
-    try:
-        coordinator.finalize_model_grads([model], tokens if per_token else None)
+        coordinator.finalize_model_grads([model], tokens)
     except RuntimeError as error:
         answer["twice"] = str(error)
     with coordinator.no_sync():
         pass
-    coordinator.finalize_model_grads([model], tokens if per_token else None)
+    coordinator.finalize_model_grads([model], tokens)
+    for ddp, _ in coordinator.module_to_grid_tuples:
+        ddp.zero_grad_buffer()
+    coordinator.finalize_model_grads([model], tokens)
+    infra.destroy()
     infra.destroy()
     return answer
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_finalize_says_how_it_wants_to_be_called(per_token):
-    for answer in on_ranks("_finalize_faults", per_token):
-        assert f"num_tokens is {'missing' if per_token else 'given'}" in answer["tokens"]
+    answers = on_ranks("_finalize_faults", per_token)
+    assert f"num_tokens is {'missing' if per_token else 'given'}" in answers[2]["tokens"]
+    for answer in answers:
         assert "a second time in one step" in answer["twice"]
 
 
@@ -388,10 +401,18 @@ def test_losses_are_the_same_on_every_rank():
     losses = [
         [],
         [{"pair": [6.0, 2.0], "number": 1.0}, {"pair": [0.0, 0.0], "number": 2.0}],
-        [{"pair": [1.0, 5.0], "number": 3.0}, {"pair": [0.0, 0.0], "number": 6.0}],
+        [{"number": 3.0, "pair": [1.0, 5.0]}, {"number": 6.0, "only here": 5.0}],
     ]
     for answer in on_ranks("_reduce", losses, 3):
-        assert answer == {"pair": 1.0, "number": 3.0}
+        assert answer == {"pair": 1.0, "number": 3.0, "only here": 5.0}
+
+
+def test_a_loss_that_cannot_be_averaged_is_refused_on_every_rank():
+    answers, errors = world(3).try_run(
+        "test_coordinator:_reduce", [[], [{"loss": [1.0, 2.0, 3.0]}], [{"loss": 1.0}]], 3
+    )
+    assert not answers
+    assert all("loss 'loss' has 3 values" in text for _, text in errors.values())
 
 
 def test_no_tokens_are_a_loss_of_zero():

@@ -244,7 +244,7 @@ def _paths(fault: str) -> tuple[bool, int]:
     if fault == "another meaning":
         for bucket in buckets:
             bucket.gradient_scaling_factor = 7.0
-            del bucket._mimo_gradient_scaling_factor
+            del bucket._mimo_factor_of_ddp
     if fault == "scaled elsewhere":
         group_class.start_grad_sync = lambda self, force_all_reduce=False: original(self)
     try:

@@ -220,6 +220,21 @@ def test_mixtures_of_experts(case):
         ),
         Case(modules=FAN_IN, unmasked=0.0, steps=2),
         Case(modules=FAN_IN, unmasked=0.0, steps=2, per_token=PER_TOKEN),
+        Case(
+            modules=FAN_IN,
+            images=SOME_RANKS_WITHOUT,
+            num_microbatches=1,
+            steps=4,
+            ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True},
+        ),
+        Case(
+            modules=LAYOUTS["colocated"],
+            images=SOME_RANKS_WITHOUT,
+            steps=4,
+            ddp={**SHARDED, **MANY_BUCKETS, "overlap_param_gather": True},
+            evaluate=True,
+        ),
+        Case(modules=FAN_IN, second_coordinator=True, attach_second=False, steps=3, ddp=OVERLAP),
     ],
     ids=repr,
 )
@@ -263,6 +278,7 @@ def cases(draw: st.DrawFn) -> Case:
     step = st.lists(sample, min_size=num_microbatches, max_size=num_microbatches).map(tuple)
     images = {name: tuple(draw(st.lists(step, min_size=1, max_size=3))) for name in names}
     overlap = draw(st.booleans())
+    gather = overlap and draw(st.booleans())
     per_token = {name: draw(st.booleans()) for name in modules}
     return Case(
         modules=modules,
@@ -273,8 +289,9 @@ def cases(draw: st.DrawFn) -> Case:
         unmasked=draw(st.sampled_from([0.0, 0.3, 1.0])),
         ddp={
             "overlap_grad_reduce": overlap,
-            "use_distributed_optimizer": draw(st.booleans()),
+            "use_distributed_optimizer": gather or draw(st.booleans()),
             "average_in_collective": draw(st.booleans()),
+            "overlap_param_gather": gather,
             **({"bucket_size": draw(st.sampled_from([1, 500, 10**6]))} if overlap else {}),
         },
         frozen=draw(st.sampled_from([(), (), ("vision.",), ("vision.encoders",), ("language.",)])),

@@ -118,7 +118,7 @@ def test_a_layout_that_cannot_run_is_refused_on_every_rank_before_any_group(layo
 
 def grid(dp: int, offset: int) -> SimpleNamespace:
     return SimpleNamespace(
-        shape=[1, 1, dp, 1], dim_names=["tp", "cp", "dp", "pp"], rank_offset=offset
+        shape=[1, 1, dp, 1], dim_names=["tp", "cp", "dp", "pp"], rank_offset=offset, size=dp
     )
 
 
