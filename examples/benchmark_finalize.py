@@ -103,8 +103,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import finalizers  # torch and Megatron, which take seconds to import
+    from job import start_ranks, stop_ranks
 
-    finalizers.start_ranks()
+    start_ranks()
     measurements: list[Measurement] = []
     findings: list[str] = []
     cases = list(all_cases(layouts, options))
@@ -123,7 +124,7 @@ def main() -> None:
         print(finalizers.machine())
         show(measurements)
         print("\n".join([*verdicts(measurements), *dict.fromkeys(findings)]))
-    finalizers.stop_ranks()
+    stop_ranks()
 
 
 # -- options: all checked before torch is imported -------------------------------------------------

@@ -1,7 +1,6 @@
 """The trainer of train_digits_vlm.py: what a Megatron training script does with a coordinator."""
 
 import math
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from digits import (
     spelled,
     training_batches,
 )
+from job import stop_ranks
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
 from megatron.core.optimizer import OptimizerConfig
@@ -41,19 +41,6 @@ from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
 from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
 
 VISION = "vision"
-
-
-def start_ranks() -> None:
-    """Join the other ranks: on a GPU each if this machine has as many, else on its CPU."""
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-    else:
-        from megatron_mimo_coord.cpu import enable_cpu_ranks
-
-        enable_cpu_ranks()
-        torch.set_num_threads(1)  # the ranks already share the cores
-        dist.init_process_group("gloo")
 
 
 @frozen
@@ -94,7 +81,7 @@ class Trainer:
         """Give all process groups back, those of the world included."""
         self.model.destroy()
         self.infra.destroy()
-        dist.destroy_process_group()
+        stop_ranks()
 
     # -- learning ----------------------------------------------------------------------------------
 

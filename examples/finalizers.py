@@ -28,25 +28,6 @@ Seconds = Mapping[str, Sequence[float]]
 TOKENS = 1000  # that each language replica counts
 
 
-def start_ranks() -> None:
-    """Join the other ranks: on a GPU each if this machine has as many, else on its CPU."""
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-    else:
-        from megatron_mimo_coord.cpu import enable_cpu_ranks
-
-        enable_cpu_ranks()
-        torch.set_num_threads(1)  # the ranks already share the cores
-        dist.init_process_group("gloo")
-
-
-def stop_ranks() -> None:
-    """Leave together: a rank that goes first closes connections that others still use."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def machine() -> str:
     """What the figures were measured on."""
     ranks, versions = dist.get_world_size(), f"torch {torch.__version__}"

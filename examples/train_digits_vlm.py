@@ -39,7 +39,8 @@ def main() -> None:
     with quiet():  # heavy imports wait until the options are known to be good
         import digits
         import digits_report
-        from digits_trainer import Trainer, model_shape, start_ranks, train
+        from digits_trainer import Trainer, model_shape, train
+        from job import start_ranks
 
         start_ranks()
         trainer = Trainer.build(parallelism(options), model_shape(options, HIDDEN, HEADS), options)

@@ -1,0 +1,25 @@
+"""How a script joins the other ranks of its torchrun job, and leaves them."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start_ranks() -> None:
+    """Join the other ranks: on a GPU each if this machine has as many, else on its CPU."""
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        from megatron_mimo_coord.cpu import enable_cpu_ranks
+
+        enable_cpu_ranks()
+        torch.set_num_threads(1)  # the ranks already share the cores
+        dist.init_process_group("gloo")
+
+
+def stop_ranks() -> None:
+    """Leave together: a rank that goes first closes connections that others still use."""
+    dist.barrier()
+    dist.destroy_process_group()
