@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +52,7 @@ class _Module:
     ddp: DistributedDataParallel
     grid: HyperCommGrid
     pg_collection: ProcessGroupCollection
+    groups_to_finalize: ProcessGroupCollection
     reduction: OrderedReduction
     normalizer: GradientNormalizer
 
@@ -343,7 +345,7 @@ class MultiModuleCoordinator:
             finalize_model_grads(
                 [module.ddp],
                 num_tokens=None,
-                pg_collection=module.pg_collection,
+                pg_collection=module.groups_to_finalize,
                 force_all_reduce=force,
             )
         inverse_tokens = None
@@ -475,6 +477,7 @@ class MultiModuleCoordinator:
             ddp=ddp,
             grid=self._infra.module_to_grid_map[name],
             pg_collection=pg_collection,
+            groups_to_finalize=_groups_to_finalize(name, pg_collection),
             reduction=OrderedReduction.of(ddp),
             normalizer=GradientNormalizer(
                 name,
@@ -561,6 +564,14 @@ def _find_ddp(module: Any) -> DistributedDataParallel | None:
     while module is not None and not isinstance(module, DistributedDataParallel):
         module = getattr(module, "module", None)
     return module
+
+
+def _groups_to_finalize(name: str, groups: ProcessGroupCollection) -> ProcessGroupCollection:
+    """Encoders tie no word embeddings, but Megatron looks for them wherever there is a group."""
+    if name != LANGUAGE:
+        groups = copy(groups)
+        groups.embd = groups.pos_embd = None
+    return groups
 
 
 def _buffers(ddp: DistributedDataParallel) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from cases import Case
 from ranks import world
-from test_gradients import FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED
+from test_gradients import FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 
 COLOCATED = LAYOUTS["colocated"]
 
@@ -381,6 +381,21 @@ def test_finalize_says_how_it_wants_to_be_called(per_token):
     assert f"num_tokens is {'missing' if per_token else 'given'}" in answers[2]["tokens"]
     for answer in answers:
         assert "a second time in one step" in answer["twice"]
+
+
+def _finalize_with_embedding_groups() -> bool:
+    """An infra that gives encoders embedding groups too, as Megatron-Bridge's does."""
+    from megatron_mimo_coord import MultiModuleCoordinator
+
+    infra, model, _ = built(Case(modules={"vision": parallel(pp=2), "language": parallel()}))
+    if "vision" in infra.participating_modules:
+        infra.pg_collections["vision"].embd = infra.pg_collections["vision"].pp
+    MultiModuleCoordinator(infra, model).finalize_model_grads([model])
+    return True
+
+
+def test_encoders_may_have_embedding_groups():
+    assert all(on_ranks("_finalize_with_embedding_groups"))
 
 
 def _reduce(losses: list, size: int) -> dict[str, float]:
