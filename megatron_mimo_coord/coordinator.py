@@ -40,7 +40,11 @@ from megatron_mimo_coord.layout import (
     layout_problems,
 )
 from megatron_mimo_coord.losses import reduce_losses
-from megatron_mimo_coord.normalization import GradientNormalizer
+from megatron_mimo_coord.normalization import (
+    GradientNormalizer,
+    grad_buffers,
+    owns_its_gradients,
+)
 from megatron_mimo_coord.reduction import OrderedReduction
 
 
@@ -97,7 +101,7 @@ class MultiModuleCoordinator:
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._device)
         self._counts_tokens = self._is_token_counter()
         self._needs_tokens = self._per_token and self._rank in self._grids[LANGUAGE].ranks
-        self._grads = [buffer.grad_data for ddp in self._ddps for buffer in _buffers(ddp)]
+        self._grads = [buffer.grad_data for ddp in self._ddps for buffer in grad_buffers(ddp)]
         self._finalized: list[int] | None = None
 
     # -- what lives on this rank -------------------------------------------------------------------
@@ -452,11 +456,7 @@ class MultiModuleCoordinator:
                 f"module {name!r} is reduced over {ddp.dp_cp_group.size()} ranks by its DDP, but "
                 f"its grid has DP x CP = {replicas}: pass pg_collections[{name!r}] to the DDP"
             )
-        buffers = {buffer.grad_data.untyped_storage().data_ptr() for buffer in _buffers(ddp)}
-        grads = [param.main_grad for param in ddp.params_with_grad[:1]]
-        if any(grad.untyped_storage().data_ptr() not in buffers for grad in grads) and not any(
-            buffer.extra_main_grads for buffer in _buffers(ddp)
-        ):
+        if not owns_its_gradients(ddp):
             problems.append(
                 f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
                 f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
@@ -572,11 +572,6 @@ def _groups_to_finalize(name: str, groups: ProcessGroupCollection) -> ProcessGro
         groups = copy(groups)
         groups.embd = groups.pos_embd = None
     return groups
-
-
-def _buffers(ddp: DistributedDataParallel) -> list[Any]:
-    """The gradient buffers of a module."""
-    return [*ddp.buffers, *ddp.expert_parallel_buffers]
 
 
 def _sums(ddp: DistributedDataParallel) -> bool:

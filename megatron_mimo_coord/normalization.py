@@ -77,8 +77,8 @@ class GradientNormalizer:
                 setattr(bucket, _FACTOR_OF_DDP, bucket.gradient_scaling_factor)
             averaged_over = group_size if ddp.ddp_config.average_in_collective else 1
             bucket.gradient_scaling_factor = averaged_over * loss_factor
-        extra = [grad for buffer in _buffers(ddp) for grad in buffer.extra_main_grads]
-        self._everything = [buffer.grad_data for buffer in _buffers(ddp)] + extra
+        extra = [grad for buffer in grad_buffers(ddp) for grad in buffer.extra_main_grads]
+        self._everything = [buffer.grad_data for buffer in grad_buffers(ddp)] + extra
         self._shards = list(_shards(ddp)) + extra
 
     def apply(self, inverse_tokens: torch.Tensor | None, everything: bool) -> None:
@@ -115,7 +115,7 @@ def rides_on_ddp(ddp: DistributedDataParallel) -> bool:
             and getattr(bucket, _FACTOR_OF_DDP, bucket.gradient_scaling_factor) in expected
             for bucket, _ in _buckets(ddp)
         )
-        and all(hasattr(buffer, "extra_main_grads") for buffer in _buffers(ddp))
+        and all(hasattr(buffer, "extra_main_grads") for buffer in grad_buffers(ddp))
         and all(
             hasattr(group, "intra_distributed_optimizer_instance_size")
             for group in groups
@@ -124,7 +124,21 @@ def rides_on_ddp(ddp: DistributedDataParallel) -> bool:
     )
 
 
-def _buffers(ddp: DistributedDataParallel) -> list[Any]:
+def owns_its_gradients(ddp: DistributedDataParallel) -> bool:
+    """Whether backward adds to the buffers of this DDP, and not to those of one around it."""
+    own = [
+        grads
+        for buffer in grad_buffers(ddp)
+        for grads in (buffer.grad_data, *getattr(buffer, "extra_main_grads", ()))
+    ]
+    storages = {grads.untyped_storage().data_ptr() for grads in own}
+    return all(
+        param.main_grad.untyped_storage().data_ptr() in storages for param in ddp.params_with_grad
+    )
+
+
+def grad_buffers(ddp: DistributedDataParallel) -> list[Any]:
+    """The gradient buffers of a module, dense and expert."""
     return [*ddp.buffers, *ddp.expert_parallel_buffers]
 
 
