@@ -12,12 +12,14 @@ if TYPE_CHECKING:
         validate_no_stub_ranks,
     )
     from megatron_mimo_coord.layout import ModuleParallelism
+    from megatron_mimo_coord.layout_file import read_layout
 
 __all__ = [
     "MegatronMIMOInfra",
     "ModuleParallelism",
     "MultiModuleCoordinator",
     "is_current_rank_in_grid",
+    "read_layout",
     "unwrap_mimo_model",
     "validate_data_loader_contract",
     "validate_no_stub_ranks",
@@ -31,6 +33,7 @@ _HOMES = {
     "validate_data_loader_contract": "infra",
     "validate_no_stub_ranks": "infra",
     "ModuleParallelism": "layout",
+    "read_layout": "layout_file",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from megatron_mimo_coord.layout import raise_problems
+from megatron_mimo_coord.problems import raise_problems
 
 
 @frozen

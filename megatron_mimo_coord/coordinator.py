@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord import infra as infrastructure
 from megatron_mimo_coord.agreement import Statement, agree, world_device
+from megatron_mimo_coord.batch import data_parallel_slice
 from megatron_mimo_coord.colocated import (
     let_token_counts_vary as let_colocated_token_counts_vary,
 )
@@ -29,15 +30,13 @@ from megatron_mimo_coord.communicator import (
     VaryingTokensCommunicator,
     fan_in_encoders,
 )
+from megatron_mimo_coord.description import describe, summarize
 from megatron_mimo_coord.infra import Infra, default_output_ndim
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleGrid,
-    data_parallel_slice,
-    describe,
     gradient_scaling_factor,
     is_colocated,
-    layout_problems,
 )
 from megatron_mimo_coord.losses import reduce_losses
 from megatron_mimo_coord.normalization import (
@@ -45,6 +44,7 @@ from megatron_mimo_coord.normalization import (
     grad_buffers,
     owns_its_gradients,
 )
+from megatron_mimo_coord.problems import layout_problems
 from megatron_mimo_coord.reduction import OrderedReduction
 
 
@@ -282,7 +282,14 @@ class MultiModuleCoordinator:
         Args:
             micro_batch_size: samples in a microbatch over all ranks; shown as shares if left out.
         """
-        return describe(self._grids, self._factors, self._per_token, micro_batch_size)
+        return describe(
+            summarize(
+                self._grids,
+                self._factors,
+                per_token=self._per_token,
+                micro_batch_size=micro_batch_size,
+            )
+        )
 
     # -- what the schedule calls -------------------------------------------------------------------
 

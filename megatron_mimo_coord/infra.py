@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.agreement import Statement, agree
+from megatron_mimo_coord.batch import batch_problems
 from megatron_mimo_coord.layout import (
     DIM_NAMES,
     EXPERT_DIM_NAMES,
@@ -17,11 +18,14 @@ from megatron_mimo_coord.layout import (
     ModuleGrid,
     ModuleParallelism,
     Topology,
-    batch_problems,
-    coverage_problems,
     default_topology,
-    layout_problems,
     pack,
+)
+from megatron_mimo_coord.problems import (
+    Problem,
+    coverage_problems,
+    layout_problems,
+    module_problems,
     raise_problems,
 )
 
@@ -92,12 +96,16 @@ class MegatronMIMOInfra:
                 "MegatronMIMOInfra.build makes process groups: call "
                 "torch.distributed.init_process_group first"
             )
+        facts = {"modules": modules, "topology": topology, "module_output_ndim": module_output_ndim}
+        agree(
+            Statement(
+                job={name: str(value) for name, value in facts.items()},
+                modules={},
+                problems=_problems(modules, topology, module_output_ndim),
+            )
+        )
         topology = default_topology(modules) if topology is None else topology
         grids = pack(modules)
-        raise_problems(
-            "this layout cannot run", layout_problems(grids, topology, dist.get_world_size())
-        )
-        agree(Statement({"modules": str(dict(modules)), "topology": str(topology)}, {}))
         module_to_grid_map = {
             name: HyperCommGrid(list(grid.shape), list(DIM_NAMES), rank_offset=grid.rank_offset)
             for name, grid in grids.items()
@@ -130,6 +138,27 @@ class MegatronMIMOInfra:
             grid.destroy()
         BridgeCommunicator.destroy_broadcast_pgs()
         BridgeCommunicator.destroy_bridge_pgs()
+
+
+def _problems(modules: Any, topology: Any, module_output_ndim: Any) -> list[Problem]:
+    """All that is wrong with what ``MegatronMIMOInfra.build`` was given."""
+    problems = module_problems(modules)
+    if problems:
+        return problems
+    if topology is None:
+        topology = default_topology(modules)
+    problems = layout_problems(pack(modules), topology, dist.get_world_size())
+    ndims = {} if module_output_ndim is None else module_output_ndim
+    if not isinstance(ndims, Mapping) or any(
+        name not in modules or ndim not in (2, 3) for name, ndim in ndims.items()
+    ):
+        problems.append(
+            Problem(
+                f"module_output_ndim must give 2 ([tokens, hidden]) or 3 ([sequence, batch, "
+                f"hidden]) for some of the modules {', '.join(modules)}, got {ndims!r}"
+            )
+        )
+    return problems
 
 
 def default_output_ndim(names: Mapping[str, object]) -> dict[str, int]:

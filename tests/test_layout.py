@@ -9,21 +9,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_mimo_coord import ModuleParallelism
+from megatron_mimo_coord.batch import batch_problems, data_parallel_slice
+from megatron_mimo_coord.description import describe, summarize
 from megatron_mimo_coord.layout import (
     DIM_NAMES,
     LANGUAGE,
     ModuleGrid,
-    batch_problems,
-    coverage_problems,
-    data_parallel_slice,
     default_topology,
-    describe,
     gradient_scaling_factor,
     is_colocated,
-    layout_problems,
     pack,
-    raise_problems,
 )
+from megatron_mimo_coord.problems import coverage_problems, layout_problems, raise_problems
 
 sizes = st.integers(1, 4)
 shapes = st.tuples(sizes, sizes, sizes, sizes)
@@ -258,11 +255,14 @@ def test_describe_shows_ranks_sizes_samples_and_factors():
             "language": ModuleParallelism(tensor_model_parallel_size=2, data_parallel_size=2),
         }
     )
-    text = describe(layout, {"vision": 2.0, "language": 1.0}, False, 32)
+    text = describe(
+        summarize(layout, {"vision": 2.0, "language": 1.0}, per_token=False, micro_batch_size=32)
+    )
     vision, language = (line.split() for line in text.splitlines()[2:])
     assert vision == ["vision", "0-3", "1", "1", "1", "4", "8", "2", "fan-in", "4:2"]
     assert language == ["language", "4-7", "2", "1", "1", "2", "16", "1"]
-    assert "1/tokens" in describe(layout, {"vision": 1.0, "language": 1.0}, True)
+    ones = {"vision": 1.0, "language": 1.0}
+    assert "1/tokens" in describe(summarize(layout, ones, per_token=True))
 
 
 def test_colocated_means_the_same_ranks():
