@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_mimo_coord.coordinator import MultiModuleCoordinator, unwrap_mimo_model
+    from megatron_mimo_coord.coordinator import MultiModuleCoordinator
     from megatron_mimo_coord.infra import (
         MegatronMIMOInfra,
         is_current_rank_in_grid,
         validate_data_loader_contract,
         validate_no_stub_ranks,
     )
+    from megatron_mimo_coord.inspection import unwrap_mimo_model
     from megatron_mimo_coord.layout import ModuleParallelism
     from megatron_mimo_coord.layout_file import read_layout
 
@@ -27,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "MultiModuleCoordinator": "coordinator",
-    "unwrap_mimo_model": "coordinator",
+    "unwrap_mimo_model": "inspection",
     "MegatronMIMOInfra": "infra",
     "is_current_rank_in_grid": "infra",
     "validate_data_loader_contract": "infra",

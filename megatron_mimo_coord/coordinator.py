@@ -1,8 +1,10 @@
 """The one object that a MIMO trainer holds, and whose methods the Megatron schedule calls."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +15,6 @@ from megatron.core import __version__ as megatron_version
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.models.mimo import MimoModel
 from megatron.core.process_groups_config import (
     MultiModuleProcessGroupCollection,
     ProcessGroupCollection,
@@ -22,6 +23,7 @@ from megatron.core.process_groups_config import (
 from megatron_mimo_coord import infra as infrastructure
 from megatron_mimo_coord.agreement import Statement, agree, world_device
 from megatron_mimo_coord.batch import data_parallel_slice
+from megatron_mimo_coord.buckets import grad_buffers
 from megatron_mimo_coord.colocated import (
     let_token_counts_vary as let_colocated_token_counts_vary,
 )
@@ -31,7 +33,16 @@ from megatron_mimo_coord.communicator import (
     fan_in_encoders,
 )
 from megatron_mimo_coord.description import describe, summarize
-from megatron_mimo_coord.infra import Infra, default_output_ndim
+from megatron_mimo_coord.finite_steps import FiniteSteps
+from megatron_mimo_coord.grad_norms import GradientShares
+from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, default_output_ndim
+from megatron_mimo_coord.inspection import (
+    facts,
+    find_ddp,
+    module_faults,
+    sums,
+    unwrap_mimo_model,
+)
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleGrid,
@@ -39,13 +50,12 @@ from megatron_mimo_coord.layout import (
     is_colocated,
 )
 from megatron_mimo_coord.losses import reduce_losses
-from megatron_mimo_coord.normalization import (
-    GradientNormalizer,
-    grad_buffers,
-    owns_its_gradients,
-)
+from megatron_mimo_coord.normalization import GradientNormalizer
 from megatron_mimo_coord.problems import layout_problems
+from megatron_mimo_coord.ranges import named_range
 from megatron_mimo_coord.reduction import OrderedReduction
+
+logger = logging.getLogger(__name__)
 
 
 @frozen
@@ -70,22 +80,39 @@ class MultiModuleCoordinator:
     Args:
         infra: grids and process groups: a ``MegatronMIMOInfra``, this package's or
             Megatron-Bridge's, or any object with ``module_to_grid_map``, ``pg_collections`` and
-            ``topology``.
+            ``topology``; or one with ``grids`` and ``module_pgs``, as Megatron-LM's
+            ``HeteroTopology``.
         model: the ``MimoModel``, its submodules wrapped in Megatron's ``DistributedDataParallel``;
             ``Float16Module`` may be around it, around its submodules, or both.
 
     Raises:
         ValueError: the layout cannot run, the model lacks a module or its DDP, or ranks disagree;
             raised on every rank alike, with every problem found.
-        RuntimeError: ``model`` holds no ``MimoModel``.
+        RuntimeError: ``model`` holds no ``MimoModel``; on the ranks where it does, the others
+            raise a ValueError that says so.
+
+    Example:
+        >>> coordinator = MultiModuleCoordinator(infra, model)
+        >>> coordinator.attach(model.config)
+        >>> print(coordinator.describe(micro_batch_size=8))
+        1 rank, modules colocated; 1 pipeline stage; 8 samples at a time; loss mean over \
+1 language replica
+        module    ranks  TP  CP  PP  DP  samples/rank  gradient x  bridge
+        vision    0      1   1   1   1   8             1           one to one 1:1
+        language  0      1   1   1   1   8             1
     """
 
-    def __init__(self, infra: Infra, model: torch.nn.Module) -> None:
-        self._infra = infra
-        self._model = unwrap_mimo_model(model)
+    def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
+        try:
+            self._infra = as_infra(infra)
+            self._model = unwrap_mimo_model(model)
+        except (ValueError, RuntimeError) as error:
+            with suppress(ValueError):  # what the other ranks raise
+                agree(Statement({}, {}, [str(error)]))
+            raise
         self._rank = dist.get_rank()
         self._grids = {
-            name: ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()
+            name: ModuleGrid.of(name, grid) for name, grid in self._infra.module_to_grid_map.items()
         }
         self._per_token = bool(self._model.config.calculate_per_token_loss)
         self._device = world_device()
@@ -95,14 +122,18 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple((module.ddp, module.grid) for module in self._modules)
         self._schedule_pg_collection = self._collect_for_schedule()
         self._token_counts = TokenCounts.of(
-            self._model, fan_in_encoders(self._grids, infra.topology)
+            self._model, fan_in_encoders(self._grids, self._infra.topology)
         )
+        self._config: ModelParallelConfig | None = None
         self._hooks: dict[str, Any] = {}
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._device)
         self._counts_tokens = self._is_token_counter()
         self._needs_tokens = self._per_token and self._rank in self._grids[LANGUAGE].ranks
         self._grads = [buffer.grad_data for ddp in self._ddps for buffer in grad_buffers(ddp)]
-        self._finalized: list[int] | None = None
+        # No step has begun: as far as finalize_model_grads can see, the last one is over.
+        self._finalized: list[int] | None = self._versions()
+        if self._rank == 0:
+            logger.info("%s", self.describe())
 
     # -- what lives on this rank -------------------------------------------------------------------
 
@@ -158,7 +189,9 @@ class MultiModuleCoordinator:
 
         Args:
             config: the language model's config, ``get_model_config(model)``.
-            optimizer: Megatron's optimizer, whose ``scale_loss`` scales the loss.
+            optimizer: Megatron's optimizer, whose ``scale_loss`` scales the loss. A
+                ``MimoOptimizer`` skips steps from now on, on all ranks alike, in which a module's
+                gradients are not finite, and the first rank logs which module it is.
 
         Raises:
             ValueError: someone else has set one of these hooks, or the modules are on disjoint
@@ -188,6 +221,8 @@ class MultiModuleCoordinator:
         for name, hook in hooks.items():
             setattr(config, name, hook)
         self._hooks |= hooks
+        self._config = config
+        FiniteSteps.of(optimizer)
 
     def build_pipeline_communicator(self, config: ModelParallelConfig) -> VaryingTokensCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
@@ -276,6 +311,44 @@ class MultiModuleCoordinator:
             source=self._grids[LANGUAGE].rank_at(pp=last_stage),
         )
 
+    def grad_norms(self) -> dict[str, torch.Tensor]:
+        """L2 norm of each module's gradients, the same on every rank. Collective.
+
+        Call it between the schedule and ``optimizer.step()``, which clips. One sum over the world
+        of one number a module; nothing waits for the device until a norm is read.
+
+        Returns:
+            For each module of the job, a tensor without dims on this rank's device, in fp32. The
+            loss scale is taken out.
+
+        Example:
+            >>> norms = coordinator.grad_norms()
+            >>> {name: float(norm) for name, norm in norms.items()}
+            {'vision': 0.0, 'language': 0.0}
+        """
+        scale = torch.ones((), device=self._device)
+        scale_loss = self._hooks.get("grad_scale_func")
+        return self._shares.norms(scale if scale_loss is None else scale_loss(scale))
+
+    def num_trainable_parameters(self) -> dict[str, int]:
+        """Parameters of each module that have a gradient, over all ranks, each counted once.
+
+        Collective, the same on every rank; ask once, outside the loop.
+
+        Example:
+            >>> coordinator.num_trainable_parameters()["vision"]
+            1234
+        """
+        return self._shares.counts()
+
+    @cached_property
+    def _shares(self) -> GradientShares:
+        return GradientShares(
+            list(self._grids),
+            {module.name: (module.ddp, module.pg_collection) for module in self._modules},
+            self._device,
+        )
+
     def describe(self, micro_batch_size: int | None = None) -> str:
         """The layout as text, the same on every rank: print it before the first step.
 
@@ -346,39 +419,63 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: ``num_tokens`` is missing and the loss is per token, or the reverse.
-            RuntimeError: called twice in a step.
+            RuntimeError: called twice in a step, or outside of one.
         """
-        self._refuse_second_time()
+        self._refuse_outside_a_step()
         force = bool(force_all_reduce)
-        counting = self._start_counting(num_tokens)
-        for module in self._modules:
-            module.reduction.launch()
-            finalize_model_grads(
-                [module.ddp],
-                num_tokens=None,
-                pg_collection=module.groups_to_finalize,
-                force_all_reduce=force,
-            )
-        inverse_tokens = None
-        if counting is not None:
-            counting.wait()
-            inverse_tokens = self._tokens.clamp(min=1).reciprocal()
-        for module in self._modules:
-            module.normalizer.apply(inverse_tokens, module.reduction.reduces_everything(force))
-            module.reduction.end(force)
+        with named_range("finalize_model_grads"):
+            counting = self._start_counting(num_tokens)
+            for module in self._modules:
+                with named_range(module.name), self._lend_timers(module):
+                    module.reduction.launch()
+                    finalize_model_grads(
+                        [module.ddp],
+                        num_tokens=None,
+                        pg_collection=module.groups_to_finalize,
+                        force_all_reduce=force,
+                    )
+            inverse_tokens = None
+            if counting is not None:
+                counting.wait()
+                inverse_tokens = self._tokens.clamp(min=1).reciprocal()
+            for module in self._modules:
+                module.normalizer.apply(inverse_tokens, module.reduction.reduces_everything(force))
+                module.reduction.end(force)
         self._finalized = self._versions()
 
     def _versions(self) -> list[int]:
         """PyTorch's count of the writes to each gradient buffer: backward's, zeroing, scaling."""
         return [grads._version for grads in self._grads]
 
-    def _refuse_second_time(self) -> None:
+    def _refuse_outside_a_step(self) -> None:
+        """No gradient came since the last time, and the schedule has not begun another step."""
         if self._grads and self._finalized == self._versions():
             raise RuntimeError(
-                "finalize_model_grads was called a second time in one step, which would reduce the "
-                "gradients twice: call it once after the last backward, and zero_grad_buffer() "
-                "before the next step (the schedule calls it; do not call it yourself as well)"
+                "finalize_model_grads was called outside a step, or a second time in one step, "
+                "which would reduce the gradients twice: call it once after the last backward, and "
+                "zero_grad_buffer() before the next step (the schedule calls it; do not call it "
+                "yourself as well)"
             )
+
+    @contextmanager
+    def _lend_timers(self, module: _Module) -> Iterator[None]:
+        """Have Megatron time a module with the timers of the config that was attached.
+
+        Where timers start with a barrier, each rank must meet it as often as the others, however
+        many modules it holds: those of the first one count.
+        """
+        lender, borrower = self._config, module.ddp.config
+        if lender is None or lender.timers is None:
+            yield
+            return
+        before = borrower.timers, borrower.barrier_with_L1_time
+        borrower.timers = lender.timers
+        is_first = module is self._modules[0]
+        borrower.barrier_with_L1_time = lender.barrier_with_L1_time and is_first
+        try:
+            yield
+        finally:
+            borrower.timers, borrower.barrier_with_L1_time = before
 
     def _start_counting(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
         """Launch the sum of the token counts over the ranks that hold distinct ones."""
@@ -402,22 +499,24 @@ class MultiModuleCoordinator:
     def _agree_on_factors(self) -> dict[str, float]:
         """Compare notes with all ranks, and learn how the DDPs of other ranks deliver."""
         names = sorted(self._grids)
-        ddps = {name: _find_ddp(self._submodule(name)) for name in self._names_here}
-        problems = [
-            *layout_problems(self._grids, self._infra.topology, dist.get_world_size()),
-            *(problem for name, ddp in ddps.items() for problem in self._problems(name, ddp)),
-        ]
-        found = {name: ddp for name, ddp in ddps.items() if ddp is not None}
+        topology = self._infra.topology
+        problems: list[str] = [*layout_problems(self._grids, topology, dist.get_world_size())]
+        ddps = {}
+        for name in self._names_here:
+            problems += module_faults(self._model, self._infra, self._grids[name])
+            ddp = find_ddp(self._model, name)
+            if ddp is not None:
+                ddps[name] = ddp
         statement = Statement(
             job={
                 "megatron-core version": megatron_version,
                 "modules": ", ".join(str(self._grids[name]) for name in self._grids),
-                "topology": str({name: list(to) for name, to in self._infra.topology.items()}),
+                "topology": str(dict(topology) if isinstance(topology, Mapping) else topology),
                 "calculate_per_token_loss of the language model": str(self._per_token),
             },
-            modules={name: _facts(ddp) for name, ddp in found.items()},
+            modules={name: facts(ddp) for name, ddp in ddps.items()},
             problems=problems,
-            flags=sum(1 << names.index(name) for name, ddp in found.items() if _sums(ddp)),
+            flags=sum(1 << names.index(name) for name, ddp in ddps.items() if sums(ddp)),
         )
         flags = agree(statement)
         return {
@@ -434,51 +533,22 @@ class MultiModuleCoordinator:
     def _names_here(self) -> list[str]:
         return [name for name, grid in self._grids.items() if self._rank in grid.ranks]
 
-    def _submodule(self, name: str) -> torch.nn.Module | None:
-        if name == LANGUAGE:
-            return self._model.language_model
-        return dict(self._model.modality_submodules.items()).get(name)
-
-    def _problems(self, name: str, ddp: DistributedDataParallel | None) -> list[str]:
-        """What keeps a module on this rank from being coordinated."""
-        if self._submodule(name) is None:
-            return [
-                f"infra places module {name!r} on this rank, but the model has no such module "
-                f"here: give MimoModelConfig the same module_to_grid_map and a spec for {name!r}"
-            ]
-        if ddp is None:
-            return [
-                f"module {name!r} is not wrapped in megatron.core.distributed."
-                f"DistributedDataParallel: wrap each submodule of the MimoModel, frozen ones too"
-            ]
-        if self._infra.pg_collections.get(name) is None:
-            return [
-                f"infra has no process groups for module {name!r} on a rank of its grid: fill "
-                f"pg_collections[{name!r}] there"
-            ]
-        problems = []
-        replicas = self._grids[name].replicas
-        if ddp.dp_cp_group.size() != replicas:
-            problems.append(
-                f"module {name!r} is reduced over {ddp.dp_cp_group.size()} ranks by its DDP, but "
-                f"its grid has DP x CP = {replicas}: pass pg_collections[{name!r}] to the DDP"
-            )
-        if not owns_its_gradients(ddp):
-            problems.append(
-                f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
-                f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
-            )
-        if name == LANGUAGE and _sums(ddp) != self._per_token:
-            problems.append(
-                f"the language model's DDP was built with calculate_per_token_loss={_sums(ddp)}, "
-                f"but the MimoModel's config says {self._per_token}: use one config for both"
-            )
-        return problems
-
     def _collect(self, name: str) -> _Module:
-        ddp = _find_ddp(self._submodule(name))
+        ddp = find_ddp(self._model, name)
         pg_collection = self._infra.pg_collections[name]
-        assert ddp is not None and pg_collection is not None, "checked by _problems"
+        assert ddp is not None and pg_collection is not None, "module_faults has seen to it"
+        normalizer = GradientNormalizer(
+            ddp,
+            replicas=self._grids[name].replicas,
+            language_replicas=self._grids[LANGUAGE].replicas,
+            per_token=self._per_token,
+        )
+        if not normalizer.fast and self._rank == self._grids[name].rank_offset:
+            logger.warning(
+                "module %s: this Megatron-Core does not scale its gradient buckets as 0.19 does; "
+                "its gradients are scaled in a pass of their own after the reduction",
+                name,
+            )
         return _Module(
             name=name,
             ddp=ddp,
@@ -486,13 +556,7 @@ class MultiModuleCoordinator:
             pg_collection=pg_collection,
             groups_to_finalize=_groups_to_finalize(name, pg_collection),
             reduction=OrderedReduction.of(ddp),
-            normalizer=GradientNormalizer(
-                name,
-                ddp,
-                replicas=self._grids[name].replicas,
-                language_replicas=self._grids[LANGUAGE].replicas,
-                per_token=self._per_token,
-            ),
+            normalizer=normalizer,
         )
 
     def _collect_for_schedule(self) -> MultiModuleProcessGroupCollection:
@@ -546,55 +610,9 @@ class MultiModuleCoordinator:
         return next(module.ddp.dp_cp_group for module in self._modules if module.name == LANGUAGE)
 
 
-def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
-    """The ``MimoModel`` inside ``Float16Module`` and ``DistributedDataParallel``.
-
-    Args:
-        model: a ``MimoModel``, or a chain of wrappers with ``.module`` around one.
-
-    Raises:
-        RuntimeError: there is no ``MimoModel`` inside.
-    """
-    inner: Any = model
-    while not isinstance(inner, MimoModel):
-        if not isinstance(getattr(inner, "module", None), torch.nn.Module):
-            raise RuntimeError(
-                f"there is no MimoModel inside {type(model).__name__}; pass the MimoModel itself, "
-                f"or a Float16Module or DistributedDataParallel around it"
-            )
-        inner = inner.module
-    return inner
-
-
-def _find_ddp(module: Any) -> DistributedDataParallel | None:
-    """The DDP in a chain of wrappers."""
-    while module is not None and not isinstance(module, DistributedDataParallel):
-        module = getattr(module, "module", None)
-    return module
-
-
 def _groups_to_finalize(name: str, groups: ProcessGroupCollection) -> ProcessGroupCollection:
     """Encoders tie no word embeddings, but Megatron looks for them wherever there is a group."""
     if name != LANGUAGE:
         groups = copy(groups)
         groups.embd = groups.pos_embd = None
     return groups
-
-
-def _sums(ddp: DistributedDataParallel) -> bool:
-    """Whether a DDP delivers the sum over its replicas; else it delivers the mean."""
-    return bool(ddp.config.calculate_per_token_loss)
-
-
-def _facts(ddp: DistributedDataParallel) -> dict[str, str]:
-    """Settings of a module that its ranks must share, or their collectives do not match."""
-    settings = (
-        "overlap_grad_reduce",
-        "use_distributed_optimizer",
-        "num_distributed_optimizer_instances",
-        "grad_reduce_in_fp32",
-        "average_in_collective",
-        "bucket_size",
-    )
-    facts = {name: str(getattr(ddp.ddp_config, name)) for name in settings}
-    return {"calculate_per_token_loss": str(_sums(ddp)), **facts}

@@ -50,6 +50,19 @@ class Infra(Protocol):
         """Process groups of the modules on this rank, None for the others."""
 
 
+@runtime_checkable
+class GridsAndGroups(Protocol):
+    """The same under the names of Megatron-LM's ``HeteroTopology``."""
+
+    @property
+    def grids(self) -> Mapping[str, HyperCommGrid]:
+        """Grid of every module, on every rank."""
+
+    @property
+    def module_pgs(self) -> Mapping[str, ProcessGroupCollection | None]:
+        """Process groups of the modules on this rank; the others may be None or missing."""
+
+
 @frozen(kw_only=True)
 class MegatronMIMOInfra:
     """Grids and process groups of every module.
@@ -138,6 +151,32 @@ class MegatronMIMOInfra:
             grid.destroy()
         BridgeCommunicator.destroy_broadcast_pgs()
         BridgeCommunicator.destroy_bridge_pgs()
+
+
+def as_infra(given: Infra | GridsAndGroups) -> Infra:
+    """Read grids and process groups from whatever holds them.
+
+    Raises:
+        ValueError: it has neither the attributes of ``Infra`` nor those of ``GridsAndGroups``.
+    """
+    if isinstance(given, Infra):
+        return given
+    if not isinstance(given, GridsAndGroups):
+        raise ValueError(
+            f"infra is of class {type(given).__name__}, which has neither module_to_grid_map, "
+            f"pg_collections and topology nor grids and module_pgs; use MegatronMIMOInfra.build, "
+            f"or give it those attributes"
+        )
+    groups = dict(given.module_pgs.items())
+    return MegatronMIMOInfra(
+        module_to_grid_map=dict(given.grids),
+        topology=getattr(given, "topology", None) or default_topology(given.grids),
+        pg_collections={name: groups.get(name) for name in given.grids},
+        participating_modules=[
+            n for n, grid in given.grids.items() if is_current_rank_in_grid(grid)
+        ],
+        module_output_ndim=default_output_ndim(given.grids),
+    )
 
 
 def _problems(modules: Any, topology: Any, module_output_ndim: Any) -> list[Problem]:
@@ -247,7 +286,10 @@ def validate_no_stub_ranks(
 
 
 def validate_data_loader_contract(
-    infra: Infra, global_batch_size: int, micro_batch_size: int, num_microbatches: int
+    infra: Infra | GridsAndGroups,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_microbatches: int,
 ) -> None:
     """Check that a batch can be dealt out to every module.
 
@@ -262,7 +304,8 @@ def validate_data_loader_contract(
         ValueError: the global batch or the microbatch does not divide by a module's DP, or
             ``num_microbatches * micro_batch_size != global_batch_size``; all problems at once.
     """
-    grids = [ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()]
+    grid_of = infra.grids if isinstance(infra, GridsAndGroups) else infra.module_to_grid_map
+    grids = [ModuleGrid.of(name, grid) for name, grid in grid_of.items()]
     raise_problems(
         "this batch cannot be dealt out",
         batch_problems(grids, global_batch_size, micro_batch_size, num_microbatches),

@@ -15,16 +15,12 @@ The factor is set and never multiplied: a second coordinator on the same model c
 """
 
 import inspect
-import logging
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_mimo_coord.buckets import buckets, grad_buffers, shards
 from megatron_mimo_coord.layout import gradient_scaling_factor
-
-logger = logging.getLogger(__name__)
 
 _FACTOR_OF_DDP = "_mimo_factor_of_ddp"
 
@@ -33,7 +29,6 @@ class GradientNormalizer:
     """Scales the gradients of one module.
 
     Args:
-        name: the module.
         ddp: the module, wrapped in Megatron's DDP.
         replicas: R_m = DP x CP of the module.
         language_replicas: R_language = DP x CP of the language model.
@@ -46,7 +41,6 @@ class GradientNormalizer:
 
     def __init__(
         self,
-        name: str,
         ddp: DistributedDataParallel,
         *,
         replicas: int,
@@ -62,24 +56,19 @@ class GradientNormalizer:
         self._ddp = ddp
         self.fast = rides_on_ddp(ddp)
         if not self.fast:
-            logger.warning(
-                "module %s: this Megatron-Core does not scale its gradient buckets as 0.19 does; "
-                "its gradients are scaled in a pass of their own after the reduction",
-                name,
-            )
-            for bucket, _ in _buckets(ddp):
+            for bucket, _ in buckets(ddp):
                 if hasattr(bucket, _FACTOR_OF_DDP):
                     bucket.gradient_scaling_factor = getattr(bucket, _FACTOR_OF_DDP)
             return
         loss_factor = 1.0 if per_token else 1.0 / language_replicas
-        for bucket, group_size in _buckets(ddp):
+        for bucket, group_size in buckets(ddp):
             if not hasattr(bucket, _FACTOR_OF_DDP):
                 setattr(bucket, _FACTOR_OF_DDP, bucket.gradient_scaling_factor)
             averaged_over = group_size if ddp.ddp_config.average_in_collective else 1
             bucket.gradient_scaling_factor = averaged_over * loss_factor
         extra = [grad for buffer in grad_buffers(ddp) for grad in buffer.extra_main_grads]
         self._everything = [buffer.grad_data for buffer in grad_buffers(ddp)] + extra
-        self._shards = list(_shards(ddp)) + extra
+        self._shards = list(shards(ddp)) + extra
 
     def apply(self, inverse_tokens: torch.Tensor | None, everything: bool) -> None:
         """Scale the reduced gradients. No host sync: safe inside a CUDA graph.
@@ -113,7 +102,7 @@ def rides_on_ddp(ddp: DistributedDataParallel) -> bool:
         and all(
             hasattr(bucket, "gradient_scaling_factor")
             and getattr(bucket, _FACTOR_OF_DDP, bucket.gradient_scaling_factor) in expected
-            for bucket, _ in _buckets(ddp)
+            for bucket, _ in buckets(ddp)
         )
         and all(hasattr(buffer, "extra_main_grads") for buffer in grad_buffers(ddp))
         and all(
@@ -122,43 +111,3 @@ def rides_on_ddp(ddp: DistributedDataParallel) -> bool:
             if ddp.ddp_config.use_distributed_optimizer
         )
     )
-
-
-def owns_its_gradients(ddp: DistributedDataParallel) -> bool:
-    """Whether backward adds to the buffers of this DDP, and not to those of one around it."""
-    own = [
-        grads
-        for buffer in grad_buffers(ddp)
-        for grads in (buffer.grad_data, *getattr(buffer, "extra_main_grads", ()))
-    ]
-    storages = {grads.untyped_storage().data_ptr() for grads in own}
-    return all(
-        param.main_grad.untyped_storage().data_ptr() in storages for param in ddp.params_with_grad
-    )
-
-
-def grad_buffers(ddp: DistributedDataParallel) -> list[Any]:
-    """The gradient buffers of a module, dense and expert."""
-    return [*ddp.buffers, *ddp.expert_parallel_buffers]
-
-
-def _buckets(ddp: DistributedDataParallel) -> Iterator[tuple[Any, int]]:
-    """Each bucket, with the number of ranks over which the whole reduction of it runs."""
-    for groups, process_group in (
-        (ddp.bucket_groups, ddp.dp_cp_group),
-        (ddp.expert_parallel_bucket_groups, ddp.expt_dp_group),
-    ):
-        for group in groups:
-            for bucket in group.buckets:
-                yield bucket, process_group.size()
-
-
-def _shards(ddp: DistributedDataParallel) -> Iterator[torch.Tensor]:
-    """The parts of the gradient buffers that hold reduced gradients on this rank."""
-    for group in [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups]:
-        for bucket in group.buckets:
-            if ddp.ddp_config.use_distributed_optimizer:
-                size = group.intra_distributed_optimizer_instance_size
-                yield bucket.grad_data.chunk(size)[group.intra_distributed_optimizer_instance_rank]
-            else:
-                yield bucket.grad_data

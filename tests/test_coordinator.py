@@ -101,26 +101,65 @@ def test_colocated_ranks_hold_several_modules():
     assert second["slices"] == {"vision": slice(2, 4), "language": slice(0, 4)}
 
 
-def _foreign() -> dict[str, float]:
-    """An infra of other classes, with the same attributes and no more."""
+def _foreign(kind: str) -> dict[str, Any]:
+    """An infra of someone else's class, with the same attributes and no more."""
+    from dataclasses import dataclass
     from types import SimpleNamespace
 
-    from megatron_mimo_coord import MultiModuleCoordinator
+    import torch
+
+    from megatron_mimo_coord import MultiModuleCoordinator, validate_data_loader_contract
+
+    @dataclass
+    class MegatronMIMOInfra:  # as in Megatron-Bridge
+        module_to_grid_map: dict
+        topology: dict
+        pg_collections: dict
+        participating_modules: list
+        module_output_ndim: dict
+
+    @dataclass(frozen=True)
+    class HeteroTopology:  # as in Megatron-LM's examples
+        grids: dict
+        module_pgs: dict
 
     infra, model, _ = built(Case(modules=FAN_IN))
-    theirs = SimpleNamespace(
-        module_to_grid_map=infra.module_to_grid_map,
-        pg_collections=infra.pg_collections,
-        topology=infra.topology,
-    )
+    if kind == "Megatron-Bridge":
+        names = MegatronMIMOInfra.__dataclass_fields__
+        theirs = MegatronMIMOInfra(**{name: getattr(infra, name) for name in names})
+    elif kind == "Megatron-LM":
+        here = {name: groups for name, groups in infra.pg_collections.items() if groups}
+        theirs = HeteroTopology(infra.module_to_grid_map, here)
+    elif kind == "Megatron-LM's groups":
+        collection = MultiModuleCoordinator(infra, model).schedule_pg_collection
+        theirs = SimpleNamespace(grids=infra.module_to_grid_map, module_pgs=collection)
+    else:
+        names = ("module_to_grid_map", "pg_collections", "topology")
+        theirs = SimpleNamespace(**{name: getattr(infra, name) for name in names})
     coordinator = MultiModuleCoordinator(theirs, model)
-    coordinator.build_pipeline_communicator(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    validate_data_loader_contract(theirs, 8, 4, 2)
+    coordinator.validate_data_loader_contract(8, 4, 2)
+    coordinator.zero_grad_buffer()
+    grads = [grad for ddp, _ in coordinator.module_to_grid_tuples for grad in ddp.buffers]
+    for buffer in grads:
+        buffer.grad_data.fill_(1 + torch.distributed.get_rank())
+    coordinator.finalize_model_grads([model])
     infra.destroy()
-    return dict(coordinator.gradient_scaling_factors)
+    return {
+        "factors": dict(coordinator.gradient_scaling_factors),
+        "gradient": {float(value) for buffer in grads for value in buffer.grad_data.unique()},
+        "stages": communicator.total_stages,
+    }
 
 
-def test_any_infra_with_the_attributes_works():
-    assert on_ranks("_foreign")[0] == {"vision": 2.0}
+@pytest.mark.parametrize(
+    "kind", ["attributes alone", "Megatron-Bridge", "Megatron-LM", "Megatron-LM's groups"]
+)
+def test_any_infra_with_the_attributes_works(kind):
+    first, second, language = on_ranks("_foreign", kind)
+    assert first == second == {"factors": {"vision": 2.0}, "gradient": {3.0}, "stages": 2}
+    assert language["gradient"] == {3.0}
 
 
 # -- attach ----------------------------------------------------------------------------------------
@@ -295,6 +334,37 @@ def test_layouts_that_megatron_cannot_run_are_refused(vision, language, message)
         assert message in text
 
 
+def _wrong_argument(fault: str) -> None:
+    import torch
+
+    from megatron_mimo_coord import MultiModuleCoordinator
+
+    infra, model, _ = built(Case(modules=FAN_IN))
+    is_wrong = torch.distributed.get_rank() == 1
+    try:
+        MultiModuleCoordinator(
+            object() if is_wrong and fault == "infra" else infra,
+            torch.nn.Linear(1, 1) if is_wrong and fault == "model" else model,
+        )
+    finally:
+        infra.destroy()
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "message"),
+    [
+        ("model", "RuntimeError", "there is no MimoModel inside Linear"),
+        ("infra", "ValueError", "infra is of class object, which has neither module_to_grid_map"),
+    ],
+)
+def test_a_wrong_argument_on_one_rank_is_said_on_every_rank(fault, name, message):
+    answers, errors = world(3).try_run("test_coordinator:_wrong_argument", fault)
+    assert not answers
+    assert [errors[rank][0] for rank in range(3)] == ["ValueError", name, "ValueError"]
+    assert all(message in text for _, text in errors.values())
+    assert "(says rank 1)" in errors[0][1]
+
+
 def test_what_holds_no_mimo_model_is_refused():
     import torch
 
@@ -354,6 +424,11 @@ def _finalize_faults(per_token: bool) -> dict[str, str]:
     tokens = torch.ones((), dtype=torch.int) if per_token else None
     wrong = None if per_token else torch.ones((), dtype=torch.int)
     answer = {}
+    try:
+        coordinator.finalize_model_grads([model], tokens)
+    except RuntimeError as error:
+        answer["outside"] = str(error)
+    coordinator.zero_grad_buffer()
     if not per_token or "language" in infra.participating_modules:
         try:
             coordinator.finalize_model_grads([model], wrong)
@@ -380,6 +455,7 @@ def test_finalize_says_how_it_wants_to_be_called(per_token):
     answers = on_ranks("_finalize_faults", per_token)
     assert f"num_tokens is {'missing' if per_token else 'given'}" in answers[2]["tokens"]
     for answer in answers:
+        assert "outside a step" in answer["outside"]
         assert "a second time in one step" in answer["twice"]
 
 
@@ -390,7 +466,9 @@ def _finalize_with_embedding_groups() -> bool:
     infra, model, _ = built(Case(modules={"vision": parallel(pp=2), "language": parallel()}))
     if "vision" in infra.participating_modules:
         infra.pg_collections["vision"].embd = infra.pg_collections["vision"].pp
-    MultiModuleCoordinator(infra, model).finalize_model_grads([model])
+    coordinator = MultiModuleCoordinator(infra, model)
+    coordinator.zero_grad_buffer()
+    coordinator.finalize_model_grads([model])
     return True
 
 

@@ -1,0 +1,70 @@
+"""Skips an optimizer step, on all ranks alike, if a module's gradients are not finite.
+
+Megatron's ``MimoOptimizer`` looks for NaN and Inf only when it scales an fp16 loss, and tells the
+ranks of one module's gradient norm to those of the others by a maximum, which loses a NaN: they
+would clip and step by different norms. Here the same norms, from the same pass over the gradients
+and the same collective, are known before the step is decided.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo.optimizer import MimoOptimizer
+
+from megatron_mimo_coord.agreement import world_device
+
+logger = logging.getLogger(__name__)
+
+
+class FiniteSteps:
+    """Stands in for two methods of an optimizer, which calls them in this order in every step.
+
+    Args:
+        optimizer: whose ``prepare_grads`` and ``get_grad_norm`` are routed through this object.
+    """
+
+    def __init__(self, optimizer: MimoOptimizer) -> None:
+        self._prepare_grads = optimizer.prepare_grads
+        self._module_infos = dict(sorted(optimizer.module_infos.items()))
+        self._norm: float | None = None
+        optimizer.prepare_grads = self.prepare_grads
+        optimizer.get_grad_norm = self.get_grad_norm
+
+    @classmethod
+    def of(cls, optimizer: Any) -> None:
+        """Guard an optimizer, once; one of another class stays as it is."""
+        if isinstance(optimizer, MimoOptimizer) and not hasattr(optimizer, "_mimo_finite_steps"):
+            optimizer._mimo_finite_steps = cls(optimizer)
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Whether to skip the step. Collective over the world."""
+        found_inf = self._prepare_grads()
+        squares = self._squares()
+        faulty = [name for name, square in squares.items() if math.isinf(square)]
+        if faulty and dist.get_rank() == 0:
+            logger.warning(
+                "optimizer step skipped on all ranks: the gradients of %s are not finite; look at "
+                "its inputs, its loss and the learning rate of the steps before",
+                " and ".join(f"module {name!r}" for name in faulty),
+            )
+        self._norm = math.sqrt(sum(squares.values()))
+        return found_inf or bool(faulty)
+
+    def get_grad_norm(self) -> float:
+        """Norm of all modules' gradients together; collective unless a step is under way."""
+        norm, self._norm = self._norm, None
+        return math.sqrt(sum(self._squares().values())) if norm is None else norm
+
+    def _squares(self) -> dict[str, float]:
+        """Square of each module's norm, the same on every rank, Inf also where it is NaN."""
+        squares = torch.zeros(len(self._module_infos), dtype=torch.float32, device=world_device())
+        for index, info in enumerate(self._module_infos.values()):
+            if info.is_active and info.optimizer:
+                squares[index] = (info.optimizer.get_grad_norm() or 0.0) ** 2
+        squares.nan_to_num_(nan=math.inf, posinf=math.inf)
+        dist.all_reduce(squares, op=dist.ReduceOp.MAX)
+        return dict(zip(self._module_infos, squares.tolist(), strict=True))
