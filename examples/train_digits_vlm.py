@@ -17,14 +17,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_mimo_coord.batch import batch_problems
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleParallelism,
-    batch_problems,
     default_topology,
-    layout_problems,
     pack,
 )
+from megatron_mimo_coord.problems import layout_problems
 
 VISION = "vision"
 HIDDEN, HEADS = 64, 4  # of either module

@@ -264,10 +264,8 @@ def test_finalizing_a_module_shows_under_its_name():
             assert answer["nvtx"] == ["finalize_model_grads", "vision", "language"]
 
 
-def _log(plain_path: bool) -> list[tuple[str, str]]:
+def _log() -> list[tuple[str, str]]:
     import logging
-
-    from megatron_mimo_coord import normalization
 
     said: list[tuple[str, str]] = []
     handler = logging.Handler()
@@ -275,30 +273,18 @@ def _log(plain_path: bool) -> list[tuple[str, str]]:
     logger = logging.getLogger("megatron_mimo_coord")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    fast = normalization.rides_on_ddp
-    if plain_path:
-        normalization.rides_on_ddp = lambda ddp: False
     try:
         infra, _, _ = built(Case(modules=FAN_IN))
         infra.destroy()
     finally:
-        normalization.rides_on_ddp = fast
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
     return said
 
 
 def test_the_layout_is_logged_once_a_job():
-    first, *others = world(3).run("test_observation:_log", False)
+    first, *others = world(3).run("test_observation:_log")
     assert others == [[], []]
     ((name, text),) = first
     assert name == "megatron_mimo_coord.coordinator"
     assert "fan-in 2:1" in text
-
-
-def test_a_slower_path_is_logged_once_a_module():
-    said = world(3).run("test_observation:_log", True)
-    warned = [
-        text.split(":")[0] for texts in said for _, text in texts if "pass of their own" in text
-    ]
-    assert warned == ["module vision", "module language"]
