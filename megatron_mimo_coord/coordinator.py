@@ -95,8 +95,7 @@ class MultiModuleCoordinator:
         >>> coordinator = MultiModuleCoordinator(infra, model)
         >>> coordinator.attach(model.config)
         >>> print(coordinator.describe(micro_batch_size=8))
-        1 rank, modules colocated; 1 pipeline stage; 8 samples at a time; loss mean over \
-1 language replica
+        1 rank, modules colocated; 1 pipeline stage; 8 samples at a time; mean loss
         module    ranks  TP  CP  PP  DP  samples/rank  gradient x  bridge
         vision    0      1   1   1   1   8             1           one to one 1:1
         language  0      1   1   1   1   8             1
@@ -139,7 +138,12 @@ class MultiModuleCoordinator:
 
     @property
     def module_to_grid_tuples(self) -> tuple[tuple[DistributedDataParallel, HyperCommGrid], ...]:
-        """(module, grid) of every module on this rank; the module is its DDP."""
+        """(module, grid) of every module on this rank; the module is its DDP.
+
+        Example:
+            >>> [type(module).__name__ for module, grid in coordinator.module_to_grid_tuples]
+            ['DistributedDataParallel', 'DistributedDataParallel']
+        """
         return self._module_to_grid_tuples
 
     @property
@@ -164,6 +168,10 @@ class MultiModuleCoordinator:
         Of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`: encoder DP / language DP for
         a mean loss where both modules average. With a per-token loss it lacks the 1/N, which only
         each step knows. It is applied already: nothing is left to multiply.
+
+        Example:
+            >>> coordinator.gradient_scaling_factors["vision"]
+            1.0
         """
         return MappingProxyType({name: self._factors[name] for name in self._names_here})
 
@@ -196,6 +204,11 @@ class MultiModuleCoordinator:
         Raises:
             ValueError: someone else has set one of these hooks, or the modules are on disjoint
                 ranks and ``variable_seq_lengths`` is off. Nothing is set then.
+
+        Example:
+            >>> coordinator.attach(model.config)
+            >>> model.config.finalize_model_grads_func == coordinator.finalize_model_grads
+            True
         """
         if not config.variable_seq_lengths and not is_colocated(self._grids.values()):
             raise ValueError(
@@ -275,7 +288,9 @@ class MultiModuleCoordinator:
             RuntimeError: several modules live on this rank and none is named.
 
         Example:
-            >>> images = batch["images"][coordinator.data_parallel_slice(32)]  # doctest: +SKIP
+            >>> images = torch.zeros(8, 3)
+            >>> images[coordinator.data_parallel_slice(8, "vision")].shape
+            torch.Size([8, 3])
         """
         if module_name is None:
             module_name = self._only_module("data_parallel_slice", "the module_name argument").name
@@ -303,6 +318,10 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: a value is neither a number nor a pair; on every rank.
+
+        Example:
+            >>> coordinator.reduce_losses([{"loss": (6.0, 2.0)}, {"loss": (6.0, 4.0)}])
+            {'loss': 2.0}
         """
         last_stage = self._grids[LANGUAGE].dim("pp") - 1
         return reduce_losses(
@@ -336,8 +355,8 @@ class MultiModuleCoordinator:
         Collective, the same on every rank; ask once, outside the loop.
 
         Example:
-            >>> coordinator.num_trainable_parameters()["vision"]
-            1234
+            >>> list(coordinator.num_trainable_parameters())
+            ['vision', 'language']
         """
         return self._shares.counts()
 

@@ -35,6 +35,7 @@ def ways_to_fit(
         [vision] data_parallel_size = 2
         [vision] tensor_model_parallel_size = 2
         [vision] pipeline_model_parallel_size = 2
+        [language] data_parallel_size = 3
     """
     ways = []
     for changes in _changes(modules, world_size) if modules else ():

@@ -28,8 +28,7 @@ def summarize(
         "ranks": max(grid.ranks.stop for grid in grids.values()),
         "colocated": is_colocated(grids.values()),
         "pipeline_depth": pipeline_depth(grids),
-        "loss": "per token" if per_token else "mean",
-        "language_replicas": language.replicas,
+        "loss": "per-token" if per_token else "mean",
         "micro_batch_size": micro_batch_size,
         "num_microbatches": num_microbatches,
         "modules": {
@@ -89,18 +88,13 @@ def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:
 def headline(summary: Mapping[str, Any]) -> str:
     """What a summary says of the job as a whole, in a line."""
     how = "colocated" if summary["colocated"] else "on disjoint ranks"
-    replicas = summary["language_replicas"]
-    loss = (
-        "per token"
-        if summary["loss"] == "per token"
-        else f"mean over {_count(replicas, 'language replica')}"
-    )
     size, number = summary["micro_batch_size"], summary["num_microbatches"]
     batch = "a microbatch" if size is None else _count(size, "sample")
     times = "at a time" if number is None else f"in each of {_count(number, 'microbatch', 'es')}"
     return (
         f"{_count(summary['ranks'], 'rank')}, modules {how}; "
-        f"{_count(summary['pipeline_depth'], 'pipeline stage')}; {batch} {times}; loss {loss}"
+        f"{_count(summary['pipeline_depth'], 'pipeline stage')}; {batch} {times}; "
+        f"{summary['loss']} loss"
     )
 
 
@@ -119,7 +113,7 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 *(str(module[key]) for key in sizes.values()),
                 f"1/{module['data_parallel_size']}" if samples is None else f"{samples:g}",
                 f"{module['gradient_scaling_factor']:g}"
-                + ("/tokens" if summary["loss"] == "per token" else ""),
+                + ("/tokens" if summary["loss"] == "per-token" else ""),
                 module["bridge"] or "",
             )
         )

@@ -103,6 +103,15 @@ class MegatronMIMOInfra:
             RuntimeError: ``torch.distributed`` is not initialised.
             ValueError: the layout cannot run on this world; the message lists every problem. Raised
                 before any process group exists, on every rank alike.
+
+        Example:
+            On one rank, which both modules share:
+
+            >>> vision = language = ModuleParallelism(rank_offset=0)
+            >>> infra = MegatronMIMOInfra.build({"vision": vision, "language": language})
+            >>> infra.participating_modules, infra.topology
+            (['vision', 'language'], {'vision': ['language'], 'language': []})
+            >>> infra.destroy()
         """
         if not dist.is_initialized():
             raise RuntimeError(
@@ -260,6 +269,10 @@ def is_current_rank_in_grid(grid: HyperCommGrid) -> bool:
 
     Args:
         grid: a ``HyperCommGrid``, or whatever has its ``rank_offset`` and ``size``.
+
+    Example:
+        >>> is_current_rank_in_grid(infra.module_to_grid_map["vision"])
+        True
     """
     return dist.get_rank() in _ranks(grid)
 
@@ -280,6 +293,13 @@ def validate_no_stub_ranks(
     Raises:
         ValueError: ranks are in no module, or a grid reaches beyond the world; the message names
             the ranks, the modules and what to change.
+
+    Example:
+        >>> validate_no_stub_ranks(infra.module_to_grid_map, world_size=2)
+        Traceback (most recent call last):
+        ValueError: not every rank has work:
+          - rank 1 of 2 is in no module; make a module larger, move one there with rank_offset, \
+or launch fewer ranks
     """
     ranks_of = {name: _ranks(grid) for name, grid in module_to_grid_map.items()}
     raise_problems("not every rank has work", coverage_problems(ranks_of, world_size))
@@ -303,6 +323,9 @@ def validate_data_loader_contract(
     Raises:
         ValueError: the global batch or the microbatch does not divide by a module's DP, or
             ``num_microbatches * micro_batch_size != global_batch_size``; all problems at once.
+
+    Example:
+        >>> validate_data_loader_contract(infra, 512, 32, num_microbatches=16)
     """
     grid_of = infra.grids if isinstance(infra, GridsAndGroups) else infra.module_to_grid_map
     grids = [ModuleGrid.of(name, grid) for name, grid in grid_of.items()]

@@ -1,0 +1,138 @@
+"""What the documentation says is so: its examples run, on a real rank where they need one."""
+
+import re
+from pathlib import Path
+
+import pytest
+from ranks import world
+
+from megatron_mimo_coord import __main__ as command
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+MODULES = sorted(
+    path.stem
+    for path in Path(command.__file__).parent.glob("*.py")
+    if not path.stem.startswith("_")
+)
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of the README in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def _doctests(module: str, folder: str) -> tuple[int, str]:
+    """(number of examples, what went wrong) of a module's docstrings."""
+    import doctest
+    import importlib
+
+    import torch
+    from cases import Case
+    from test_coordinator import built
+    from test_gradients import parallel
+
+    case = Case(modules={"vision": parallel(rank_offset=0), "language": parallel(rank_offset=0)})
+    infra, model, coordinator = built(case)
+    tested = importlib.import_module(f"megatron_mimo_coord.{module}")
+    names = {**vars(tested), "infra": infra, "model": model, "coordinator": coordinator}
+    names |= {"torch": torch, "folder": folder, "Path": Path}
+    said: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False)
+    for test in doctest.DocTestFinder().find(tested, tested.__name__, globs=names):
+        runner.run(test, out=said.append)
+    model.destroy()
+    infra.destroy()
+    return runner.tries, "".join(said)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module, tmp_path):
+    source = Path(command.__file__).with_name(f"{module}.py").read_text()
+    ((tried, said),) = world(1).run("test_docs:_doctests", module, str(tmp_path))
+    assert tried == source.count(">>> ")
+    assert not said
+
+
+def test_every_public_name_has_an_example():
+    import megatron_mimo_coord
+
+    for name in megatron_mimo_coord.__all__:
+        public = getattr(megatron_mimo_coord, name)
+        text = (public.__doc__ or "") + str(getattr(getattr(public, "build", None), "__doc__", ""))
+        assert ">>> " in text, name
+
+
+def test_the_readme_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("layout.toml").write_text(blocks("toml")[0])
+    line = next(line for line in README.splitlines() if line.startswith("uv run mimo-layout "))
+    command.main(line.split()[3:])
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "\n".join(printed).strip() == blocks("text")[0].strip()
+
+
+def _run_readme(code: list[str], folder: str) -> dict[str, float]:
+    """Run the README's Python as one trainer, and what it adds to other trainers."""
+    import os
+
+    import cases
+    import vlm
+    from attrs import frozen
+    from megatron.core.models.mimo.optimizer import get_mimo_optimizer
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.pipeline_parallel.schedules import (
+        forward_backward_pipelining_without_interleaving,
+    )
+
+    import megatron_mimo_coord
+
+    @frozen
+    class Topology:
+        grids: dict
+        module_pgs: dict
+
+    os.chdir(folder)
+    build, *trainer = code
+    names = {name: getattr(megatron_mimo_coord, name) for name in megatron_mimo_coord.__all__}
+    exec(build, names)
+    infra = names["infra"]
+    layout = megatron_mimo_coord.read_layout("layout.toml")
+    case = cases.Case(modules=layout, micro_batch_size=8, num_microbatches=2)
+    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    optimizer = get_mimo_optimizer(model, OptimizerConfig(optimizer="adam", lr=0.01))
+    names |= {
+        "model": model,
+        "config": model.config,
+        "optimizer": optimizer,
+        "topology": Topology(infra.module_to_grid_map, infra.pg_collections),
+        "batches": iter([cases.draw(case, 0, index) for index in range(2)]),
+        "num_microbatches": 2,
+        "micro_batch_size": 8,
+        "seq_length": case.sequence,
+        "forward_step": lambda data, model: cases._forward_step(
+            case, names["coordinator"], data, model
+        ),
+        "forward_backward_pipelining_without_interleaving": (
+            forward_backward_pipelining_without_interleaving
+        ),
+    }
+    for part in trainer:
+        exec(part, names)
+    assert all(float(norm) > 0 for norm in names["norms"].values())
+    model.destroy()
+    infra.destroy()
+    return names["metrics"]
+
+
+def test_the_readme_trains(tmp_path):
+    (tmp_path / "layout.toml").write_text(blocks("toml")[0])
+    added = [
+        "\n".join(line[1:] for line in block.splitlines() if line.startswith("+"))
+        for block in blocks("diff")
+    ]
+    assert [text.count("\n") for text in added] == [2, 2], "three lines change"
+    setup, step = blocks("python")[1:]
+    code = [blocks("python")[0], *added, setup, step]
+    first, *others = world(12).run("test_docs:_run_readme", code, str(tmp_path))
+    assert first["loss"] > 0
+    assert all(metrics == first for metrics in others)
