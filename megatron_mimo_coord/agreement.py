@@ -16,6 +16,7 @@ import torch.distributed as dist
 from attrs import frozen
 
 from megatron_mimo_coord.problems import raise_problems
+from megatron_mimo_coord.world import world_device
 
 
 @frozen
@@ -79,13 +80,6 @@ def agree(statement: Statement) -> list[int]:
         raise_problems("this job cannot start", disagreements(statements))
         raise AssertionError("digests differ, but the facts behind them do not")
     return [row[6] for row in rows]
-
-
-def world_device() -> torch.device:
-    """Where the backend of the world expects tensors."""
-    if "nccl" in dist.get_backend():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def disagreements(statements: Sequence[Statement]) -> list[str]:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 
+from megatron_mimo_coord.world import wait_as_the_world_does
+
 
 def let_token_counts_vary(model: MimoModel) -> None:
     """Make a model's colocated bridges exchange as many tokens as there are."""
@@ -27,6 +29,8 @@ class _Exchange:
         self._input_ids: torch.Tensor | None = None
         model.register_forward_pre_hook(self._remember_text, with_kwargs=True)
         model._apply_colocated_comms = self._between_modules
+        for bridge in model.colocated_comms.values():
+            wait_as_the_world_does(bridge.gather_pg)
 
     def _remember_text(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

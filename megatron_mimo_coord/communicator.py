@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo import MimoModel
@@ -23,6 +24,7 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 )
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
+from megatron_mimo_coord.world import wait_as_the_world_does
 
 # Language models exchange [sequence, batch, hidden]; for 2-dim messages Megatron splits dim 0.
 DIM_MAPPING = {"s": 0, "b": 1, "h": 2}
@@ -155,6 +157,18 @@ class VaryingTokensBridge(BridgeCommunicator):
         # Split sizes of the microbatch whose backward has run and whose gradient is to be sent. Put
         # there by backward itself: a forward_only pass leaves nothing behind.
         self._to_return: deque[list[int]] = deque()
+
+    @classmethod
+    def _get_or_create_broadcast_pg(cls, ranks_list: list[list[int]]) -> dist.ProcessGroup:
+        group = super()._get_or_create_broadcast_pg(ranks_list)
+        wait_as_the_world_does(group)
+        return group
+
+    @classmethod
+    def _get_or_create_bridge_pg(cls, ranks: list[int]) -> dist.ProcessGroup:
+        group = super()._get_or_create_bridge_pg(ranks)
+        wait_as_the_world_does(group)
+        return group
 
     def recv_forward(self) -> torch.Tensor | None:
         """As Megatron's, and remembers how much came from each encoder rank."""

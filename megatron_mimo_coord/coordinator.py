@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import (
 )
 
 from megatron_mimo_coord import infra as infrastructure
-from megatron_mimo_coord.agreement import Statement, agree, world_device
+from megatron_mimo_coord.agreement import Statement, agree
 from megatron_mimo_coord.batch import data_parallel_slice
 from megatron_mimo_coord.buckets import grad_buffers
 from megatron_mimo_coord.colocated import (
@@ -54,6 +54,7 @@ from megatron_mimo_coord.normalization import GradientNormalizer
 from megatron_mimo_coord.problems import layout_problems
 from megatron_mimo_coord.ranges import named_range
 from megatron_mimo_coord.reduction import OrderedReduction
+from megatron_mimo_coord.world import world_device
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
-from megatron_mimo_coord.agreement import world_device
+from megatron_mimo_coord.world import world_device
 
 logger = logging.getLogger(__name__)
 

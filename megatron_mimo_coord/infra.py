@@ -28,6 +28,7 @@ from megatron_mimo_coord.problems import (
     module_problems,
     raise_problems,
 )
+from megatron_mimo_coord.world import wait_as_the_world_does
 
 EXPERT_VIEW = "expert"
 """The view that Megatron's ``get_mimo_optimizer`` looks up its expert groups in."""
@@ -239,10 +240,12 @@ def _create_groups(
         "tp_ep": ["expt_tp", "ep"],
         "tp_ep_pp": ["expt_tp", "ep", "pp"],
     }
-    groups = {key: grid.create_pg(dims) for key, dims in dense.items()}
+    groups: dict[str, Any] = {key: grid.create_pg(dims) for key, dims in dense.items()}
     groups |= {key: grid.create_pg(dims, view=EXPERT_VIEW) for key, dims in expert.items()}
     if name == LANGUAGE:
         groups |= _create_embedding_groups(grid)
+    for group in groups.values():
+        wait_as_the_world_does(group)
     if not grid.is_current_rank_in_grid():
         return None
     return ProcessGroupCollection(

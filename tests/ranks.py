@@ -182,3 +182,5 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             answer = (False, (type(error).__name__, traceback.format_exc()))
         gc.collect()  # each process group has a thread that wakes often, and models hold groups
         pipe.send(answer)
+        if not answer[0] and answer[1][0] != "ValueError":
+            return  # as a trainer's rank ends: its peers must not wait for it

@@ -1,0 +1,29 @@
+"""What the process group of all ranks is like: where it wants tensors, how long it waits."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_device() -> torch.device:
+    """Where the backend of the world expects tensors."""
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def wait_as_the_world_does(group: Any) -> None:
+    """Give a process group the timeout that ``init_process_group`` was given.
+
+    A new group has its backend's default instead, 10 minutes for NCCL and 30 for gloo: that long
+    its ranks would wait for one that is gone, whatever the user asked for.
+
+    Args:
+        group: a process group, or what stands for one that this rank is not in.
+    """
+    world = dist.group.WORLD
+    if isinstance(group, dist.ProcessGroup) and world is not None:
+        device = world_device()
+        timeout = world._get_backend(device).options._timeout
+        group._get_backend(device)._set_default_timeout(timeout)
