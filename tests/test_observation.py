@@ -203,6 +203,53 @@ def test_a_bad_number_skips_the_step_on_all_ranks_and_names_the_module(case, mod
     assert f"skipped on all ranks: the gradients of module {module!r} are" in answers[0]["said"][0]
 
 
+def _loss_scales(guarded: bool) -> list[float]:
+    """The scale of this rank's module after each of four steps; vision overflows in the second."""
+    import torch
+    import vlm
+    from attrs import evolve
+    from megatron.core.models.mimo.optimizer import get_mimo_optimizer
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+
+    half = {"fp16": True, "params_dtype": torch.float16, "pipeline_dtype": torch.float16}
+    infra = MegatronMIMOInfra.build(FAN_IN)
+    model = vlm.build_model(
+        evolve(Case(modules=FAN_IN).shape(), config=half),
+        infra.module_to_grid_map,
+        infra.pg_collections,
+        prepare=lambda model: model.half(),
+    )
+    coordinator = MultiModuleCoordinator(infra, model)
+    optimizer = get_mimo_optimizer(
+        model, OptimizerConfig(optimizer="adam", lr=0.1, fp16=True, hysteresis=1)
+    )
+    if guarded:
+        coordinator.attach(model.config, optimizer)
+    scales = []
+    for step in range(4):
+        coordinator.zero_grad_buffer()
+        for ddp, _ in coordinator.module_to_grid_tuples:
+            for buffer in ddp.buffers:
+                bad = step == 1 and infra.participating_modules == ["vision"]
+                buffer.grad_data.fill_(float("inf") if bad else 1.0)
+        coordinator.finalize_model_grads([model])
+        assert optimizer.step()[0] == (step != 1)
+        scales.append(float(optimizer.get_loss_scale()))
+    model.destroy()
+    infra.destroy()
+    return scales
+
+
+def test_loss_scales_of_all_modules_change_together():
+    first = 2.0**32
+    for scales in world(3).run("test_observation:_loss_scales", True):
+        assert scales == [first, first / 2, first / 2, first / 2]
+    drifted = world(3).run("test_observation:_loss_scales", False)
+    assert drifted[0] != drifted[2], "Megatron itself has mended it: finite_steps.py need not"
+
+
 # -- timers, ranges, logs --------------------------------------------------------------------------
 
 
