@@ -93,8 +93,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--svg {options.svg}: there is no folder {options.svg.parent}")
     if not options.json and find_spec("rich") is None:
         parser.error(
-            "the tables are drawn by rich, which is not installed: pip install "
-            "'megatron-mimo-coord[cli]', or ask for --json"
+            "the tables are drawn by rich, which is not installed: pip install rich (this "
+            "package's extra 'cli'), or ask for --json"
         )
     return options
 

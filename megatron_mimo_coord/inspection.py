@@ -10,17 +10,6 @@ from megatron_mimo_coord.buckets import owns_its_gradients
 from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 
-# Settings of a module that its ranks must share, or their collectives do not match.
-SETTINGS = (
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "use_distributed_optimizer",
-    "num_distributed_optimizer_instances",
-    "grad_reduce_in_fp32",
-    "average_in_collective",
-    "bucket_size",
-)
-
 
 def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
     """The ``MimoModel`` inside ``Float16Module`` and ``DistributedDataParallel``.
@@ -63,7 +52,7 @@ def sums(ddp: DistributedDataParallel) -> bool:
 
 def facts(ddp: DistributedDataParallel) -> dict[str, str]:
     """What all ranks of a module must agree about."""
-    settings = {name: str(getattr(ddp.ddp_config, name)) for name in SETTINGS}
+    settings = {name: str(value) for name, value in vars(ddp.ddp_config).items()}
     return {"calculate_per_token_loss": str(sums(ddp)), **settings}
 
 
