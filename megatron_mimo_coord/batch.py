@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from megatron_mimo_coord.layout import ModuleGrid
+from megatron_mimo_coord.layout import ModuleGrid, is_count, shown
 from megatron_mimo_coord.problems import Problem, raise_problems
 
 
@@ -10,7 +10,7 @@ def batch_problems(
     grids: Iterable[ModuleGrid],
     global_batch_size: int,
     micro_batch_size: int,
-    num_microbatches: int,
+    num_microbatches: int | None = None,
 ) -> list[Problem]:
     """What keeps a batch from being dealt out to a layout.
 
@@ -18,17 +18,24 @@ def batch_problems(
         grids: where each module lies.
         global_batch_size: samples in an optimizer step, over all ranks.
         micro_batch_size: samples in a microbatch over all ranks, before data-parallel slicing.
-        num_microbatches: microbatches in an optimizer step.
+        num_microbatches: microbatches in an optimizer step; None for as many as the batch makes.
+
+    Example:
+        >>> vision = ModuleGrid("vision", (4,), ("dp",))
+        >>> print(*batch_problems([vision], 512, 30), sep="\\n")
+        micro_batch_size 30 is not divisible by the DP 4 of module vision; use a multiple of 4, \
+or another data_parallel_size
+        global_batch_size 512 is not a multiple of micro_batch_size 30; change one of the two
     """
-    sizes = {
-        "global_batch_size": global_batch_size,
-        "micro_batch_size": micro_batch_size,
-        "num_microbatches": num_microbatches,
-    }
+    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    numbers = sizes if num_microbatches is None else {**sizes, "num_microbatches": num_microbatches}
     problems = [
-        Problem(f"{name} must be a positive integer, got {value!r}")
-        for name, value in sizes.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+        Problem(
+            f"{name} must be a positive integer below 2**31, got {shown(value)}; give a number of "
+            f"{'microbatches' if name == 'num_microbatches' else 'samples'}"
+        )
+        for name, value in numbers.items()
+        if not is_count(value)
     ]
     if problems:
         return problems
@@ -40,10 +47,17 @@ def batch_problems(
                 f"multiple of {dp}, or another data_parallel_size",
                 (grid.name, "data_parallel_size"),
             )
-            for name, value in list(sizes.items())[:2]
+            for name, value in sizes.items()
             if value % dp
         ]
-    if num_microbatches * micro_batch_size != global_batch_size:
+    if num_microbatches is None and global_batch_size % micro_batch_size:
+        problems.append(
+            Problem(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size}; change one of the two"
+            )
+        )
+    if num_microbatches and num_microbatches * micro_batch_size != global_batch_size:
         problems.append(
             Problem(
                 f"num_microbatches {num_microbatches} x micro_batch_size {micro_batch_size} = "
@@ -70,7 +84,7 @@ def data_parallel_slice(micro_batch_size: int, grid: ModuleGrid, rank: int) -> s
     """
     raise_problems(
         "the microbatch cannot be dealt out",
-        batch_problems([grid], micro_batch_size, micro_batch_size, 1)[:1],
+        batch_problems([grid], micro_batch_size, micro_batch_size)[:1],
     )
     if rank not in grid.ranks:
         raise ValueError(

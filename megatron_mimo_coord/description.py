@@ -1,9 +1,10 @@
 """A layout in numbers and as text: what each module gets, and how the modules hang together."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, span
+from megatron_mimo_coord.layout import LANGUAGE, MOST_RANKS, ModuleGrid, is_colocated, span
 
 
 def summarize(
@@ -26,7 +27,7 @@ def summarize(
     language = grids[LANGUAGE]
     return {
         "ranks": max(grid.ranks.stop for grid in grids.values()),
-        "colocated": is_colocated(grids.values()),
+        "colocated": len(grids) > 1 and is_colocated(grids.values()),
         "pipeline_depth": pipeline_depth(grids),
         "loss": "per-token" if per_token else "mean",
         "micro_batch_size": micro_batch_size,
@@ -88,11 +89,12 @@ def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:
 def headline(summary: Mapping[str, Any]) -> str:
     """What a summary says of the job as a whole, in a line."""
     how = "colocated" if summary["colocated"] else "on disjoint ranks"
+    modules = f"modules {how}" if len(summary["modules"]) > 1 else "one module"
     size, number = summary["micro_batch_size"], summary["num_microbatches"]
     batch = "a microbatch" if size is None else _count(size, "sample")
     times = "at a time" if number is None else f"in each of {_count(number, 'microbatch', 'es')}"
     return (
-        f"{_count(summary['ranks'], 'rank')}, modules {how}; "
+        f"{_count(summary['ranks'], 'rank')}, {modules}; "
         f"{_count(summary['pipeline_depth'], 'pipeline stage')}; {batch} {times}; "
         f"{summary['loss']} loss"
     )
@@ -111,8 +113,8 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 name,
                 span(range(module["first_rank"], module["last_rank"] + 1)),
                 *(str(module[key]) for key in sizes.values()),
-                f"1/{module['data_parallel_size']}" if samples is None else f"{samples:g}",
-                f"{module['gradient_scaling_factor']:g}"
+                f"1/{module['data_parallel_size']}" if samples is None else str(samples),
+                str(Fraction(module["gradient_scaling_factor"]).limit_denominator(MOST_RANKS))
                 + ("/tokens" if summary["loss"] == "per-token" else ""),
                 module["bridge"] or "",
             )

@@ -26,16 +26,42 @@ Topology = Mapping[str, Sequence[str]]
 """For each module, the modules that its output goes to."""
 
 
+MOST_RANKS = 2**31
+"""No job has more: a larger number is a slip of the pen."""
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer that can count ranks or samples."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and least <= value < MOST_RANKS
+
+
+def shown(value: Any) -> str:
+    """What a user gave, as far as it can be printed.
+
+    Example:
+        >>> shown("four"), shown(10**99)
+        ("'four'", 'an integer of 329 bits')
+    """
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 def _positive(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{attribute.name} must be a positive integer, got {value!r}")
+    if not is_count(value):
+        raise ValueError(
+            f"{attribute.name} must be a positive integer below 2**31, got {shown(value)}; write a "
+            f"number of ranks, or leave it out for the default"
+        )
 
 
 def _offset(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{attribute.name} must be a rank (0 or more) or None, got {value!r}")
+    if value is not None and not is_count(value, least=0):
+        raise ValueError(
+            f"{attribute.name} must be a rank, 0 or more and below 2**31, got {shown(value)}; "
+            f"write the module's first rank, or leave it out to pack it behind those before"
+        )
 
 
 def _same_as_tensor_parallel(size: Any, module: Any) -> Any:

@@ -7,21 +7,23 @@
     tensor_model_parallel_size = 2
     data_parallel_size = 2
 
-What a size or an offset leaves out has its default, as in Python.
+What is left out has its default, as in Python.
 """
 
 import tomllib
+from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from attrs import fields_dict, frozen
+from attrs import define, fields_dict
 
 from megatron_mimo_coord.layout import ModuleParallelism, default_topology, pack
 from megatron_mimo_coord.problems import Problem, layout_problems, module_problems, raise_problems
 
 FIELDS = fields_dict(ModuleParallelism)
-SIZES = [name for name in FIELDS if name.endswith("_size")]
+EXPERT_FIELDS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
 def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
@@ -42,11 +44,11 @@ def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
         (2, 1)
     """
     layout = LayoutFile.read(path)
-    raise_problems(f"{path} cannot run", [layout.locate(problem) for problem in layout.problems])
+    raise_problems(f"{path} cannot run", [layout.located(problem) for problem in layout.problems])
     return layout.modules
 
 
-@frozen
+@define(slots=False)
 class LayoutFile:
     """What a file says about modules.
 
@@ -55,7 +57,7 @@ class LayoutFile:
         text: all that is in it.
         modules: sizes of each module; a size that is wrong has its default.
         problems: what is wrong with the tables and their sizes, not with how they fit together on
-            a world: that only ``layout_problems`` can tell.
+            a world: that only ``problems_on`` can tell.
     """
 
     path: Path
@@ -71,96 +73,134 @@ class LayoutFile:
             ValueError: there is no such file, or it is not TOML.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            tables = tomllib.loads(text)
+            return cls.of(Path(path), Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # neither UTF-8 nor TOML
+            raise ValueError(
+                f"{path} cannot be read: {error.strerror}; give another file"
+            ) from error
+        except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML
             raise ValueError(
                 f"{path} is not TOML: {error}; write a table for each module, such as [vision], "
                 f"and in it lines such as data_parallel_size = 4"
             ) from error
+
+    @classmethod
+    def of(cls, path: Path, text: str) -> "LayoutFile":
+        """What a file with this text says."""
         modules, problems = {}, []
-        for name, table in tables.items():
+        for name, table in tomllib.loads(text).items():
             modules[name], found = _module(name, table)
             problems += found
-        return cls(Path(path), text, modules, problems)
+        return cls(path, text, modules, problems)
+
+    @property
+    def broken(self) -> set[str]:
+        """Modules whose table or sizes are wrong."""
+        return {module for problem in self.problems for module, _ in problem.places}
 
     def problems_on(self, world_size: int | None) -> list[Problem]:
         """All that keeps the layout from running on a world, None for one of just its size."""
         grids = pack(self.modules)
         ranks = max((grid.ranks.stop for grid in grids.values()), default=1)
         found = layout_problems(grids, default_topology(grids), world_size or ranks)
-        if self.problems:  # a wrong size moves ranks: only what does not depend on them is certain
-            broken = {module for problem in self.problems for module, _ in problem.places}
-            found = [
-                problem
-                for problem in found
-                if problem.places
-                and all(
-                    module not in broken and (field in SIZES or module not in self.modules)
-                    for module, field in problem.places
-                )
-            ]
+        if self.problems:
+            found = [problem for problem in found if self._is_certain(problem)]
         return [*self.problems, *found]
 
-    def locate(self, problem: Problem) -> Problem:
+    def _is_certain(self, problem: Problem) -> bool:
+        """Whether a problem stays when wrong sizes, which also move ranks, are mended."""
+        return bool(problem.places) and all(
+            module not in self.modules
+            or (
+                module not in self.broken
+                and field in ("data_parallel_size", "context_parallel_size")
+            )
+            for module, field in problem.places
+        )
+
+    def located(self, problem: Problem) -> Problem:
         """A problem, with its places in the file in front."""
-        places = [self._place(*place) for place in problem.places]
-        return Problem(": ".join([", ".join(places) or str(self.path), problem]), *problem.places)
+        places = [
+            f"{self.path}{f':{line}' if line else ''} [{module}] {field}".rstrip()
+            for module, field, line in self.places(problem)
+        ]
+        return Problem(": ".join([", ".join(places), problem]) if places else problem)
 
-    def _place(self, module: str, field: str) -> str:
-        line = self._line(module, field) or self._line(module)
-        where = f"{self.path}:{line}" if line else f"{self.path}"
-        return f"{where} [{module}] {field}".rstrip()
+    def places(self, problem: Problem) -> Iterator[tuple[str, str, int | None]]:
+        """(module, field, line) of all that a problem is about; the module's line if it has none.
 
-    def _line(self, module: str, field: str = "") -> int | None:
-        """The line that brings a module, or a field of it, into the file.
-
-        That is the last line of the shortest beginning of the file that holds it.
+        The line is None for a module that is not in the file.
         """
-        lines = self.text.splitlines()
-        for number in range(1, len(lines) + 1):
+        for module, field in problem.places:
+            line = self._lines.get((module, field), self._lines.get((module, "")))
+            yield module, field, line
+
+    @cached_property
+    def _lines(self) -> dict[tuple[str, str], int]:
+        """The line at which each module, and each field of it, comes into the file.
+
+        A statement is as many lines as it takes to be TOML, below the header that it stands under.
+        """
+        lines: dict[tuple[str, str], int] = {}
+        header, statement, start = "", "", 1
+        for number, line in enumerate(self.text.split("\n"), 1):
+            if not statement:
+                start = number
+            statement += line + "\n"
             try:
-                tables = tomllib.loads("\n".join(lines[:number]))
+                tables = tomllib.loads(header + statement)
             except tomllib.TOMLDecodeError:
-                continue  # this line goes on in the next
-            if module in tables and (not field or field in tables[module]):
-                return number
-        return None
+                continue  # it goes on in the next line
+            for name, table in tables.items():
+                lines.setdefault((name, ""), start)
+                for field in table if isinstance(table, dict) else ():
+                    lines.setdefault((name, field), start)
+            if statement.lstrip().startswith("["):
+                header = statement
+            statement = ""
+        return lines
 
 
 def _module(name: str, table: Any) -> tuple[ModuleParallelism, list[Problem]]:
     """A module's sizes, and what is wrong with them."""
     if not isinstance(table, dict):
+        brackets = "[vision], with one bracket on each side" if table == [{}] else "[vision]"
         return ModuleParallelism(), [
             Problem(
-                f"{name} = {table!r} is in no module; put it below a line such as [vision]",
+                f"{name} is in no module; put it below a line such as {brackets}, which begins one",
                 (name, ""),
             )
         ]
     problems = module_problems({name: ModuleParallelism()})
     sizes = {}
     for field, value in table.items():
-        if isinstance(value, dict):
-            problems.append(
-                Problem(f"a module is a table of its own: write [{field}]", (name, field))
-            )
-            continue
-        if field not in FIELDS:
-            near = get_close_matches(field, FIELDS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FIELDS)}"
-            problems.append(Problem(f"there is no size {field!r}; {hint}", (name, field)))
-            continue
-        check = FIELDS[field].validator
-        assert check, "every size has one"
-        try:
-            check(None, FIELDS[field], value)
+        fault = _fault(field, value)
+        if fault:
+            problems.append(Problem(fault, (name, field)))
+        else:
             sizes[field] = value
-        except ValueError as error:
-            problems.append(Problem(f"{error}", (name, field)))
+    dense = {field: size for field, size in sizes.items() if field not in EXPERT_FIELDS}
+    if len(sizes) < len(table):  # whether the experts fit depends on all sizes
+        return ModuleParallelism(**dense), problems
     try:
         return ModuleParallelism(**sizes), problems
     except ValueError as error:
-        place = (name, "expert_model_parallel_size")
-        return ModuleParallelism(), [*problems, Problem(str(error), place)]
+        places = [(name, field) for field in EXPERT_FIELDS if field in table]
+        return ModuleParallelism(**dense), [*problems, Problem(str(error), *places)]
+
+
+def _fault(field: str, value: Any) -> str:
+    """What is wrong with a line of a module, if anything is."""
+    if isinstance(value, dict):
+        return f"a module is a table of its own: write [{field}]"
+    if field not in FIELDS:
+        near = get_close_matches(field, FIELDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FIELDS)}"
+        return f"there is no size {field!r}; {hint}"
+    check = FIELDS[field].validator
+    assert check, "every field has one"
+    try:
+        check(None, FIELDS[field], value)
+    except ValueError as error:
+        return str(error)
+    return ""

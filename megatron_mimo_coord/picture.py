@@ -65,7 +65,7 @@ def _ranks(grid: ModuleGrid, stage: int | None, replica: int | None) -> str:
 # -- SVG -------------------------------------------------------------------------------------------
 
 COLORS = ("#4269d0", "#3ca951", "#ff725c", "#a463f2", "#6cc5b0", "#efb118")
-CELL, LINE, LABELS, SPACE, ARROW = 112, 26, 68, 20, 80  # pixels
+CELL, LINE, LABELS, LETTER, SPACE, ARROW = 112, 26, 68, 8, 20, 80  # pixels
 
 
 def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
@@ -73,21 +73,24 @@ def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
     svg = Xml.Element("svg", xmlns="http://www.w3.org/2000/svg")
     svg.set("font-family", "sans-serif")
     svg.set("font-size", "13")
+    _add(svg, "title").text = f"Ranks of {', '.join(grids)}"
     encoders = {name: Block.of(grid) for name, grid in grids.items() if name != LANGUAGE}
     language = Block.of(grids[LANGUAGE])
-    left = max((_width(block) for block in encoders.values()), default=-ARROW) + SPACE
+    together = ", same ranks" if is_colocated(grids.values()) else ""
+    titles = {
+        name: f"{name}: {bridge(grids[name], grids[LANGUAGE])}{together}" for name in encoders
+    }
+    widths = [max(_width(encoders[name]), LETTER * len(titles[name])) for name in encoders]
+    left = max(widths, default=-ARROW) + SPACE
     right = left + ARROW
     height = max(
         SPACE + sum(_height(block) + SPACE for block in encoders.values()),
         _height(language) + 2 * SPACE,
     )
-    svg.set("width", str(right + _width(language) + SPACE))
-    svg.set("height", str(height))
-    together = ", same ranks" if is_colocated(grids.values()) else ""
+    svg.set("viewBox", f"0 0 {right + _width(language) + SPACE} {height}")
     top = SPACE
     for (name, block), color in zip(encoders.items(), cycle(COLORS[1:]), strict=False):
-        title = f"{name}: {bridge(grids[name], grids[LANGUAGE])}{together}"
-        _draw_block(svg, block, title, SPACE, top, color)
+        _draw_block(svg, block, titles[name], SPACE, top, color)
         _draw_arrow(svg, left, top + _height(block) // 2, right, height // 2)
         top += _height(block) + SPACE
     _draw_block(svg, language, LANGUAGE, right, (height - _height(language)) // 2, COLORS[0])

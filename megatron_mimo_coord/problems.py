@@ -3,7 +3,9 @@
 Everything works on intervals of ranks, so that a million ranks cost no more than ten.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Self
 
 from megatron_mimo_coord.layout import (
@@ -13,8 +15,12 @@ from megatron_mimo_coord.layout import (
     Topology,
     default_topology,
     is_colocated,
+    is_count,
+    shown,
     span,
 )
+
+NAME = re.compile("[A-Za-z0-9_-]+")  # TOML takes these without quotes, PyTorch takes no dots
 
 
 class Problem(str):
@@ -56,9 +62,13 @@ def module_problems(modules: Any) -> list[Problem]:
         ]
     problems = []
     for name, module in modules.items():
-        if not isinstance(name, str) or not name or "." in name:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             problems.append(
-                Problem(f"module name {name!r} must be text without a dot, as PyTorch needs it")
+                Problem(
+                    f"module name {name!r} must be made of letters, digits, - and _ alone; rename "
+                    f"the module",
+                    (str(name), ""),
+                )
             )
         if not isinstance(module, ModuleParallelism):
             problems.append(
@@ -94,14 +104,17 @@ launch fewer ranks
     """
     problems = []
     if LANGUAGE not in grids:
+        near = get_close_matches(LANGUAGE, grids, n=1) or ["the language model"]
         problems.append(
             Problem(
                 f"there is no module named {LANGUAGE!r} (modules: {', '.join(grids) or 'none'}); "
-                f"Megatron's MimoModel needs exactly one, under that name",
+                f"Megatron's MimoModel needs exactly one, under that name: rename {near[0]}",
                 (LANGUAGE, ""),
             )
         )
-    problems += coverage_problems({name: grid.ranks for name, grid in grids.items()}, world_size)
+    if grids:
+        ranks_of = {name: grid.ranks for name, grid in grids.items()}
+        problems += coverage_problems(ranks_of, world_size)
     problems += _sharing_problems(list(grids.values()))
     problems += _topology_problems(grids, topology)
     for name, grid in grids.items():
@@ -123,13 +136,20 @@ launch fewer ranks
 
 def coverage_problems(ranks_of: Mapping[str, range], world_size: int) -> list[Problem]:
     """Ranks in no module, and modules beyond the world."""
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        return [Problem(f"world_size must be a positive integer, got {world_size!r}")]
+    if not is_count(world_size):
+        return [
+            Problem(
+                f"world_size must be a positive integer below 2**31, got {shown(world_size)}; give "
+                f"the number of ranks of the job"
+            )
+        ]
     problems = [
         Problem(
             f"{'rank' if ranks[0] == ranks[-1] else 'ranks'} {span(ranks)} of {world_size} "
             f"{'is' if ranks[0] == ranks[-1] else 'are'} in no module; make a module larger, move "
-            f"one there with rank_offset, or launch fewer ranks"
+            f"one there with rank_offset"
+            + (", or launch fewer ranks" if ranks.stop == world_size else ""),
+            *((name, "rank_offset") for name, of in ranks_of.items() if of.start == ranks.stop),
         )
         for ranks in idle_ranks(ranks_of, world_size)
     ]
@@ -221,16 +241,16 @@ def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> list[P
         targets = topology.get(name, [])
         is_list = isinstance(targets, Sequence) and not isinstance(targets, str)
         if not is_list or list(targets) != expected.get(name, []):
-            shown = (list(targets) if is_list else targets) or "nothing"
-            problems.append(Problem(f"topology sends {name} to {shown}; {cure}"))
+            said = (list(targets) if is_list else targets) or "nothing"
+            problems.append(Problem(f"topology sends {name} to {said}; {cure}"))
     return problems
 
 
 def _bridge_problems(source: ModuleGrid, target: ModuleGrid) -> list[Problem]:
     problems = [
         Problem(
-            f"module {grid} has CP {grid.dim('cp')}, but Megatron's bridge from {source.name} to "
-            f"{target.name} needs CP 1 on both sides: set context_parallel_size to 1",
+            f"module {grid} has CP {grid.dim('cp')}, but Megatron's bridge between an encoder and "
+            f"{LANGUAGE} needs CP 1 on both sides: set context_parallel_size to 1",
             (grid.name, "context_parallel_size"),
         )
         for grid in (source, target)

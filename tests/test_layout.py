@@ -217,7 +217,7 @@ def test_exactly_the_batches_that_can_be_dealt_out_are_accepted(some, total, mic
 
 @pytest.mark.parametrize("bad", [0, -1, 1.0, True, "2", None])
 def test_sizes_are_positive_integers(bad):
-    with pytest.raises(ValueError, match="data_parallel_size must be a positive integer"):
+    with pytest.raises(ValueError, match="data_parallel_size must be a positive integer below"):
         ModuleParallelism(data_parallel_size=bad)
 
 
