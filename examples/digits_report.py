@@ -39,10 +39,11 @@ def _live() -> bool:
 
 
 def _line(progress: Progress, total: int, accuracy: float | None) -> str:
+    norm = progress.grad_norm
     parts = [
         f"step {progress.step}/{total}",
         f"loss {progress.loss:.4f}",
-        f"gradient norm {progress.grad_norm:.2f}",
+        "step skipped" if norm is None else f"gradient norm {norm:.2f}",
         f"{progress.images_per_second:,.0f} images/s",
         f"{progress.seconds_left:.0f} s left",
     ]
@@ -51,9 +52,11 @@ def _line(progress: Progress, total: int, accuracy: float | None) -> str:
     return "  ".join(parts)
 
 
-def with_log(steps: Iterable[Progress], path: Path) -> Iterator[Progress]:
-    """Pass the steps on; write one JSON line each."""
-    with path.open("w") as file:
+def with_log(steps: Iterable[Progress], path: Path, done: int) -> Iterator[Progress]:
+    """Pass the steps on; write one JSON line each, behind those of the first ``done`` steps."""
+    if done:
+        _cut_log(path, done)
+    with path.open("a" if done else "w") as file:
         for progress in steps:
             line = {
                 "step": progress.step,
@@ -62,6 +65,18 @@ def with_log(steps: Iterable[Progress], path: Path) -> Iterator[Progress]:
             }
             print(json.dumps(line), file=file, flush=True)
             yield progress
+
+
+def _cut_log(path: Path, done: int) -> None:
+    """Drop the lines of later steps, the last of which may have been written in part."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        kept = 0
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                break
+            kept += len(line)
+        file.truncate(kept)
 
 
 def show_reading(held_out: Digits, words: Sequence[str]) -> None:

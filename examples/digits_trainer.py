@@ -4,10 +4,13 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+import checkpoint
 import torch
 import torch.distributed as dist
+import training_state
 from attrs import frozen
 from digits import (
     END,
@@ -75,6 +78,7 @@ class Trainer:
         config = get_model_config(model)
         coordinator.attach(config, optimizer)
         communicator = coordinator.build_pipeline_communicator(config)
+        training_state.start_adam(optimizer)
         return cls(model, infra, coordinator, communicator, optimizer, options.micro_batch_size)
 
     def destroy(self) -> None:
@@ -85,8 +89,11 @@ class Trainer:
 
     # -- learning ----------------------------------------------------------------------------------
 
-    def step(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[float, float]:
-        """One optimizer step; the loss, and the norm of its gradient before clipping."""
+    def step(self, batches: Iterator[Batch], num_microbatches: int) -> tuple[float, float | None]:
+        """One optimizer step; the loss, and the norm of its gradient before clipping.
+
+        The norm is None where the gradient was not finite, and the weights stayed as they were.
+        """
         self.optimizer.zero_grad()
         self.coordinator.zero_grad_buffer()
         losses = self._run_schedule(self._forward_losses, batches, num_microbatches)
@@ -219,31 +226,35 @@ def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
 
 @frozen
 class Progress:
-    """How training stands after a step; ``accuracy`` is None where nothing was read."""
+    """How training stands after a step.
+
+    ``accuracy`` is None where nothing was read, ``grad_norm`` where the step was skipped.
+    """
 
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     images_per_second: float
     seconds_left: float
     accuracy: float | None
 
 
 def train(
-    trainer: Trainer, learn: Digits, held_out: Digits, options: Namespace
+    trainer: Trainer, learn: Digits, held_out: Digits, options: Namespace, done: int
 ) -> Iterator[Progress]:
-    """Take all steps, and tell after each how training stands."""
-    batches = training_batches(learn, options.micro_batch_size, options.seed)
+    """Take all steps after the first ``done``, and tell after each how training stands."""
     num_microbatches = options.global_batch_size // options.micro_batch_size
+    batches = training_batches(learn, options.micro_batch_size, options.seed)
+    batches = islice(batches, done * num_microbatches, None)
     start = time.perf_counter()
-    for step in range(1, options.steps + 1):
+    for step in range(done + 1, options.steps + 1):
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         loss, grad_norm = trainer.step(batches, num_microbatches)
         accuracy = None
         if options.eval_interval and step % options.eval_interval == 0:
             accuracy = held_out.accuracy(trainer.read(held_out.images))
-        seconds = (time.perf_counter() - start) / step
+        seconds = (time.perf_counter() - start) / (step - done)
         yield Progress(
             step=step,
             loss=loss,
@@ -252,6 +263,23 @@ def train(
             seconds_left=seconds * (options.steps - step),
             accuracy=accuracy,
         )
+        # Only now has the caller logged this step, which a training that goes on from here skips.
+        if options.save and (step % options.save_interval == 0 or step == options.steps):
+            save_checkpoint(trainer, step, options)
+
+
+def save_checkpoint(trainer: Trainer, step: int, options: Namespace) -> None:
+    """Add a checkpoint to the folder of ``--save``, whole or not at all. Collective."""
+    is_first = dist.get_rank() == 0
+    path = checkpoint.unfinished(options.save, step)
+    if is_first:
+        checkpoint.begin(options.save, step)
+    dist.barrier()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} was made, but not here: --save needs a shared folder")
+    training_state.save(trainer.model, trainer.optimizer, path)
+    if is_first:
+        checkpoint.finish(options.save, step, checkpoint.settings(options))
 
 
 def learning_rate(step: int, options: Namespace) -> float:

@@ -1,6 +1,7 @@
-"""How a script joins the other ranks of its torchrun job, and leaves them."""
+"""How a script joins the other ranks of its torchrun job, agrees with them, and leaves them."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,15 +9,27 @@ import torch.distributed as dist
 
 def start_ranks() -> None:
     """Join the other ranks: on a GPU each if this machine has as many, else on its CPU."""
+    backend = "gloo"
     if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        backend = "nccl"
     else:
         from megatron_mimo_coord.cpu import enable_cpu_ranks
 
         enable_cpu_ranks()
         torch.set_num_threads(1)  # the ranks already share the cores
-        dist.init_process_group("gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun starts ranks again with the same store: apart from where lost ones left addresses
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on every rank. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def stop_ranks() -> None:

@@ -79,6 +79,7 @@ class Encoder(MegatronModule):
         self, config: TransformerConfig, shape: EncoderShape, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
+        self.tp_group = groups.tp  # where Megatron's checkpoints look for it
         self.is_first = groups.pp.rank() == 0
         if self.is_first:
             self.embed = torch.nn.Linear(shape.patch_dim, shape.hidden)
@@ -119,6 +120,15 @@ class PipelinedSubmodules(VisionModalitySubmodules):
         if not self.is_last_stage:
             return hidden_PNH
         return self.input_projections[0](hidden_PNH.transpose(0, 1).flatten(0, 1))
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds of this rank; tensor-parallel ranks have one projection."""
+        found = super().sharded_state_dict(prefix, *args, **kwargs)
+        for name, tensor in found.items():
+            if name.startswith(f"{prefix}input_projections."):  # Megatron leaves TP out here
+                pp, _, dp = tensor.replica_id
+                tensor.replica_id = (pp, self.pg_collection.tp.rank(), dp)
+        return found
 
     @classmethod
     def from_spec(

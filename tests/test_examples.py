@@ -22,14 +22,19 @@ def start(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
 
 
 def test_the_digits_model_learns(tmp_path):
-    log, plot = tmp_path / "losses", tmp_path / "curve.png"
+    log, plot, layout = tmp_path / "losses", tmp_path / "curve.png", tmp_path / "layout.toml"
+    layout.write_text(
+        "[vision]\ndata_parallel_size = 2\n[language]\npipeline_model_parallel_size = 2\n"
+    )
     done = start(
         *TORCHRUN,
         *("--nproc-per-node", "4", "examples/train_digits_vlm.py", "--steps", "25"),
         *("--log-losses", str(log), "--plot", str(plot), "--eval-interval", "25"),
+        *("--layout", str(layout)),
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^vision +0-1 .* 32 .*fan-in 2:1", done.stdout, re.MULTILINE)
+    assert re.search(r"^language +2-3 +1 +1 +2 ", done.stdout, re.MULTILINE)
     assert re.search(r"step 25/25 +loss \d", done.stdout)
     assert "1437 images to learn from, 360 held out" in done.stdout
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
@@ -47,13 +52,20 @@ def test_the_digits_model_learns(tmp_path):
             "micro_batch_size 1 is not divisible by the DP 2 of module vision",
         ),
         (["--language-dp", "3", "--language-pp", "1"], "the world has 4 ranks"),
+        (["--layout", "layout.toml"], "layout.toml:2 [vision] data_parallel_size, layout.toml:4"),
+        (["--layout", "layout.toml"], "layout.toml has the modules vision, language, audio"),
+        (["--layout", "layout.toml", "--vision-dp", "3"], "leave out --vision-data-parallel"),
+        (["--layout", "nothing.toml"], "nothing.toml cannot be read"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_starts(options, message):
+def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_path):
+    (tmp_path / "layout.toml").write_text(
+        "[vision]\ndata_parallel_size = 2\n[language]\ndata_parallel_size = 3\n[audio]\n"
+    )
     environment = {**os.environ, "WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4"}
     done = subprocess.run(
-        [sys.executable, "examples/train_digits_vlm.py", *options],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "examples/train_digits_vlm.py"), *options],
+        cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
