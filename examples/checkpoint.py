@@ -6,7 +6,9 @@
 Nothing here needs torch, so that options are checked before it is imported.
 """
 
+import fcntl
 import json
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
@@ -16,10 +18,12 @@ from typing import Any
 from attrs import frozen
 
 KEPT = 2  # whole ones: should the newest turn out to be unreadable, there is one before it
+NAME = "step-" + "[0-9]" * 8
 UNFINISHED = ".unfinished"
 SETTINGS = "settings.json"
 OPTIONS = (  # that a training must keep when it goes on: the others only change the way from there
     "seed",
+    "loss",
     "global_batch_size",
     "micro_batch_size",
     "vision_layers",
@@ -61,6 +65,21 @@ def differences(found: Checkpoint, options: Namespace) -> list[str]:
     ]
 
 
+def claim(folder: Path) -> bool:
+    """Whether this process may write there: a folder has one training at a time.
+
+    Ranks whose torchrun was killed train on for a while, and would write what a new start writes.
+    """
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # open, and so claimed, as long as this process lives
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    return True
+
+
 def begin(folder: Path, step: int) -> None:
     """Make the folder that all ranks then write into; one rank does this for all."""
     for leftover in folder.glob(f"step-*{UNFINISHED}"):
@@ -85,7 +104,7 @@ def finish(folder: Path, step: int, settings: Mapping[str, Any]) -> None:
 
 def _whole(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(folder.glob("step-" + "[0-9]" * 8), key=_step)
+    return sorted((path.parent for path in folder.glob(f"{NAME}/{SETTINGS}")), key=_step)
 
 
 def _step(path: Path) -> int:

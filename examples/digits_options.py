@@ -307,6 +307,11 @@ def checkpoint_problems(options: argparse.Namespace) -> list[str]:
             f"--save {save} already has checkpoints; add --load {save} to go on from the newest, "
             f"or give another folder"
         )
+    if save and not goes_on and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        problems.append(
+            f"--max-restarts starts the same command again, which must then go on from its own "
+            f"checkpoints: add --load {save}"
+        )
     found = checkpoint.newest(load) if load else None
     if found:
         problems += checkpoint.differences(found, options)

@@ -27,6 +27,11 @@ def main() -> None:
     with first_rank_speaks():
         options = parse_options(__doc__)
         problems = what_is_wrong(options)
+        if not problems and IS_MAIN and options.save and not checkpoint.claim(options.save):
+            problems = (
+                f"another training writes into --save {options.save}; end it (its torchrun may be "
+                f"gone already), or give another folder"
+            )
         if problems:
             print(problems, file=sys.stderr, flush=True)
             sys.exit(2)

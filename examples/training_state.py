@@ -62,7 +62,8 @@ def optimizers(optimizer: MimoOptimizer) -> Iterator[tuple[str, MegatronOptimize
     """Name and optimizer of each module on this rank."""
     for name, info in optimizer.module_infos.items():
         if info.is_active:
-            yield name, info.optimizer.chained_optimizers[0]
+            (only,) = info.optimizer.chained_optimizers  # experts would have a second one
+            yield name, only
 
 
 class InProcessWriter(TorchDistSaveShardedStrategy):

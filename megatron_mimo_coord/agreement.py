@@ -9,7 +9,8 @@ error, which says which ranks say what.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -45,14 +46,16 @@ class Statement:
             self.flags,
         ]
 
-    def facts(self) -> dict[str, str]:
-        """All facts in one map."""
-        of_modules = {
-            f"{name}: {fact}": value
-            for name, facts in self.modules.items()
-            for fact, value in facts.items()
-        }
-        return {**self.job, **of_modules}
+
+def agree_on(make_statement: Callable[[], Statement]) -> list[int]:
+    """:func:`agree`, on a statement that may be impossible to make: then all ranks hear why."""
+    try:
+        statement = make_statement()
+    except Exception as error:  # raised again: this is only so that nobody waits for this rank
+        with suppress(ValueError):
+            agree(Statement({}, {}, [f"{type(error).__name__}: {error}"]))
+        raise
+    return agree(statement)
 
 
 def agree(statement: Statement) -> list[int]:
@@ -78,7 +81,7 @@ def agree(statement: Statement) -> list[int]:
     if any(row[0] for row in rows) or len(jobs) > 1 or len(modules) > len(sets_of_modules):
         statements = _exchange(statement)
         raise_problems("this job cannot start", disagreements(statements))
-        raise AssertionError("digests differ, but the facts behind them do not")
+        raise AssertionError("digests differ, but what they were made of does not")
     return [row[6] for row in rows]
 
 
@@ -92,10 +95,22 @@ def disagreements(statements: Sequence[Statement]) -> list[str]:
     """
     found: dict[str, list[int]] = {}
     values: dict[str, dict[str, list[int]]] = {}
+    of_job = {fact for statement in statements for fact in statement.job}
+    of_modules: dict[str, set[str]] = {}
+    for statement in statements:
+        for name, facts in statement.modules.items():
+            of_modules.setdefault(name, set()).update(facts)
     for rank, statement in enumerate(statements):
         for problem in statement.problems:
             found.setdefault(problem, []).append(rank)
-        for fact, value in statement.facts().items():
+        if not statement.job and statement.problems:
+            continue  # it could not say more
+        said = {fact: statement.job.get(fact, "nothing") for fact in sorted(of_job)}
+        for name, facts in statement.modules.items():
+            said |= {
+                f"{name}: {fact}": facts.get(fact, "nothing") for fact in sorted(of_modules[name])
+            }
+        for fact, value in said.items():
             values.setdefault(fact, {}).setdefault(value, []).append(rank)
     everyone = len(statements)
     problems = [

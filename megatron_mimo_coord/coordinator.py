@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import cached_property
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import (
 )
 
 from megatron_mimo_coord import infra as infrastructure
-from megatron_mimo_coord.agreement import Statement, agree
+from megatron_mimo_coord.agreement import Statement, agree_on
 from megatron_mimo_coord.batch import data_parallel_slice
 from megatron_mimo_coord.buckets import grad_buffers
 from megatron_mimo_coord.colocated import (
@@ -57,6 +57,14 @@ from megatron_mimo_coord.reduction import OrderedReduction
 from megatron_mimo_coord.world import world_device
 
 logger = logging.getLogger(__name__)
+
+HOOKS = (
+    "no_sync_func",
+    "finalize_model_grads_func",
+    "grad_scale_func",
+    "grad_sync_func",
+    "param_sync_func",
+)
 
 
 @frozen
@@ -103,20 +111,10 @@ class MultiModuleCoordinator:
     """
 
     def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
-        try:
-            self._infra = as_infra(infra)
-            self._model = unwrap_mimo_model(model)
-        except (ValueError, RuntimeError) as error:
-            with suppress(ValueError):  # what the other ranks raise
-                agree(Statement({}, {}, [str(error)]))
-            raise
         self._rank = dist.get_rank()
-        self._grids = {
-            name: ModuleGrid.of(name, grid) for name, grid in self._infra.module_to_grid_map.items()
-        }
-        self._per_token = bool(self._model.config.calculate_per_token_loss)
+        flags = agree_on(lambda: self._read(infra, model))
         self._device = world_device()
-        self._factors = self._agree_on_factors()
+        self._factors = self._factors_of(flags)
         self._modules = tuple(self._collect(name) for name in self._names_here)
         self._ddps = tuple(module.ddp for module in self._modules)
         self._module_to_grid_tuples = tuple((module.ddp, module.grid) for module in self._modules)
@@ -218,7 +216,7 @@ class MultiModuleCoordinator:
                 'then needs moe_token_dispatcher_type="alltoall")'
             )
         hooks = self._hooks_for(optimizer)
-        owners = [getattr(getattr(config, name), "__self__", None) for name in hooks]
+        owners = [getattr(getattr(config, name), "__self__", None) for name in HOOKS]
         ours = [
             hook
             for owner in owners
@@ -232,8 +230,12 @@ class MultiModuleCoordinator:
                     f"config.{name} is already {current!r}; the coordinator needs that place: set "
                     f"config.{name} = None before attach, and leave it to the coordinator"
                 )
-        for name, hook in hooks.items():
-            setattr(config, name, hook)
+        for name in HOOKS:
+            owner = getattr(getattr(config, name), "__self__", None)
+            if name in hooks:
+                setattr(config, name, hooks[name])
+            elif isinstance(owner, MultiModuleCoordinator) and owner is not self:
+                setattr(config, name, None)  # the coordinator before this one needed it
         self._hooks |= hooks
         self._config = config
         FiniteSteps.of(optimizer)
@@ -271,6 +273,7 @@ class MultiModuleCoordinator:
 
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module on this rank to zero, before a step."""
+        self._finalized = None
         for ddp in self._ddps:
             ddp.zero_grad_buffer()
             for param in ddp.params_with_grad:
@@ -389,7 +392,8 @@ class MultiModuleCoordinator:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
-        self._finalized = None
+        if torch.is_grad_enabled():  # else it evaluates, and there will be nothing to finalize
+            self._finalized = None
         for module in self._modules:
             module.reduction.begin()
         with ExitStack() as stack:
@@ -469,7 +473,7 @@ class MultiModuleCoordinator:
 
     def _refuse_outside_a_step(self) -> None:
         """No gradient came since the last time, and the schedule has not begun another step."""
-        if self._grads and self._finalized == self._versions():
+        if self._finalized == self._versions():
             raise RuntimeError(
                 "finalize_model_grads was called outside a step, or a second time in one step, "
                 "which would reduce the gradients twice: call it once after the last backward, and "
@@ -516,10 +520,13 @@ class MultiModuleCoordinator:
 
     # -- construction ------------------------------------------------------------------------------
 
-    def _agree_on_factors(self) -> dict[str, float]:
-        """Compare notes with all ranks, and learn how the DDPs of other ranks deliver."""
-        names = sorted(self._grids)
-        topology = self._infra.topology
+    def _read(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> Statement:
+        """Look at what this rank was given; what there is to say about it to the other ranks."""
+        self._infra = as_infra(infra)
+        self._model = unwrap_mimo_model(model)
+        grid_map, topology = self._infra.module_to_grid_map, self._infra.topology
+        self._grids = {name: ModuleGrid.of(name, grid) for name, grid in grid_map.items()}
+        self._per_token = bool(self._model.config.calculate_per_token_loss)
         problems: list[str] = [*layout_problems(self._grids, topology, dist.get_world_size())]
         ddps = {}
         for name in self._names_here:
@@ -527,18 +534,23 @@ class MultiModuleCoordinator:
             ddp = find_ddp(self._model, name)
             if ddp is not None:
                 ddps[name] = ddp
-        statement = Statement(
+        names = sorted(self._grids)
+        return Statement(
             job={
                 "megatron-core version": megatron_version,
-                "modules": ", ".join(str(self._grids[name]) for name in self._grids),
+                "the modules": ", ".join(self._grids),
                 "topology": str(dict(topology) if isinstance(topology, Mapping) else topology),
                 "calculate_per_token_loss of the language model": str(self._per_token),
+                **{f"module {name}": str(grid) for name, grid in self._grids.items()},
             },
             modules={name: facts(ddp) for name, ddp in ddps.items()},
             problems=problems,
             flags=sum(1 << names.index(name) for name, ddp in ddps.items() if sums(ddp)),
         )
-        flags = agree(statement)
+
+    def _factors_of(self, flags: list[int]) -> dict[str, float]:
+        """Each module's factor; the flags of the ranks tell how the DDPs there deliver."""
+        names = sorted(self._grids)
         return {
             name: gradient_scaling_factor(
                 grid.replicas,

@@ -11,7 +11,7 @@ one: here they all change together, or the gradients of the modules would drift 
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class FiniteSteps:
             )
         for update in self._updates:
             update(bool(faulty))
-        self._norm = math.sqrt(sum(squares.values()))
+        self._norm = None if faulty else math.sqrt(sum(squares.values()))
         return bool(faulty)
 
     @torch.no_grad()
@@ -76,9 +76,24 @@ class FiniteSteps:
                 found_inf = prepare and info.optimizer.prepare_grads()
                 norm = info.optimizer.get_grad_norm() or 0.0
                 squares[index] = math.inf if found_inf else norm**2
+                for grads in _beside_the_norm(info.optimizer) if prepare else ():
+                    squares[index] += 0.0 * torch.stack(torch._foreach_norm(grads)).sum()
         squares.nan_to_num_(nan=math.inf, posinf=math.inf)
         dist.all_reduce(squares, op=dist.ReduceOp.MAX)
         return dict(zip(self._module_infos, squares.tolist(), strict=True))
+
+
+def _beside_the_norm(optimizer: Any) -> Iterator[list[torch.Tensor]]:
+    """Gradients on this rank that Megatron's norm leaves out: copies of those of other ranks."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        counted = {id(grad) for grad in inner.get_grads_for_grad_norm()}
+        grads = [
+            getattr(param, "decoupled_grad", None) if param.grad is None else param.grad
+            for param in inner.get_parameters()
+        ]
+        beside = [grad for grad in grads if grad is not None and id(grad) not in counted]
+        if beside:
+            yield beside
 
 
 def _loss_scalers(module_infos: Iterable[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.agreement import Statement, agree
+from megatron_mimo_coord.agreement import Statement, agree_on
 from megatron_mimo_coord.batch import batch_problems
 from megatron_mimo_coord.layout import (
     DIM_NAMES,
@@ -119,14 +119,7 @@ class MegatronMIMOInfra:
                 "MegatronMIMOInfra.build makes process groups: call "
                 "torch.distributed.init_process_group first"
             )
-        facts = {"modules": modules, "topology": topology, "module_output_ndim": module_output_ndim}
-        agree(
-            Statement(
-                job={name: str(value) for name, value in facts.items()},
-                modules={},
-                problems=_problems(modules, topology, module_output_ndim),
-            )
-        )
+        agree_on(lambda: _statement(modules, topology, module_output_ndim))
         topology = default_topology(modules) if topology is None else topology
         grids = pack(modules)
         module_to_grid_map = {
@@ -187,6 +180,16 @@ def as_infra(given: Infra | GridsAndGroups) -> Infra:
         ],
         module_output_ndim=default_output_ndim(given.grids),
     )
+
+
+def _statement(modules: Any, topology: Any, module_output_ndim: Any) -> Statement:
+    """What ``MegatronMIMOInfra.build`` was given, and all that is wrong with it."""
+    facts = {"topology": topology, "module_output_ndim": module_output_ndim}
+    problems = _problems(modules, topology, module_output_ndim)
+    if isinstance(modules, Mapping):
+        facts |= {f"module {name}": module for name, module in modules.items()}
+        facts["the modules"] = ", ".join(map(str, modules))
+    return Statement({name: str(value) for name, value in facts.items()}, {}, problems)
 
 
 def _problems(modules: Any, topology: Any, module_output_ndim: Any) -> list[Problem]:
@@ -330,7 +333,9 @@ def validate_data_loader_contract(
     Example:
         >>> validate_data_loader_contract(infra, 512, 32, num_microbatches=16)
     """
-    grid_of = infra.grids if isinstance(infra, GridsAndGroups) else infra.module_to_grid_map
+    given: Any = infra
+    has_map = hasattr(given, "module_to_grid_map")
+    grid_of = given.module_to_grid_map if has_map else given.grids
     grids = [ModuleGrid.of(name, grid) for name, grid in grid_of.items()]
     raise_problems(
         "this batch cannot be dealt out",

@@ -38,6 +38,7 @@ from megatron_mimo_coord import (
 from megatron_mimo_coord import (
     coordinator as coordination,
 )
+from megatron_mimo_coord.buckets import buckets
 from megatron_mimo_coord.layout import pack
 
 TOLERANCE = 1e-5
@@ -514,9 +515,9 @@ def _normalizer(after: Any) -> Any:
     """A mutant that does something to a module's DDP once its normalizer is built."""
     original = normalization.GradientNormalizer.__init__
 
-    def broken(self: Any, name: str, ddp: Any, **sizes: Any) -> None:
-        original(self, name, ddp, **sizes)
-        for bucket, _ in normalization._buckets(ddp):
+    def broken(self: Any, ddp: Any, **sizes: Any) -> None:
+        original(self, ddp, **sizes)
+        for bucket, _ in buckets(ddp):
             bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, self, sizes)
 
     return _replaced(normalization.GradientNormalizer, "__init__", broken)

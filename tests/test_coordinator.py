@@ -7,17 +7,27 @@ from cases import Case
 from ranks import world
 from test_gradients import FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 
+from megatron_mimo_coord.layout import default_topology, pack
+
 COLOCATED = LAYOUTS["colocated"]
 
 
 def built(case: Case) -> Any:
     """(infra, model, coordinator) of a case on this rank."""
+    from functools import partial
+
     import vlm
+    from cases import _prepare
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
 
     infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    model = vlm.build_model(
+        case.shape(),
+        infra.module_to_grid_map,
+        infra.pg_collections,
+        prepare=partial(_prepare, case, infra.pg_collections),
+    )
     return infra, model, MultiModuleCoordinator(infra, model)
 
 
@@ -335,19 +345,28 @@ def test_layouts_that_megatron_cannot_run_are_refused(vision, language, message)
 
 
 def _wrong_argument(fault: str) -> None:
+    from types import SimpleNamespace
+
     import torch
+    from attrs import evolve
 
     from megatron_mimo_coord import MultiModuleCoordinator
 
     infra, model, _ = built(Case(modules=FAN_IN))
-    is_wrong = torch.distributed.get_rank() == 1
+    sound = infra
+    if torch.distributed.get_rank() == 1:
+        if fault == "model":
+            model = torch.nn.Linear(1, 1)
+        if fault == "infra":
+            infra = object()
+        if fault == "no grid":
+            infra = evolve(infra, module_to_grid_map={"vision": None, "language": None})
+        if fault == "no groups":
+            infra = SimpleNamespace(grids=infra.module_to_grid_map, module_pgs=None)
     try:
-        MultiModuleCoordinator(
-            object() if is_wrong and fault == "infra" else infra,
-            torch.nn.Linear(1, 1) if is_wrong and fault == "model" else model,
-        )
+        MultiModuleCoordinator(infra, model)
     finally:
-        infra.destroy()
+        sound.destroy()
 
 
 @pytest.mark.parametrize(
@@ -355,6 +374,8 @@ def _wrong_argument(fault: str) -> None:
     [
         ("model", "RuntimeError", "there is no MimoModel inside Linear"),
         ("infra", "ValueError", "infra is of class object, which has neither module_to_grid_map"),
+        ("no grid", "AttributeError", "AttributeError: 'NoneType' object has no attribute"),
+        ("no groups", "AttributeError", "AttributeError: 'NoneType' object has no attribute"),
     ],
 )
 def test_a_wrong_argument_on_one_rank_is_said_on_every_rank(fault, name, message):
@@ -363,6 +384,69 @@ def test_a_wrong_argument_on_one_rank_is_said_on_every_rank(fault, name, message
     assert [errors[rank][0] for rank in range(3)] == ["ValueError", name, "ValueError"]
     assert all(message in text for _, text in errors.values())
     assert "(says rank 1)" in errors[0][1]
+
+
+def _disagree(fault: str) -> None:
+    """Ranks that were started with different layouts, first grids and then coordinators."""
+    import torch.distributed as dist
+    import vlm
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+
+    layouts = {
+        "sizes": {"vision": parallel(tp=2), "language": parallel()},
+        "offsets": {"vision": parallel(dp=2, rank_offset=1), "language": parallel(rank_offset=0)},
+        "modules": {"vision": parallel(), "audio": parallel(), "language": parallel()},
+    }
+    other = layouts[fault] if dist.get_rank() == 1 else FAN_IN
+    said = []
+    try:
+        MegatronMIMOInfra.build(other)
+    except ValueError as error:
+        said.append(str(error))
+    infra = MegatronMIMOInfra.build(FAN_IN)
+    model = vlm.build_model(
+        Case(modules=FAN_IN).shape(), infra.module_to_grid_map, infra.pg_collections
+    )
+    grids = {
+        name: HyperCommGrid(list(grid.shape), list(grid.dim_names), grid.rank_offset)
+        for name, grid in pack(other).items()
+    }
+    infra.module_to_grid_map.update(grids)
+    infra.topology.update(default_topology(grids))
+    try:
+        MultiModuleCoordinator(infra, model)
+    except ValueError as error:
+        said.append(str(error))
+    raise ValueError("\n=====\n".join(said))
+
+
+@pytest.mark.parametrize(
+    ("fault", "build", "construction"),
+    [
+        (
+            "sizes",
+            "ranks disagree about module vision: ranks 0, 2 have ModuleParallelism(",
+            "ranks disagree about module vision: ranks 0, 2 have vision (ranks 0-1: TP 1 x CP 1 x "
+            "DP 2 x PP 1); rank 1 has vision (ranks 0-1: TP 2 x CP 1 x DP 1 x PP 1)",
+        ),
+        ("offsets", "rank_offset=0", "rank 1 has language (ranks 0: TP 1"),
+        (
+            "modules",
+            "ranks disagree about module audio: ranks 0, 2 have nothing; rank 1 has Modu",
+            "ranks disagree about the modules: ranks 0, 2 have vision, language; rank 1 has",
+        ),
+    ],
+)
+def test_ranks_with_different_layouts_say_so_on_every_rank(fault, build, construction):
+    answers, errors = world(3).try_run("test_coordinator:_disagree", fault)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "ValueError", text
+        of_build, of_construction = text.split("\n=====\n")
+        assert build in of_build
+        assert construction in of_construction
 
 
 def test_what_holds_no_mimo_model_is_refused():
@@ -457,6 +541,39 @@ def test_finalize_says_how_it_wants_to_be_called(per_token):
     for answer in answers:
         assert "outside a step" in answer["outside"]
         assert "a second time in one step" in answer["twice"]
+
+
+def _finalize_where_nothing_learns(case: Case) -> list[str]:
+    """What a second finalize says, after a step and after an evaluation."""
+    import torch
+
+    infra, model, coordinator = built(case)
+    said = []
+    for grad in (torch.enable_grad, torch.no_grad):
+        try:
+            with grad():
+                coordinator.finalize_model_grads([model])
+        except RuntimeError as error:
+            said.append(str(error))
+        coordinator.zero_grad_buffer()
+        coordinator.finalize_model_grads([model])
+        with torch.no_grad(), coordinator.no_sync():
+            pass  # as the schedule does with forward_only
+        try:
+            coordinator.finalize_model_grads([model])
+        except RuntimeError as error:
+            said.append(str(error))
+    model.destroy()
+    infra.destroy()
+    return said
+
+
+@pytest.mark.parametrize("frozen", [("vision",), ("vision", "language"), ()])
+def test_all_ranks_refuse_alike_whatever_is_frozen(frozen):
+    case = Case(modules={"vision": parallel(pp=2), "language": parallel()}, frozen=frozen)
+    for said in on_ranks("_finalize_where_nothing_learns", case):
+        assert len(said) == 4
+        assert all("a second time in one step" in text for text in said)
 
 
 def _finalize_with_embedding_groups() -> bool:

@@ -119,7 +119,7 @@ def test_norms_leave_the_loss_scale_out():
 # -- gradients that are not finite -----------------------------------------------------------------
 
 
-def _not_finite(case: Case, module: str, value: float, here: int) -> dict[str, Any]:
+def _not_finite(case: Case, module: str, value: float, here: int, where: str) -> dict[str, Any]:
     """A sound step, one with a bad number in one gradient on one rank, and a sound one again."""
     import logging
 
@@ -156,7 +156,9 @@ def _not_finite(case: Case, module: str, value: float, here: int) -> dict[str, A
                 buffer.grad_data.normal_()
         if bad and dist.get_rank() == here:
             ddp = next(m.ddp for m in coordinator._modules if m.name == module)
-            next(iter(ddp.module.parameters())).main_grad.view(-1)[0] = value
+            parameters = dict(ddp.module.named_parameters())
+            name = next(name for name in parameters if where in name)
+            parameters[name].main_grad.view(-1)[0] = value
         coordinator.finalize_model_grads([model])
         outcome = optimizer.step()
         for ddp, _ in coordinator.module_to_grid_tuples:
@@ -180,22 +182,31 @@ def _not_finite(case: Case, module: str, value: float, here: int) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("case", "module", "value", "here"),
+    ("case", "module", "value", "here", "where"),
     [
-        (Case(modules=FAN_IN), "vision", float("nan"), 0),
-        (Case(modules=FAN_IN), "language", float("inf"), 2),
-        (Case(modules=FAN_IN, ddp=SHARDED), "vision", float("-inf"), 1),
-        (Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True}), "vision", float("nan"), 1),
-        (Case(modules=COLOCATED), "vision", float("nan"), 1),
-        (Case(modules={"vision": parallel(), "language": parallel(tp=2)}), "language", float("nan"), 2),
-        (Case(modules={"vision": parallel(), "language": parallel(pp=2)}), "language", float("nan"), 1),
+        (Case(modules=FAN_IN), "vision", float("nan"), 0, ""),
+        (Case(modules=FAN_IN), "language", float("inf"), 2, ""),
+        (Case(modules=FAN_IN, ddp=SHARDED), "vision", float("-inf"), 1, ""),
+        (Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True}), "vision", float("nan"), 1, ""),
+        (Case(modules=COLOCATED), "vision", float("nan"), 1, ""),
+        (Case(modules={"vision": parallel(), "language": parallel(tp=2)}), "language", float("nan"), 2, ""),
+        (Case(modules={"vision": parallel(), "language": parallel(pp=2)}), "language", float("nan"), 1, ""),
+        (Case(modules={"vision": parallel(), "language": parallel(tp=2)}), "language", float("nan"), 2, "layernorm"),
+        (Case(modules={"vision": parallel(), "language": parallel(tp=2)}, ddp=SHARDED), "language", float("inf"), 2, "layernorm"),
+        (Case(modules={"vision": parallel(), "language": parallel(pp=2)}, tied_embeddings=True), "language", float("nan"), 2, "output_layer"),
+        (Case(modules={"vision": parallel(dp=2), "language": parallel(dp=2, expert_model_parallel_size=2)}, experts=2), "language", float("nan"), 3, "experts"),
+        (Case(modules=FAN_IN, frozen=("vision",)), "language", float("nan"), 2, ""),
     ],
 )  # fmt: skip
-def test_a_bad_number_skips_the_step_on_all_ranks_and_names_the_module(case, module, value, here):
-    answers = world(case.world_size).run("test_observation:_not_finite", case, module, value, here)
+def test_a_bad_number_skips_the_step_on_all_ranks_and_names_the_module(
+    case, module, value, here, where
+):
+    arguments = case, module, value, here, where
+    answers = world(case.world_size).run("test_observation:_not_finite", *arguments)
     for rank, answer in enumerate(answers):
         (fine, still), (bad, kept), (again, stuck) = answer["outcomes"]
-        assert fine[0] and again[0] and not still and not stuck
+        learns = not (case.frozen and rank < 2)
+        assert fine[0] and again[0] and still == stuck == (not learns)
         assert bad == (False, None, None) and kept
         assert fine[1] == answers[0]["outcomes"][0][0][1], "all ranks clip by the same norm"
         assert answer["norm"] == answers[0]["norm"]
