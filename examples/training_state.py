@@ -103,13 +103,14 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
 
 def load_adam(optimizer: MegatronOptimizer, tensors: dict[Any, Any], updates: int) -> None:
     """Give Adam the state of a checkpoint."""
-    states = optimizer.optimizer.state
-    if isinstance(optimizer, DistributedOptimizer):
-        for state in states.values():
-            state["step"] = updates  # Megatron looks for every tensor among those of the checkpoint
-        optimizer.load_parameter_state_from_fully_reshardable(tensors)
-    else:
-        tensors["common_step"] = updates
+    step = torch.tensor(float(updates))
+    if not isinstance(optimizer, DistributedOptimizer):
+        tensors["common_step"] = step
         optimizer.load_state_dict({**optimizer.state_dict(), "state": tensors})
-    for state in states.values():
-        state["step"] = torch.tensor(float(updates))
+        return
+    states = optimizer.optimizer.state.values()
+    for state in states:
+        del state["step"]  # or Megatron misses it among the tensors of the checkpoint
+    optimizer.load_parameter_state_from_fully_reshardable(tensors)
+    for state in states:
+        state["step"] = step.clone()

@@ -37,6 +37,12 @@ def killed_in_a_step() -> None:
         before_call(digits_trainer.Trainer, "_forward", 6, kill)
 
 
+def killed_while_reading() -> None:
+    """Rank 1 is gone when all steps are done."""
+    if os.environ["RANK"] == "1":
+        before_call(digits_trainer.Trainer, "read", 1, kill)
+
+
 def raises_in_a_step() -> None:
     """Rank 1 raises in the second microbatch of the third step since the start."""
     if os.environ["RANK"] == "1":
