@@ -28,18 +28,18 @@ def test_the_digits_model_learns(tmp_path):
     )
     done = start(
         *TORCHRUN,
-        *("--nproc-per-node", "4", "examples/train_digits_vlm.py", "--steps", "25"),
-        *("--log-losses", str(log), "--plot", str(plot), "--eval-interval", "25"),
+        *("--nproc-per-node", "4", "examples/train_digits_vlm.py", "--steps", "15"),
+        *("--log-losses", str(log), "--plot", str(plot), "--eval-interval", "15"),
         *("--layout", str(layout)),
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^vision +0-1 .* 32 .*fan-in 2:1", done.stdout, re.MULTILINE)
     assert re.search(r"^language +2-3 +1 +1 +2 ", done.stdout, re.MULTILINE)
-    assert re.search(r"step 25/25 +loss \d", done.stdout)
+    assert re.search(r"step 15/15 +loss \d", done.stdout)
     assert "1437 images to learn from, 360 held out" in done.stdout
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert len(losses) == 25
-    assert losses[-1] < 0.6 * losses[0]
+    assert len(losses) == 15
+    assert losses[-1] < 0.75 * losses[0]
     assert plot.stat().st_size > 1000
 
 
