@@ -4,18 +4,27 @@ import argparse
 import math
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import checkpoint
 
 from megatron_mimo_coord.batch import batch_problems
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, default_topology, pack
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    ModuleParallelism,
+    default_topology,
+    pack,
+    ranks_taken,
+)
 from megatron_mimo_coord.layout_file import LayoutFile
 from megatron_mimo_coord.problems import layout_problems
 
 VISION = "vision"
 HEADS = 4  # of attention, in either module
 SAVE_INTERVAL = 50
+
+layout_file = cache(LayoutFile.read)  # what was checked is what runs: the file is read once
 
 
 def parse_options(description: str = "") -> argparse.Namespace:
@@ -210,7 +219,7 @@ def positive(text: str) -> int:
 def parallelism(options: argparse.Namespace) -> dict[str, ModuleParallelism]:
     """Parallel sizes of each module."""
     if options.layout:
-        return LayoutFile.read(options.layout).modules
+        return layout_file(options.layout).modules
     return {
         module: ModuleParallelism(
             tensor_model_parallel_size=getattr(options, f"{module}_tensor_parallel"),
@@ -227,7 +236,7 @@ def what_is_wrong(options: argparse.Namespace) -> str:
     problems = file_problems(options) or option_problems(options)
     if not problems:
         grids = pack(parallelism(options))
-        ranks = max(grid.ranks.stop for grid in grids.values())
+        ranks = ranks_taken(grids.values())
         if "WORLD_SIZE" not in os.environ:
             command = " ".join(["torchrun --nproc-per-node", str(ranks), *sys.argv])
             return f"this layout takes {ranks} ranks, which torchrun starts:\n\n  {command}\n"
@@ -245,7 +254,7 @@ def file_problems(options: argparse.Namespace) -> list[str]:
     if not options.layout:
         return []
     try:
-        layout = LayoutFile.read(options.layout)
+        layout = layout_file(options.layout)
     except ValueError as error:
         return [str(error)]
     world_size = os.environ.get("WORLD_SIZE")

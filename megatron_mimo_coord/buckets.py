@@ -51,11 +51,13 @@ def shares(
         counts: which parameters are asked for.
     """
     for group, bucket, process_group in _grouped(ddp):
-        start, end = _own_part(0, len(bucket.grad_data), process_group)
-        if ddp.ddp_config.use_distributed_optimizer:
+        if ddp.ddp_config.num_distributed_optimizer_instances > 1:
+            instances = group.inter_distributed_optimizer_instance_group
+            start, end = _own_part(*_shard(group, bucket), instances)
+        elif ddp.ddp_config.use_distributed_optimizer:
             start, end = _shard(group, bucket)
-            if ddp.ddp_config.num_distributed_optimizer_instances > 1:
-                start, end = _own_part(start, end, group.inter_distributed_optimizer_instance_group)
+        else:
+            start, end = _own_part(0, len(bucket.grad_data), process_group)
         for param in filter(counts, bucket.params_list):
             first, last = bucket.param_to_index[param]
             if max(first, start) < min(last, end):

@@ -11,6 +11,7 @@ from megatron_mimo_coord.layout import (
     ModuleParallelism,
     default_topology,
     pack,
+    ranks_taken,
 )
 from megatron_mimo_coord.problems import layout_problems
 
@@ -86,7 +87,7 @@ def _changes(modules: Mapping[str, ModuleParallelism], world_size: int) -> Itera
     taken = sum(module.size for module in modules.values())
     for name in modules:
         yield from _one(name, modules[name], DP, world_size - taken)
-    together = max(grid.ranks.stop for grid in pack(modules).values())
+    together = ranks_taken(pack(modules).values())
     yield from _in_proportion(modules, Fraction(world_size, together))
     for name in modules:
         for field in (TP, PP):

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from megatron_mimo_coord.layout import LANGUAGE, MOST_RANKS, ModuleGrid, is_colocated, span
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    MOST_RANKS,
+    ModuleGrid,
+    is_colocated,
+    ranks_taken,
+    span,
+)
 
 
 def summarize(
@@ -26,7 +33,7 @@ def summarize(
     """
     language = grids[LANGUAGE]
     return {
-        "ranks": max(grid.ranks.stop for grid in grids.values()),
+        "ranks": ranks_taken(grids.values()),
         "colocated": len(grids) > 1 and is_colocated(grids.values()),
         "pipeline_depth": pipeline_depth(grids),
         "loss": "per-token" if per_token else "mean",

@@ -85,7 +85,7 @@ class FiniteSteps:
 
 def _beside_the_norm(optimizer: Any) -> Iterator[list[torch.Tensor]]:
     """Gradients on this rank that Megatron's norm leaves out: copies of those of other ranks."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in _inner(optimizer):
         counted = {id(grad) for grad in inner.get_grads_for_grad_norm()}
         grads = [
             getattr(param, "decoupled_grad", None) if param.grad is None else param.grad
@@ -96,10 +96,15 @@ def _beside_the_norm(optimizer: Any) -> Iterator[list[torch.Tensor]]:
             yield beside
 
 
+def _inner(optimizer: Any) -> list[Any]:
+    """The optimizers of a module: one for its dense weights, another for experts."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _loss_scalers(module_infos: Iterable[Any]) -> list[Any]:
     """The dynamic loss scale of each optimizer on this rank, if it has one."""
     optimizers = [info.optimizer for info in module_infos if info.is_active and info.optimizer]
-    inner = [each for outer in optimizers for each in getattr(outer, "chained_optimizers", [outer])]
+    inner = [each for optimizer in optimizers for each in _inner(optimizer)]
     scalers = [getattr(optimizer, "grad_scaler", None) for optimizer in inner]
     return [scaler for scaler in scalers if scaler is not None]
 

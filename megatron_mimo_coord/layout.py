@@ -265,6 +265,11 @@ def default_topology(names: Iterable[str]) -> dict[str, list[str]]:
     return {name: [] if name == LANGUAGE else [LANGUAGE] for name in names}
 
 
+def ranks_taken(grids: Iterable[ModuleGrid]) -> int:
+    """Ranks of the smallest world that holds all modules; 0 if there are none."""
+    return max((grid.ranks.stop for grid in grids), default=0)
+
+
 def is_colocated(grids: Iterable[ModuleGrid]) -> bool:
     """Whether all modules share the same ranks, so that no rank sends to another module."""
     return len({(grid.rank_offset, grid.size) for grid in grids}) == 1

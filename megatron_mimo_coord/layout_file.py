@@ -19,7 +19,7 @@ from typing import Any
 
 from attrs import define, fields_dict
 
-from megatron_mimo_coord.layout import ModuleParallelism, default_topology, pack
+from megatron_mimo_coord.layout import ModuleParallelism, default_topology, pack, ranks_taken
 from megatron_mimo_coord.problems import Problem, layout_problems, module_problems, raise_problems
 
 FIELDS = fields_dict(ModuleParallelism)
@@ -101,8 +101,8 @@ class LayoutFile:
     def problems_on(self, world_size: int | None) -> list[Problem]:
         """All that keeps the layout from running on a world, None for one of just its size."""
         grids = pack(self.modules)
-        ranks = max((grid.ranks.stop for grid in grids.values()), default=1)
-        found = layout_problems(grids, default_topology(grids), world_size or ranks)
+        world_size = world_size or ranks_taken(grids.values())
+        found = layout_problems(grids, default_topology(grids), world_size)
         if self.problems:
             found = [problem for problem in found if self._is_certain(problem)]
         return [*self.problems, *found]

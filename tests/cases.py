@@ -39,7 +39,7 @@ from megatron_mimo_coord import (
     coordinator as coordination,
 )
 from megatron_mimo_coord.buckets import buckets
-from megatron_mimo_coord.layout import pack
+from megatron_mimo_coord.layout import pack, ranks_taken
 
 TOLERANCE = 1e-5
 VOCABULARY = 16
@@ -103,7 +103,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return max(grid.ranks.stop for grid in pack(self.modules).values())
+        return ranks_taken(pack(self.modules).values())
 
     def counts(self, name: str, step: int, microbatch: int) -> list[int]:
         """Images of each sample of a microbatch."""
