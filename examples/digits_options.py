@@ -9,7 +9,6 @@ from pathlib import Path
 
 import checkpoint
 
-from megatron_mimo_coord.batch import batch_problems
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleParallelism,
@@ -17,8 +16,9 @@ from megatron_mimo_coord.layout import (
     pack,
     ranks_taken,
 )
-from megatron_mimo_coord.layout_file import LayoutFile
-from megatron_mimo_coord.problems import layout_problems
+from megatron_mimo_coord.layout.batch import batch_problems
+from megatron_mimo_coord.layout.problems import layout_problems
+from megatron_mimo_coord.layout.toml_file import LayoutFile
 
 VISION = "vision"
 HEADS = 4  # of attention, in either module

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_mimo_coord.checks.modules import unwrap_mimo_model
     from megatron_mimo_coord.coordinator import MultiModuleCoordinator
     from megatron_mimo_coord.infra import (
         MegatronMIMOInfra,
@@ -11,9 +12,8 @@ if TYPE_CHECKING:
         validate_data_loader_contract,
         validate_no_stub_ranks,
     )
-    from megatron_mimo_coord.inspection import unwrap_mimo_model
     from megatron_mimo_coord.layout import ModuleParallelism
-    from megatron_mimo_coord.layout_file import read_layout
+    from megatron_mimo_coord.layout.toml_file import read_layout
 
 __all__ = [
     "MegatronMIMOInfra",
@@ -28,13 +28,13 @@ __all__ = [
 
 _HOMES = {
     "MultiModuleCoordinator": "coordinator",
-    "unwrap_mimo_model": "inspection",
+    "unwrap_mimo_model": "checks.modules",
     "MegatronMIMOInfra": "infra",
     "is_current_rank_in_grid": "infra",
     "validate_data_loader_contract": "infra",
     "validate_no_stub_ranks": "infra",
     "ModuleParallelism": "layout",
-    "read_layout": "layout_file",
+    "read_layout": "layout.toml_file",
 }
 
 

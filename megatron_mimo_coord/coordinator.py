@@ -21,40 +21,40 @@ from megatron.core.process_groups_config import (
 )
 
 from megatron_mimo_coord import infra as infrastructure
-from megatron_mimo_coord.agreement import Statement, agree_on
-from megatron_mimo_coord.batch import data_parallel_slice
-from megatron_mimo_coord.buckets import grad_buffers
-from megatron_mimo_coord.colocated import (
-    let_token_counts_vary as let_colocated_token_counts_vary,
+from megatron_mimo_coord.bridges.colocated import (
+    allow_varying_token_counts as let_colocated_token_counts_vary,
 )
-from megatron_mimo_coord.communicator import (
+from megatron_mimo_coord.bridges.communicator import (
     TokenCounts,
     VaryingTokensCommunicator,
     fan_in_encoders,
 )
-from megatron_mimo_coord.description import describe, summarize
-from megatron_mimo_coord.finite_steps import FiniteSteps
-from megatron_mimo_coord.grad_norms import GradientShares
-from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, default_output_ndim
-from megatron_mimo_coord.inspection import (
+from megatron_mimo_coord.checks.modules import (
     facts,
     find_ddp,
-    module_faults,
+    module_problems_here,
     sums,
     unwrap_mimo_model,
 )
+from megatron_mimo_coord.gradients.buckets import grad_buffers
+from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
+from megatron_mimo_coord.gradients.launch_order import OrderedReduction
+from megatron_mimo_coord.gradients.norms import GradientShares
+from megatron_mimo_coord.gradients.scaling import GradientNormalizer
+from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, default_output_ndim
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleGrid,
     gradient_scaling_factor,
     is_colocated,
 )
-from megatron_mimo_coord.losses import reduce_losses
-from megatron_mimo_coord.normalization import GradientNormalizer
-from megatron_mimo_coord.problems import layout_problems
-from megatron_mimo_coord.ranges import named_range
-from megatron_mimo_coord.reduction import OrderedReduction
-from megatron_mimo_coord.world import world_device
+from megatron_mimo_coord.layout.batch import data_parallel_slice
+from megatron_mimo_coord.layout.description import describe, summarize
+from megatron_mimo_coord.layout.problems import layout_problems
+from megatron_mimo_coord.metrics.losses import reduce_losses
+from megatron_mimo_coord.metrics.profiler_ranges import named_range
+from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.device import world_device
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class MultiModuleCoordinator:
 
     def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
         self._rank = dist.get_rank()
-        flags = agree_on(lambda: self._read(infra, model))
+        flags = check_consistency(lambda: self._read(infra, model))
         self._device = world_device()
         self._factors = self._factors_of(flags)
         self._modules = tuple(self._collect(name) for name in self._names_here)
@@ -520,7 +520,7 @@ class MultiModuleCoordinator:
 
     # -- construction ------------------------------------------------------------------------------
 
-    def _read(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> Statement:
+    def _read(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> RankFacts:
         """Look at what this rank was given; what there is to say about it to the other ranks."""
         self._infra = as_infra(infra)
         self._model = unwrap_mimo_model(model)
@@ -530,12 +530,12 @@ class MultiModuleCoordinator:
         problems: list[str] = [*layout_problems(self._grids, topology, dist.get_world_size())]
         ddps = {}
         for name in self._names_here:
-            problems += module_faults(self._model, self._infra, self._grids[name])
+            problems += module_problems_here(self._model, self._infra, self._grids[name])
             ddp = find_ddp(self._model, name)
             if ddp is not None:
                 ddps[name] = ddp
         names = sorted(self._grids)
-        return Statement(
+        return RankFacts(
             job={
                 "megatron-core version": megatron_version,
                 "the modules": ", ".join(self._grids),
@@ -568,7 +568,7 @@ class MultiModuleCoordinator:
     def _collect(self, name: str) -> _Module:
         ddp = find_ddp(self._model, name)
         pg_collection = self._infra.pg_collections[name]
-        assert ddp is not None and pg_collection is not None, "module_faults has seen to it"
+        assert ddp is not None and pg_collection is not None, "module_problems_here has seen to it"
         normalizer = GradientNormalizer(
             ddp,
             replicas=self._grids[name].replicas,

@@ -9,8 +9,6 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.agreement import Statement, agree_on
-from megatron_mimo_coord.batch import batch_problems
 from megatron_mimo_coord.layout import (
     DIM_NAMES,
     EXPERT_DIM_NAMES,
@@ -21,14 +19,16 @@ from megatron_mimo_coord.layout import (
     default_topology,
     pack,
 )
-from megatron_mimo_coord.problems import (
+from megatron_mimo_coord.layout.batch import batch_problems
+from megatron_mimo_coord.layout.problems import (
     Problem,
     coverage_problems,
     layout_problems,
     module_problems,
     raise_problems,
 )
-from megatron_mimo_coord.world import wait_as_the_world_does
+from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.timeouts import inherit_timeout
 
 EXPERT_VIEW = "expert"
 """The view that Megatron's ``get_mimo_optimizer`` looks up its expert groups in."""
@@ -119,7 +119,7 @@ class MegatronMIMOInfra:
                 "MegatronMIMOInfra.build makes process groups: call "
                 "torch.distributed.init_process_group first"
             )
-        agree_on(lambda: _statement(modules, topology, module_output_ndim))
+        check_consistency(lambda: _statement(modules, topology, module_output_ndim))
         topology = default_topology(modules) if topology is None else topology
         grids = pack(modules)
         module_to_grid_map = {
@@ -182,14 +182,14 @@ def as_infra(given: Infra | GridsAndGroups) -> Infra:
     )
 
 
-def _statement(modules: Any, topology: Any, module_output_ndim: Any) -> Statement:
+def _statement(modules: Any, topology: Any, module_output_ndim: Any) -> RankFacts:
     """What ``MegatronMIMOInfra.build`` was given, and all that is wrong with it."""
     facts = {"topology": topology, "module_output_ndim": module_output_ndim}
     problems = _problems(modules, topology, module_output_ndim)
     if isinstance(modules, Mapping):
         facts |= {f"module {name}": module for name, module in modules.items()}
         facts["the modules"] = ", ".join(map(str, modules))
-    return Statement({name: str(value) for name, value in facts.items()}, {}, problems)
+    return RankFacts({name: str(value) for name, value in facts.items()}, {}, problems)
 
 
 def _problems(modules: Any, topology: Any, module_output_ndim: Any) -> list[Problem]:
@@ -248,7 +248,7 @@ def _create_groups(
     if name == LANGUAGE:
         groups |= _create_embedding_groups(grid)
     for group in groups.values():
-        wait_as_the_world_does(group)
+        inherit_timeout(group)
     if not grid.is_current_rank_in_grid():
         return None
     return ProcessGroupCollection(

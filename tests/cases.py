@@ -33,12 +33,10 @@ from megatron_mimo_coord import (
     MegatronMIMOInfra,
     ModuleParallelism,
     MultiModuleCoordinator,
-    normalization,
 )
-from megatron_mimo_coord import (
-    coordinator as coordination,
-)
-from megatron_mimo_coord.buckets import buckets
+from megatron_mimo_coord import coordinator as coordination
+from megatron_mimo_coord.gradients import scaling
+from megatron_mimo_coord.gradients.buckets import buckets
 from megatron_mimo_coord.layout import pack, ranks_taken
 
 TOLERANCE = 1e-5
@@ -281,6 +279,18 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         infra.destroy()
 
 
+def built(case: Case) -> Any:
+    """(infra, model, coordinator) of a case on this rank."""
+    infra = MegatronMIMOInfra.build(case.modules)
+    model = vlm.build_model(
+        case.shape(),
+        infra.module_to_grid_map,
+        infra.pg_collections,
+        prepare=partial(_prepare, case, infra.pg_collections),
+    )
+    return infra, model, MultiModuleCoordinator(infra, model)
+
+
 def _data(case: Case, step: int) -> Iterator[Microbatch]:
     return iter([draw(case, step, index) for index in range(case.num_microbatches)])
 
@@ -288,12 +298,12 @@ def _data(case: Case, step: int) -> Iterator[Microbatch]:
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
     """As if Megatron's buckets had changed."""
-    original = normalization.rides_on_ddp
-    normalization.rides_on_ddp = lambda ddp: False
+    original = scaling.rides_on_ddp
+    scaling.rides_on_ddp = lambda ddp: False
     try:
         yield
     finally:
-        normalization.rides_on_ddp = original
+        scaling.rides_on_ddp = original
 
 
 def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
@@ -513,26 +523,26 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 def _normalizer(after: Any) -> Any:
     """A mutant that does something to a module's DDP once its normalizer is built."""
-    original = normalization.GradientNormalizer.__init__
+    original = scaling.GradientNormalizer.__init__
 
     def broken(self: Any, ddp: Any, **sizes: Any) -> None:
         original(self, ddp, **sizes)
         for bucket, _ in buckets(ddp):
             bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, self, sizes)
 
-    return _replaced(normalization.GradientNormalizer, "__init__", broken)
+    return _replaced(scaling.GradientNormalizer, "__init__", broken)
 
 
 def _formula(**wrong: Any) -> Any:
     """A mutant of the factor itself, as the path without DDP's help uses it."""
-    original = normalization.gradient_scaling_factor
+    original = scaling.gradient_scaling_factor
 
     def broken(replicas: int, language_replicas: int, *, ddp_sums: bool, per_token: bool) -> float:
         values = {"replicas": replicas, "language_replicas": language_replicas}
         values |= {"ddp_sums": ddp_sums, "per_token": per_token}
         return original(**values | {key: change(values) for key, change in wrong.items()})
 
-    return _replaced(normalization, "gradient_scaling_factor", broken)
+    return _replaced(scaling, "gradient_scaling_factor", broken)
 
 
 def _uncounted(self: Any, num_tokens: torch.Tensor | None) -> Any:

@@ -107,7 +107,7 @@ class World:
         """Like :meth:`run`, but returns the answers and the errors by rank."""
         self.runs += 1
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, sys.path))
         answers: dict[int, Any] = {}
         errors: dict[int, tuple[str, str]] = {}
         deadline = monotonic() + timeout.total_seconds()
@@ -172,7 +172,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     )
     while True:
         try:
-            function, args = pipe.recv()
+            function, args, sys.path[:] = pipe.recv()
         except EOFError:
             return
         module, name = function.split(":")

@@ -3,32 +3,11 @@
 from typing import Any
 
 import pytest
-from cases import Case
+from cases import Case, built
+from layouts import COLOCATED, FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
-from test_gradients import FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 
 from megatron_mimo_coord.layout import default_topology, pack
-
-COLOCATED = LAYOUTS["colocated"]
-
-
-def built(case: Case) -> Any:
-    """(infra, model, coordinator) of a case on this rank."""
-    from functools import partial
-
-    import vlm
-    from cases import _prepare
-
-    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
-
-    infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(
-        case.shape(),
-        infra.module_to_grid_map,
-        infra.pg_collections,
-        prepare=partial(_prepare, case, infra.pg_collections),
-    )
-    return infra, model, MultiModuleCoordinator(infra, model)
 
 
 def on_ranks(function: str, *args: Any, size: int = 3) -> list[Any]:

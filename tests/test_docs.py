@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from ranks import world
 
-from megatron_mimo_coord import __main__ as command
+import megatron_mimo_coord
+from megatron_mimo_coord.planning import layout_command as command
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+PACKAGE = Path(megatron_mimo_coord.__file__).parent
 MODULES = sorted(
-    path.stem
-    for path in Path(command.__file__).parent.glob("*.py")
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.glob("**/*.py")
     if not path.stem.startswith("_")
 )
 
@@ -27,9 +29,8 @@ def _doctests(module: str, folder: str) -> tuple[int, str]:
     import importlib
 
     import torch
-    from cases import Case
-    from test_coordinator import built
-    from test_gradients import parallel
+    from cases import Case, built
+    from layouts import parallel
 
     case = Case(modules={"vision": parallel(rank_offset=0), "language": parallel(rank_offset=0)})
     infra, model, coordinator = built(case)
@@ -47,15 +48,13 @@ def _doctests(module: str, folder: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_run(module, tmp_path):
-    source = Path(command.__file__).with_name(f"{module}.py").read_text()
+    source = PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text()
     ((tried, said),) = world(1).run("test_docs:_doctests", module, str(tmp_path))
     assert tried == source.count(">>> ")
     assert not said
 
 
 def test_every_public_name_has_an_example():
-    import megatron_mimo_coord
-
     for name in megatron_mimo_coord.__all__:
         public = getattr(megatron_mimo_coord, name)
         text = (public.__doc__ or "") + str(getattr(getattr(public, "build", None), "__doc__", ""))

@@ -10,9 +10,9 @@ def _token_counters(dims: list[str], shape: list[int]) -> Any:
     """(counts tokens, replicas, slice of eight samples) of this rank for a language grid."""
     import torch.distributed as dist
 
-    from megatron_mimo_coord.batch import data_parallel_slice
     from megatron_mimo_coord.coordinator import MultiModuleCoordinator
     from megatron_mimo_coord.layout import ModuleGrid
+    from megatron_mimo_coord.layout.batch import data_parallel_slice
 
     grid = ModuleGrid("language", shape, dims)
     holder = MultiModuleCoordinator.__new__(MultiModuleCoordinator)

@@ -1,0 +1,4 @@
+"""Activations between modules.
+
+Megatron's communicators are touched in this room alone.
+"""

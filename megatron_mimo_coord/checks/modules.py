@@ -1,0 +1,101 @@
+"""What a coordinator looks for in a module before it takes charge of it."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo import MimoModel
+
+from megatron_mimo_coord.gradients.buckets import owns_its_gradients
+from megatron_mimo_coord.infra import Infra
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+
+
+def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
+    """The ``MimoModel`` inside ``Float16Module`` and ``DistributedDataParallel``.
+
+    Args:
+        model: a ``MimoModel``, or a chain of wrappers with ``.module`` around one.
+
+    Raises:
+        RuntimeError: there is no ``MimoModel`` inside.
+
+    Example:
+        >>> unwrap_mimo_model(torch.nn.Linear(1, 1))
+        Traceback (most recent call last):
+        RuntimeError: there is no MimoModel inside Linear; pass the MimoModel itself, or a \
+Float16Module or DistributedDataParallel around it
+    """
+    inner: Any = model
+    while not isinstance(inner, MimoModel):
+        if not isinstance(getattr(inner, "module", None), torch.nn.Module):
+            raise RuntimeError(
+                f"there is no MimoModel inside {type(model).__name__}; pass the MimoModel itself, "
+                f"or a Float16Module or DistributedDataParallel around it"
+            )
+        inner = inner.module
+    return inner
+
+
+def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
+    """The DDP of a module, which ``Float16Module`` may be around."""
+    module: Any = _submodule(model, name)
+    while module is not None and not isinstance(module, DistributedDataParallel):
+        module = getattr(module, "module", None)
+    return module
+
+
+def sums(ddp: DistributedDataParallel) -> bool:
+    """Whether a DDP delivers the sum over its replicas; else it delivers the mean."""
+    return bool(ddp.config.calculate_per_token_loss)
+
+
+def facts(ddp: DistributedDataParallel) -> dict[str, str]:
+    """What all ranks of a module must agree about."""
+    settings = {name: str(value) for name, value in vars(ddp.ddp_config).items()}
+    return {"calculate_per_token_loss": str(sums(ddp)), **settings}
+
+
+def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> list[str]:
+    """What keeps a module that belongs on this rank from being coordinated."""
+    name = grid.name
+    if _submodule(model, name) is None:
+        return [
+            f"infra places module {name!r} on this rank, but the model has no such module "
+            f"here: give MimoModelConfig the same module_to_grid_map and a spec for {name!r}"
+        ]
+    ddp = find_ddp(model, name)
+    if ddp is None:
+        return [
+            f"module {name!r} is not wrapped in megatron.core.distributed."
+            f"DistributedDataParallel: wrap each submodule of the MimoModel, frozen ones too"
+        ]
+    if infra.pg_collections.get(name) is None:
+        return [
+            f"infra has no process groups for module {name!r} on a rank of its grid: fill "
+            f"pg_collections[{name!r}] there"
+        ]
+    found = []
+    if ddp.dp_cp_group.size() != grid.replicas:
+        found.append(
+            f"module {name!r} is reduced over {ddp.dp_cp_group.size()} ranks by its DDP, but "
+            f"its grid has DP x CP = {grid.replicas}: pass pg_collections[{name!r}] to the DDP"
+        )
+    if not owns_its_gradients(ddp):
+        found.append(
+            f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
+            f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
+        )
+    per_token = bool(model.config.calculate_per_token_loss)
+    if name == LANGUAGE and sums(ddp) != per_token:
+        found.append(
+            f"the language model's DDP was built with calculate_per_token_loss={sums(ddp)}, "
+            f"but the MimoModel's config says {per_token}: use one config for both"
+        )
+    return found
+
+
+def _submodule(model: MimoModel, name: str) -> torch.nn.Module | None:
+    if name == LANGUAGE:
+        return model.language_model
+    return dict(model.modality_submodules.items()).get(name)

@@ -1,0 +1,68 @@
+"""How large each module's gradients are, and how many parameters have one.
+
+Each element of a gradient is counted by one rank of the job. Replicas share the work: each looks at
+its own part of every bucket, which with the distributed optimizer is the shard that it reduced. Of
+parameters that several tensor-parallel ranks or pipeline stages hold, one copy counts, as in
+Megatron's own norm.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_mimo_coord.gradients.buckets import shares
+
+
+class GradientShares:
+    """The parts of the gradients of this rank's modules that no other rank counts.
+
+    Args:
+        names: all modules of the job, in one order on every rank.
+        modules: DDP and process groups of each module on this rank.
+        device: where the backend of the world expects tensors.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        modules: Mapping[str, tuple[DistributedDataParallel, ProcessGroupCollection]],
+        device: torch.device,
+    ) -> None:
+        self._names = names
+        self._device = device
+        self._shares = {name: _shares(*pair) for name, pair in modules.items()}
+
+    def norms(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """L2 norm of each module's gradients / ``scale``. Collective; no host sync."""
+        squares = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        for name, grads in self._shares.items():
+            if grads:
+                norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)) / scale
+                squares[self._names.index(name)] = norms.double().square().sum()
+        dist.all_reduce(squares)
+        return dict(zip(self._names, squares.sqrt().float().unbind(), strict=True))
+
+    def counts(self) -> dict[str, int]:
+        """Trainable parameters of each module. Collective."""
+        here = {name: sum(share.numel() for share in grads) for name, grads in self._shares.items()}
+        counts = torch.tensor([here.get(name, 0) for name in self._names], device=self._device)
+        dist.all_reduce(counts)
+        return dict(zip(self._names, counts.tolist(), strict=True))
+
+
+def _shares(
+    ddp: DistributedDataParallel, pg_collection: ProcessGroupCollection
+) -> list[torch.Tensor]:
+    expert_tp = getattr(pg_collection, "expt_tp", None)
+
+    def counts(param: torch.nn.Parameter) -> bool:
+        return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(
+            param, pg_collection.tp, expert_tp
+        )
+
+    return list(shares(ddp, counts))

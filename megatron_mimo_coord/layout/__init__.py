@@ -1,0 +1,58 @@
+"""Sizes, ranks and batches in plain integers: what a layout is, and what must hold of it.
+
+Runs on a laptop, on every rank (in or out of a grid) and for layouts of any size. This room imports
+neither torch nor Megatron, and of this package nothing but itself.
+
+Vocabulary, kept everywhere in the package:
+
+    module       a part of the model with its own grid: ``"language"``, ``"vision"``, ...
+    grid         a box of consecutive ranks with named dims; the first dim varies fastest
+    dim          one axis of a grid: ``tp``, ``cp``, ``dp``, ``pp``
+    replicas     R_m = DP x CP of module m, the group that Megatron's DDP reduces it over
+    stage        one of the PP parts of a module; its ranks run the same layers
+    bridge       the edge of the topology over which an encoder sends to the language model
+    fan-in       a bridge from more data-parallel ranks to fewer; fan-out is the reverse
+    colocated    all modules on the same ranks; disjoint is the reverse
+    microbatch   samples that pass through the model together, counted over all ranks
+    scaling      c_m, from what DDP delivers for module m to the gradient of the loss; what DDP
+                 itself multiplies a bucket by is the bucket's factor
+    problem      a sentence about something that keeps a job from running, with what to change
+"""
+
+from megatron_mimo_coord.layout.gradient_scaling import gradient_scaling_factor
+from megatron_mimo_coord.layout.grids import (
+    LANGUAGE,
+    ModuleGrid,
+    Topology,
+    default_topology,
+    is_colocated,
+    pack,
+    ranks_taken,
+    span,
+)
+from megatron_mimo_coord.layout.parallelism import (
+    DIM_NAMES,
+    EXPERT_DIM_NAMES,
+    MAX_RANKS,
+    ModuleParallelism,
+    is_count,
+    shown,
+)
+
+__all__ = [
+    "DIM_NAMES",
+    "EXPERT_DIM_NAMES",
+    "LANGUAGE",
+    "MAX_RANKS",
+    "ModuleGrid",
+    "ModuleParallelism",
+    "Topology",
+    "default_topology",
+    "gradient_scaling_factor",
+    "is_colocated",
+    "is_count",
+    "pack",
+    "ranks_taken",
+    "shown",
+    "span",
+]

@@ -1,0 +1,151 @@
+"""A layout in numbers and as text: what each module gets, and how the modules hang together."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from megatron_mimo_coord.layout.grids import LANGUAGE, ModuleGrid, is_colocated, ranks_taken, span
+from megatron_mimo_coord.layout.parallelism import MAX_RANKS
+
+
+def summarize(
+    grids: Mapping[str, ModuleGrid],
+    factors: Mapping[str, float],
+    *,
+    per_token: bool,
+    micro_batch_size: int | None = None,
+    num_microbatches: int | None = None,
+) -> dict[str, Any]:
+    """The numbers of a layout that can run, in types that JSON knows.
+
+    Args:
+        grids: where each module lies.
+        factors: from what DDP delivers for each module to the gradient of the loss.
+        per_token: whether the loss is divided by the number of tokens.
+        micro_batch_size: samples in a microbatch over all ranks, None if it is not known.
+        num_microbatches: microbatches in an optimizer step, None if it is not known.
+    """
+    language = grids[LANGUAGE]
+    return {
+        "ranks": ranks_taken(grids.values()),
+        "colocated": len(grids) > 1 and is_colocated(grids.values()),
+        "pipeline_depth": pipeline_depth(grids),
+        "loss": "per-token" if per_token else "mean",
+        "micro_batch_size": micro_batch_size,
+        "num_microbatches": num_microbatches,
+        "modules": {
+            name: {
+                "first_rank": grid.ranks[0],
+                "last_rank": grid.ranks[-1],
+                "tensor_model_parallel_size": grid.dim("tp"),
+                "context_parallel_size": grid.dim("cp"),
+                "pipeline_model_parallel_size": grid.dim("pp"),
+                "data_parallel_size": grid.data_parallel_size,
+                "expert_model_parallel_size": grid.expert_sizes and grid.expert_sizes[0],
+                "expert_tensor_parallel_size": grid.expert_sizes and grid.expert_sizes[1],
+                "samples_per_rank_and_microbatch": micro_batch_size
+                and _share(micro_batch_size, grid.data_parallel_size),
+                "gradient_scaling_factor": factors[name],
+                "bridge": None if name == LANGUAGE else bridge(grid, language),
+            }
+            for name, grid in grids.items()
+        },
+    }
+
+
+def _share(samples: int, replicas: int) -> float:
+    """Samples of a replica: whole, unless the batch cannot be dealt out."""
+    return samples / replicas if samples % replicas else samples // replicas
+
+
+def pipeline_depth(grids: Mapping[str, ModuleGrid]) -> int:
+    """Stages that a microbatch passes through: the deepest encoder's, then the language model's.
+
+    Colocated modules have no pipeline and take turns on the same ranks.
+
+    Example:
+        >>> vision = ModuleGrid("vision", (2,), ("pp",))
+        >>> language = ModuleGrid("language", (4,), ("pp",), rank_offset=2)
+        >>> pipeline_depth({"vision": vision, "language": language})
+        6
+    """
+    depth = grids[LANGUAGE].dim("pp")
+    if is_colocated(grids.values()):
+        return depth
+    return depth + max(grid.dim("pp") for name, grid in grids.items() if name != LANGUAGE)
+
+
+def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:
+    """Direction of the bridge from an encoder to the language model, as DP to DP.
+
+    Example:
+        >>> bridge(ModuleGrid("vision", (4,), ("dp",)), ModuleGrid("language", (2,), ("dp",), 4))
+        'fan-in 4:2'
+    """
+    here, there = encoder.data_parallel_size, language.data_parallel_size
+    kind = "fan-in" if here > there else "fan-out" if here < there else "one to one"
+    return f"{kind} {here}:{there}"
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What a summary says of the job as a whole, in a line."""
+    how = "colocated" if summary["colocated"] else "on disjoint ranks"
+    modules = f"modules {how}" if len(summary["modules"]) > 1 else "one module"
+    size, number = summary["micro_batch_size"], summary["num_microbatches"]
+    batch = "a microbatch" if size is None else _count(size, "sample")
+    times = "at a time" if number is None else f"in each of {_count(number, 'microbatch', 'es')}"
+    return (
+        f"{_count(summary['ranks'], 'rank')}, {modules}; "
+        f"{_count(summary['pipeline_depth'], 'pipeline stage')}; {batch} {times}; "
+        f"{summary['loss']} loss"
+    )
+
+
+def table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each module of a summary, below a row of titles."""
+    sizes = dict(_SIZES)
+    if not any(_has_experts(module) for module in summary["modules"].values()):
+        del sizes["EP"], sizes["expert TP"]
+    rows = [("module", "ranks", *sizes, "samples/rank", "gradient x", "bridge")]
+    for name, module in summary["modules"].items():
+        samples = module["samples_per_rank_and_microbatch"]
+        rows.append(
+            (
+                name,
+                span(range(module["first_rank"], module["last_rank"] + 1)),
+                *(str(module[key]) for key in sizes.values()),
+                f"1/{module['data_parallel_size']}" if samples is None else str(samples),
+                str(Fraction(module["gradient_scaling_factor"]).limit_denominator(MAX_RANKS))
+                + ("/tokens" if summary["loss"] == "per-token" else ""),
+                module["bridge"] or "",
+            )
+        )
+    return rows
+
+
+_SIZES = {
+    "TP": "tensor_model_parallel_size",
+    "CP": "context_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "DP": "data_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "expert TP": "expert_tensor_parallel_size",
+}
+
+
+def _has_experts(module: Mapping[str, Any]) -> bool:
+    """Whether a module's expert sizes are known and say more than its other sizes."""
+    experts = module["expert_model_parallel_size"], module["expert_tensor_parallel_size"]
+    return experts not in ((None, None), (1, module["tensor_model_parallel_size"]))
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """A summary as plain text, to be printed or logged before the first step."""
+    rows = table(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([headline(summary), *lines])
+
+
+def _count(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number:,} {thing}{plural if number != 1 else ''}"

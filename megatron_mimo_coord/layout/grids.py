@@ -1,0 +1,142 @@
+"""Where modules lie: boxes of consecutive ranks, and how an index along a dim becomes a rank."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from attrs import field, frozen
+
+from megatron_mimo_coord.layout.parallelism import DIM_NAMES, ModuleParallelism
+
+LANGUAGE = "language"
+"""Name of the language model in every map; Megatron's ``MIMO_LANGUAGE_MODULE_KEY``."""
+
+Topology = Mapping[str, Sequence[str]]
+"""For each module, the modules that its output goes to."""
+
+
+@frozen
+class ModuleGrid:
+    """Where one module lies: a box of consecutive ranks, whoever made it.
+
+    Args:
+        name: the module.
+        shape: sizes of the dims.
+        dim_names: names of the dims, the fastest varying first, as in ``HyperCommGrid``.
+        rank_offset: first global rank.
+        expert_sizes: (EP, TP of an expert) where they are known.
+
+    Example:
+        >>> grid = ModuleGrid("language", (2, 1, 2, 1), DIM_NAMES, rank_offset=4)
+        >>> print(grid)
+        language (ranks 4-7: TP 2 x CP 1 x DP 2 x PP 1)
+        >>> grid.coordinate(6, "dp"), grid.rank_at(dp=1)
+        (1, 6)
+    """
+
+    name: str
+    shape: Sequence[int] = field(converter=tuple[int, ...])
+    dim_names: Sequence[str] = field(converter=tuple[str, ...])
+    rank_offset: int = 0
+    expert_sizes: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, name: str, grid: Any) -> "ModuleGrid":
+        """Read the arithmetic of a ``HyperCommGrid``, of which any rank can be a non-member."""
+        return cls(name, grid.shape, grid.dim_names, grid.rank_offset)
+
+    def dim(self, name: str) -> int:
+        """Size of a dim, 1 if the grid does not have it."""
+        return self.shape[self.dim_names.index(name)] if name in self.dim_names else 1
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return prod(self.shape)
+
+    @property
+    def ranks(self) -> range:
+        """Global ranks of the module."""
+        return range(self.rank_offset, self.rank_offset + self.size)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """DP, the number of ranks that read different samples."""
+        return self.dim("dp")
+
+    @property
+    def replicas(self) -> int:
+        """R_m = DP x CP, the group that Megatron's DDP reduces the module over."""
+        return self.dim("dp") * self.dim("cp")
+
+    def coordinate(self, rank: int, dim: str) -> int:
+        """Index of a global rank along ``dim``; the rank must be in the grid."""
+        index = self.ranks.index(rank)
+        for name, size in zip(self.dim_names, self.shape, strict=True):
+            if name == dim:
+                return index % size
+            index //= size
+        return 0
+
+    def rank_at(self, **coordinates: int) -> int:
+        """Global rank at the given index along each named dim, 0 along the others."""
+        rank, stride = self.rank_offset, 1
+        for name, size in zip(self.dim_names, self.shape, strict=True):
+            rank += coordinates.get(name, 0) * stride
+            stride *= size
+        return rank
+
+    def __str__(self) -> str:
+        sizes = " x ".join(
+            f"{dim.upper()} {size}" for dim, size in zip(self.dim_names, self.shape, strict=True)
+        )
+        return f"{self.name} (ranks {span(self.ranks)}: {sizes})"
+
+
+def span(ranks: range) -> str:
+    """A range of ranks as people write it.
+
+    Example:
+        >>> span(range(3, 4)), span(range(4))
+        ('3', '0-3')
+    """
+    return f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]}-{ranks[-1]}"
+
+
+def pack(modules: Mapping[str, ModuleParallelism]) -> dict[str, ModuleGrid]:
+    """Give every module its ranks, in order; an omitted offset starts behind all ranks before.
+
+    Example:
+        >>> vision = ModuleParallelism(data_parallel_size=4)
+        >>> language = ModuleParallelism(tensor_model_parallel_size=2)
+        >>> [grid.ranks for grid in pack({"vision": vision, "language": language}).values()]
+        [range(0, 4), range(4, 6)]
+    """
+    grids: dict[str, ModuleGrid] = {}
+    end = 0
+    for name, module in modules.items():
+        offset = end if module.rank_offset is None else module.rank_offset
+        experts = module.expert_model_parallel_size, module.expert_tensor_parallel_size
+        grids[name] = ModuleGrid(name, module.shape, DIM_NAMES, offset, experts)
+        end = max(end, offset + module.size)
+    return grids
+
+
+def default_topology(names: Iterable[str]) -> dict[str, list[str]]:
+    """Every encoder feeds the language model, which is what ``MimoModel`` computes.
+
+    Example:
+        >>> default_topology(["vision", "language"])
+        {'vision': ['language'], 'language': []}
+    """
+    return {name: [] if name == LANGUAGE else [LANGUAGE] for name in names}
+
+
+def ranks_taken(grids: Iterable[ModuleGrid]) -> int:
+    """Ranks of the smallest world that holds all modules; 0 if there are none."""
+    return max((grid.ranks.stop for grid in grids), default=0)
+
+
+def is_colocated(grids: Iterable[ModuleGrid]) -> bool:
+    """Whether all modules share the same ranks, so that no rank sends to another module."""
+    return len({(grid.rank_offset, grid.size) for grid in grids}) == 1

@@ -1,0 +1,268 @@
+"""What must hold of a layout, and a sentence for each thing that does not: all at once.
+
+Everything works on intervals of ranks, so that a million ranks cost no more than ten.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Self
+
+from megatron_mimo_coord.layout.grids import (
+    LANGUAGE,
+    ModuleGrid,
+    Topology,
+    default_topology,
+    is_colocated,
+    span,
+)
+from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, shown
+
+NAME = re.compile("[A-Za-z0-9_-]+")  # TOML takes these without quotes, PyTorch takes no dots
+
+
+class Problem(str):
+    """A sentence that says what is wrong and what to change.
+
+    Attributes:
+        places: (module, field of ``ModuleParallelism``) of all that the sentence is about; the
+            field is empty where it is the module as a whole.
+
+    Example:
+        >>> problem = Problem("vision has no ranks; give it some", ("vision", "data_parallel_size"))
+        >>> print(problem, problem.places)
+        vision has no ranks; give it some (('vision', 'data_parallel_size'),)
+    """
+
+    places: tuple[tuple[str, str], ...]
+
+    # A str is complete once it is made: there is no later point at which to add the places.
+    def __new__(cls, sentence: str, *places: tuple[str, str]) -> Self:  # noqa: D102
+        problem = super().__new__(cls, sentence)
+        problem.places = places
+        return problem
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raise one ``ValueError`` that lists every problem, or return if there is none."""
+    if problems:
+        raise ValueError("\n".join([f"{what}:", *(f"  - {problem}" for problem in problems)]))
+
+
+def module_problems(modules: Any) -> list[Problem]:
+    """What keeps a map from being one of names to parallel sizes."""
+    if not isinstance(modules, Mapping):
+        return [
+            Problem(
+                f"modules must map names to ModuleParallelism, got {modules!r}; write "
+                f"{{'language': ModuleParallelism(...)}}"
+            )
+        ]
+    problems = []
+    for name, module in modules.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            problems.append(
+                Problem(
+                    f"module name {name!r} must be made of letters, digits, - and _ alone; rename "
+                    f"the module",
+                    (str(name), ""),
+                )
+            )
+        if not isinstance(module, ModuleParallelism):
+            problems.append(
+                Problem(
+                    f"module {name!r} must be a ModuleParallelism, got {module!r}; write "
+                    f"ModuleParallelism(data_parallel_size=...)"
+                )
+            )
+    return problems
+
+
+def layout_problems(
+    grids: Mapping[str, ModuleGrid], topology: Topology, world_size: int
+) -> list[Problem]:
+    """All that keeps a layout from running, each with the numbers and what to change.
+
+    Args:
+        grids: where each module lies.
+        topology: for each module, the modules that its output goes to.
+        world_size: ranks in the job.
+
+    Returns:
+        One sentence a problem; empty if the layout runs.
+
+    Example:
+        >>> from megatron_mimo_coord.layout.grids import pack
+        >>> grids = pack({"language": ModuleParallelism(data_parallel_size=2)})
+        >>> layout_problems(grids, default_topology(grids), world_size=2)
+        []
+        >>> print(layout_problems(grids, default_topology(grids), world_size=3)[0])
+        rank 2 of 3 is in no module; make a module larger, move one there with rank_offset, or \
+launch fewer ranks
+    """
+    problems = []
+    if LANGUAGE not in grids:
+        near = get_close_matches(LANGUAGE, grids, n=1) or ["the language model"]
+        problems.append(
+            Problem(
+                f"there is no module named {LANGUAGE!r} (modules: {', '.join(grids) or 'none'}); "
+                f"Megatron's MimoModel needs exactly one, under that name: rename {near[0]}",
+                (LANGUAGE, ""),
+            )
+        )
+    if grids:
+        ranks_of = {name: grid.ranks for name, grid in grids.items()}
+        problems += coverage_problems(ranks_of, world_size)
+    problems += _sharing_problems(list(grids.values()))
+    problems += _topology_problems(grids, topology)
+    for name, grid in grids.items():
+        if name != LANGUAGE and LANGUAGE in grids:
+            problems += _bridge_problems(grid, grids[LANGUAGE])
+    if len(grids) > 1 and is_colocated(grids.values()):
+        problems += [
+            Problem(
+                f"module {grid} has PP {grid.dim('pp')} and shares all its ranks with the other "
+                f"modules; Megatron runs colocated modules without a pipeline: set "
+                f"pipeline_model_parallel_size to 1 or give the modules ranks of their own",
+                (grid.name, "pipeline_model_parallel_size"),
+            )
+            for grid in grids.values()
+            if grid.dim("pp") > 1
+        ]
+    return list(dict.fromkeys(problems))
+
+
+def coverage_problems(ranks_of: Mapping[str, range], world_size: int) -> list[Problem]:
+    """Ranks in no module, and modules beyond the world."""
+    if not is_count(world_size):
+        return [
+            Problem(
+                f"world_size must be a positive integer below 2**31, got {shown(world_size)}; give "
+                f"the number of ranks of the job"
+            )
+        ]
+    problems = [
+        Problem(
+            f"{'rank' if ranks[0] == ranks[-1] else 'ranks'} {span(ranks)} of {world_size} "
+            f"{'is' if ranks[0] == ranks[-1] else 'are'} in no module; make a module larger, move "
+            f"one there with rank_offset"
+            + (", or launch fewer ranks" if ranks.stop == world_size else ""),
+            *((name, "rank_offset") for name, of in ranks_of.items() if of.start == ranks.stop),
+        )
+        for ranks in idle_ranks(ranks_of, world_size)
+    ]
+    return problems + [
+        Problem(
+            f"module {name} (ranks {span(ranks)}) needs ranks up to {ranks[-1]}, but the world "
+            f"has {world_size} ranks (0-{world_size - 1}); make its sizes or rank_offset "
+            f"smaller, or launch at least {ranks.stop} ranks",
+            (name, ""),
+        )
+        for name, ranks in ranks_of.items()
+        if ranks.stop > world_size
+    ]
+
+
+def idle_ranks(ranks_of: Mapping[str, range], world_size: int) -> list[range]:
+    """The ranks of a world that are in no module.
+
+    Example:
+        >>> idle_ranks({"vision": range(2), "language": range(4, 6)}, world_size=8)
+        [range(2, 4), range(6, 8)]
+    """
+    idle = []
+    covered = 0
+    for ranks in sorted(ranks_of.values(), key=lambda ranks: ranks.start):
+        if ranks.start > covered:
+            idle.append(range(covered, min(ranks.start, world_size)))
+        covered = max(covered, ranks.stop)
+    idle.append(range(covered, world_size))
+    return [ranks for ranks in idle if ranks]
+
+
+def _sharing_problems(grids: list[ModuleGrid]) -> list[Problem]:
+    """Modules share all their ranks or none; and the language model shares with all or none."""
+    problems = []
+    everything_shared = is_colocated(grids)
+    ordered = sorted(grids, key=lambda grid: (grid.rank_offset, grid.size))
+    for index, left in enumerate(ordered):
+        for right in ordered[index + 1 :]:
+            if right.rank_offset >= left.rank_offset + left.size:
+                break
+            offsets = ((left.name, "rank_offset"), (right.name, "rank_offset"))
+            if left.ranks != right.ranks:
+                problems.append(
+                    Problem(
+                        f"modules {left} and {right} overlap in part; two modules must share all "
+                        f"their ranks or none: change a rank_offset or a size",
+                        *offsets,
+                    )
+                )
+            elif LANGUAGE in (left.name, right.name) and not everything_shared:
+                problems.append(
+                    Problem(
+                        f"modules {left} and {right} share their ranks, but other modules have "
+                        f"ranks of their own; Megatron's MimoModel has the language model share "
+                        f"its ranks with every module or with none: change a rank_offset",
+                        *offsets,
+                    )
+                )
+            elif left.dim("pp") != right.dim("pp") and not everything_shared:
+                problems.append(
+                    Problem(
+                        f"modules {left} and {right} share their ranks with different PP; a rank "
+                        f"has one place in the pipeline: give them the same "
+                        f"pipeline_model_parallel_size",
+                        (left.name, "pipeline_model_parallel_size"),
+                        (right.name, "pipeline_model_parallel_size"),
+                    )
+                )
+    return problems
+
+
+def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> list[Problem]:
+    if LANGUAGE not in grids:
+        return []
+    expected = default_topology(grids)
+    cure = (
+        f"Megatron's MimoModel sends every encoder to {LANGUAGE!r} and {LANGUAGE!r} nowhere: use "
+        f"{expected}"
+    )
+    if not isinstance(topology, Mapping):
+        return [
+            Problem(
+                f"topology must map each module to a list of its targets, got {topology!r}; {cure}"
+            )
+        ]
+    problems = []
+    for name in dict.fromkeys([*grids, *topology]):
+        targets = topology.get(name, [])
+        is_list = isinstance(targets, Sequence) and not isinstance(targets, str)
+        if not is_list or list(targets) != expected.get(name, []):
+            said = (list(targets) if is_list else targets) or "nothing"
+            problems.append(Problem(f"topology sends {name} to {said}; {cure}"))
+    return problems
+
+
+def _bridge_problems(source: ModuleGrid, target: ModuleGrid) -> list[Problem]:
+    problems = [
+        Problem(
+            f"module {grid} has CP {grid.dim('cp')}, but Megatron's bridge between an encoder and "
+            f"{LANGUAGE} needs CP 1 on both sides: set context_parallel_size to 1",
+            (grid.name, "context_parallel_size"),
+        )
+        for grid in (source, target)
+        if grid.dim("cp") > 1
+    ]
+    sizes = source.data_parallel_size, target.data_parallel_size
+    if max(sizes) % min(sizes):
+        problems.append(
+            Problem(
+                f"{source.name} has DP {sizes[0]} and {target.name} has DP {sizes[1]}: neither "
+                f"divides the other, so no whole number of ranks sends to each; choose "
+                f"data_parallel_size so that one is a multiple of the other",
+                (source.name, "data_parallel_size"),
+                (target.name, "data_parallel_size"),
+            )
+        )
+    return problems

@@ -1,0 +1,212 @@
+"""A layout in a TOML file: a table for each module, with the fields of ``ModuleParallelism``.
+
+    [vision]
+    data_parallel_size = 4
+
+    [language]
+    tensor_model_parallel_size = 2
+    data_parallel_size = 2
+
+What is left out has its default, as in Python.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from attrs import define, fields_dict
+
+from megatron_mimo_coord.layout.grids import default_topology, pack, ranks_taken
+from megatron_mimo_coord.layout.parallelism import ModuleParallelism
+from megatron_mimo_coord.layout.problems import (
+    Problem,
+    layout_problems,
+    module_problems,
+    raise_problems,
+)
+
+FIELDS = fields_dict(ModuleParallelism)
+EXPERT_FIELDS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+
+
+def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
+    """The parallel sizes of each module, for ``MegatronMIMOInfra.build``.
+
+    Args:
+        path: a TOML file with a table for each module, one of them ``[language]``.
+
+    Raises:
+        ValueError: the file cannot be read or what is in it is no layout; the message lists every
+            problem with its line in the file.
+
+    Example:
+        >>> file = Path(folder, "layout.toml")
+        >>> _ = file.write_text("[vision]\\ndata_parallel_size = 2\\n[language]\\n")
+        >>> layout = read_layout(file)
+        >>> layout["vision"].data_parallel_size, layout["language"].data_parallel_size
+        (2, 1)
+    """
+    layout = LayoutFile.read(path)
+    raise_problems(f"{path} cannot run", [layout.located(problem) for problem in layout.problems])
+    return layout.modules
+
+
+@define(slots=False)
+class LayoutFile:
+    """What a file says about modules.
+
+    Args:
+        path: the file.
+        text: all that is in it.
+        modules: sizes of each module; a size that is wrong has its default.
+        problems: what is wrong with the tables and their sizes, not with how they fit together on
+            a world: that only ``problems_on`` can tell.
+    """
+
+    path: Path
+    text: str
+    modules: dict[str, ModuleParallelism]
+    problems: list[Problem]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "LayoutFile":
+        """Read a file.
+
+        Raises:
+            ValueError: there is no such file, or it is not TOML.
+        """
+        try:
+            return cls.of(Path(path), Path(path).read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be read: {error.strerror}; give another file"
+            ) from error
+        except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML
+            raise ValueError(
+                f"{path} is not TOML: {error}; write a table for each module, such as [vision], "
+                f"and in it lines such as data_parallel_size = 4"
+            ) from error
+
+    @classmethod
+    def of(cls, path: Path, text: str) -> "LayoutFile":
+        """What a file with this text says."""
+        modules, problems = {}, []
+        for name, table in tomllib.loads(text).items():
+            modules[name], found = _module(name, table)
+            problems += found
+        return cls(path, text, modules, problems)
+
+    @property
+    def broken(self) -> set[str]:
+        """Modules whose table or sizes are wrong."""
+        return {module for problem in self.problems for module, _ in problem.places}
+
+    def problems_on(self, world_size: int | None) -> list[Problem]:
+        """All that keeps the layout from running on a world, None for one of just its size."""
+        grids = pack(self.modules)
+        world_size = world_size or ranks_taken(grids.values())
+        found = layout_problems(grids, default_topology(grids), world_size)
+        if self.problems:
+            found = [problem for problem in found if self._is_certain(problem)]
+        return [*self.problems, *found]
+
+    def _is_certain(self, problem: Problem) -> bool:
+        """Whether a problem stays when wrong sizes, which also move ranks, are mended."""
+        return bool(problem.places) and all(
+            module not in self.modules
+            or (
+                module not in self.broken
+                and field in ("data_parallel_size", "context_parallel_size")
+            )
+            for module, field in problem.places
+        )
+
+    def located(self, problem: Problem) -> Problem:
+        """A problem, with its places in the file in front."""
+        places = [
+            f"{self.path}{f':{line}' if line else ''} [{module}] {field}".rstrip()
+            for module, field, line in self.places(problem)
+        ]
+        return Problem(": ".join([", ".join(places), problem]) if places else problem)
+
+    def places(self, problem: Problem) -> Iterator[tuple[str, str, int | None]]:
+        """(module, field, line) of all that a problem is about; the module's line if it has none.
+
+        The line is None for a module that is not in the file.
+        """
+        for module, field in problem.places:
+            line = self._lines.get((module, field), self._lines.get((module, "")))
+            yield module, field, line
+
+    @cached_property
+    def _lines(self) -> dict[tuple[str, str], int]:
+        """The line at which each module, and each field of it, comes into the file.
+
+        A statement is as many lines as it takes to be TOML, below the header that it stands under.
+        """
+        lines: dict[tuple[str, str], int] = {}
+        header, statement, start = "", "", 1
+        for number, line in enumerate(self.text.split("\n"), 1):
+            if not statement:
+                start = number
+            statement += line + "\n"
+            try:
+                tables = tomllib.loads(header + statement)
+            except tomllib.TOMLDecodeError:
+                continue  # it goes on in the next line
+            for name, table in tables.items():
+                lines.setdefault((name, ""), start)
+                for field in table if isinstance(table, dict) else ():
+                    lines.setdefault((name, field), start)
+            if statement.lstrip().startswith("["):
+                header = statement
+            statement = ""
+        return lines
+
+
+def _module(name: str, table: Any) -> tuple[ModuleParallelism, list[Problem]]:
+    """A module's sizes, and what is wrong with them."""
+    if not isinstance(table, dict):
+        brackets = "[vision], with one bracket on each side" if table == [{}] else "[vision]"
+        return ModuleParallelism(), [
+            Problem(
+                f"{name} is in no module; put it below a line such as {brackets}, which begins one",
+                (name, ""),
+            )
+        ]
+    problems = module_problems({name: ModuleParallelism()})
+    sizes = {}
+    for field, value in table.items():
+        fault = _fault(field, value)
+        if fault:
+            problems.append(Problem(fault, (name, field)))
+        else:
+            sizes[field] = value
+    dense = {field: size for field, size in sizes.items() if field not in EXPERT_FIELDS}
+    if len(sizes) < len(table):  # whether the experts fit depends on all sizes
+        return ModuleParallelism(**dense), problems
+    try:
+        return ModuleParallelism(**sizes), problems
+    except ValueError as error:
+        places = [(name, field) for field in EXPERT_FIELDS if field in table]
+        return ModuleParallelism(**dense), [*problems, Problem(str(error), *places)]
+
+
+def _fault(field: str, value: Any) -> str:
+    """What is wrong with a line of a module, if anything is."""
+    if isinstance(value, dict):
+        return f"a module is a table of its own: write [{field}]"
+    if field not in FIELDS:
+        near = get_close_matches(field, FIELDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FIELDS)}"
+        return f"there is no size {field!r}; {hint}"
+    check = FIELDS[field].validator
+    assert check, "every field has one"
+    try:
+        check(None, FIELDS[field], value)
+    except ValueError as error:
+        return str(error)
+    return ""

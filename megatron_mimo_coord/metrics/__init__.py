@@ -1,0 +1,1 @@
+"""What a trainer reports: losses, ranges in a profiler, timelines."""

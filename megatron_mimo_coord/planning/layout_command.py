@@ -1,0 +1,264 @@
+"""Looks at a layout before it costs anything: what every rank would hold, or why it cannot run.
+
+Neither torch nor Megatron-Core is imported. Installed as ``mimo-layout``.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from attrs import asdict, field, frozen
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor, pack
+from megatron_mimo_coord.layout.batch import batch_problems
+from megatron_mimo_coord.layout.description import headline, summarize, table
+from megatron_mimo_coord.layout.problems import Problem, idle_ranks
+from megatron_mimo_coord.layout.suggestions import Change, in_words, suggestions
+from megatron_mimo_coord.layout.toml_file import LayoutFile
+from megatron_mimo_coord.planning.drawing import Block, to_svg
+
+EXAMPLE = """\
+a layout file has a table for each module, with the fields of ModuleParallelism:
+
+  [vision]
+  data_parallel_size = 4
+
+  [language]
+  tensor_model_parallel_size = 2
+  pipeline_model_parallel_size = 2
+  data_parallel_size = 2
+
+exit code 0 if the layout can run, 2 if it cannot
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check a layout and show it, as the command line wants it."""
+    options = parse(arguments)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        look(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def look(options: argparse.Namespace) -> None:
+    """Show a layout, or end with code 2 and all that is wrong with it."""
+    try:
+        layout = LayoutFile.read(options.layout)
+    except ValueError as error:
+        end_with(Findings(problems=[{"message": str(error), "places": []}]), options)
+    findings = Findings.of(layout, options)
+    if findings.problems:
+        end_with(findings, options)
+    grids = pack(layout.modules)
+    summary = summarize(
+        grids,
+        factors(grids, options.per_token_loss),
+        per_token=options.per_token_loss,
+        micro_batch_size=options.micro_batch_size,
+        num_microbatches=options.micro_batch_size
+        and options.global_batch_size // options.micro_batch_size,
+    )
+    if options.svg:
+        draw(grids, options.svg)
+    if options.json:
+        stages = {name: {"stages": stage_ranks(grid)} for name, grid in grids.items()}
+        modules = {name: module | stages[name] for name, module in summary["modules"].items()}
+        print(json.dumps({**summary, "modules": modules, "problems": []}, indent=2))
+    else:
+        show(summary, grids)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="mimo-layout",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("layout", type=Path, metavar="FILE", help="the layout, as TOML")
+    batch = parser.add_argument_group("the batch, to see what each rank reads")
+    for name, what in (
+        ("global", "samples in an optimizer step, over all ranks"),
+        ("micro", "samples in a microbatch over all ranks, before modules deal them out"),
+    ):
+        batch.add_argument(f"--{name}-batch-size", type=positive, metavar="N", help=what)
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        metavar="RANKS",
+        help="ranks of the job; left out, as many as the layout takes",
+    )
+    parser.add_argument(
+        "--per-token-loss",
+        action="store_true",
+        help="every module's config has calculate_per_token_loss, which changes the scaling",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture for a document")
+    options = parser.parse_args(arguments)
+    if (options.global_batch_size is None) != (options.micro_batch_size is None):
+        parser.error("--global-batch-size and --micro-batch-size belong together: give both")
+    if options.svg and options.svg.resolve() == options.layout.resolve():
+        parser.error(f"--svg {options.svg} is the layout itself: give another file")
+    return options
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)
+
+
+def factors(grids: dict[str, ModuleGrid], per_token: bool) -> dict[str, float]:
+    """Gradient scaling factor of each module, where all have the same loss flag."""
+    return {
+        name: gradient_scaling_factor(
+            grid.replicas, grids[LANGUAGE].replicas, ddp_sums=per_token, per_token=per_token
+        )
+        for name, grid in grids.items()
+    }
+
+
+# -- a layout that cannot run ----------------------------------------------------------------------
+
+
+@frozen
+class Findings:
+    """What keeps a layout from running, in types that JSON knows.
+
+    Args:
+        problems: the message of each, and its places in the file.
+        idle_ranks: first and last of the ranks that are left over.
+        fits: changes after which the layout takes all ranks of the world.
+    """
+
+    problems: list[dict[str, Any]]
+    idle_ranks: list[list[int]] = field(factory=list)
+    fits: list[Change] = field(factory=list)
+
+    @classmethod
+    def of(cls, layout: LayoutFile, options: argparse.Namespace) -> "Findings":
+        """Look at a layout."""
+
+        def of_batch(grids: Sequence[ModuleGrid]) -> list[Problem]:
+            if options.micro_batch_size is None:
+                return []
+            return batch_problems(grids, options.global_batch_size, options.micro_batch_size)
+
+        grids = pack(layout.modules)
+        sound = [grid for name, grid in grids.items() if name not in layout.broken]
+        found = layout.problems_on(options.world_size) + of_batch(sound)
+        problems = [
+            {
+                "message": problem,
+                "places": [
+                    {"module": module, "field": name, "line": line}
+                    for module, name, line in layout.places(problem)
+                ],
+                "text": layout.located(problem),
+            }
+            for problem in found
+        ]
+        if not found or not options.world_size or layout.problems:
+            return cls(problems)
+        ranks_of = {name: grid.ranks for name, grid in grids.items()}
+        return cls(
+            problems,
+            idle_ranks=[[r[0], r[-1]] for r in idle_ranks(ranks_of, options.world_size)],
+            fits=suggestions(layout.modules, options.world_size, lambda grids: not of_batch(grids)),
+        )
+
+
+def end_with(findings: Findings, options: argparse.Namespace) -> NoReturn:
+    """End with code 2, having told all problems."""
+    if options.json:
+        print(json.dumps(asdict(findings), indent=2))
+    else:
+        lines = [f"{options.layout} cannot run:"]
+        lines += [f"  - {problem.get('text', problem['message'])}" for problem in findings.problems]
+        if findings.fits:
+            lines.append(f"what would take all {options.world_size} ranks:")
+            lines += [f"  - {in_words(change)}" for change in findings.fits]
+        elif findings.idle_ranks:
+            lines.append(
+                f"no other size of a module or two takes all {options.world_size} ranks: change "
+                f"more of them, or launch another number"
+            )
+        print("\n".join(lines), file=sys.stderr)
+    sys.exit(2)
+
+
+# -- a layout that can -----------------------------------------------------------------------------
+
+
+def stage_ranks(grid: ModuleGrid) -> list[list[int]]:
+    """First and last rank of each pipeline stage."""
+    length = grid.size // grid.dim("pp")
+    return [[first, first + length - 1] for first in grid.ranks[::length]]
+
+
+def draw(grids: dict[str, ModuleGrid], path: Path) -> None:
+    """Write the picture."""
+    try:
+        path.write_text(to_svg(grids), encoding="utf-8")
+    except OSError as error:
+        print(
+            f"--svg {path} cannot be written: {error.strerror}; give another file", file=sys.stderr
+        )
+        sys.exit(2)
+
+
+def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
+    """Numbers and a picture in the terminal, as wide as they are: a rank cut off is no use."""
+    try:
+        from rich import box
+        from rich.columns import Columns
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(
+            "the tables are drawn by rich, which is not installed: pip install rich (this "
+            "package's extra 'cli'), or ask for --json",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+    def drawn(titles: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
+        result = Table(
+            title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD
+        )
+        for name in titles:
+            result.add_column(Text(name), no_wrap=True)
+        for row in rows:
+            result.add_row(*map(Text, row))
+        return result
+
+    console = Console(highlight=False)
+    titles, *rows = table(summary)
+    numbers = drawn(titles, rows)
+    pictures = [
+        drawn(
+            ["", *block.stages],
+            [[label, *cells] for label, cells in zip(block.replicas, block.cells, strict=True)],
+            title=block.name,
+        )
+        for block in map(Block.of, grids.values())
+    ]
+    unlimited = console.options.update(width=10_000)
+    widths = [console.measure(part, options=unlimited).maximum for part in (numbers, *pictures)]
+    least = console.width if console.is_terminal else 120
+    console.size = max(least, *widths), console.height
+    console.print(headline(summary), soft_wrap=True, markup=False)
+    console.print(numbers)
+    console.print(Columns(pictures))

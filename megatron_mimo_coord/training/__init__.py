@@ -1,0 +1,1 @@
+"""What a trainer does with a coordinator besides the schedule: hooks, optimizer, checkpoints."""

@@ -1,0 +1,161 @@
+"""Do all ranks mean the same job? One small collective when a coordinator is built.
+
+Every rank describes what it was given as facts: plain text under a name. Facts of the job must be
+the same everywhere, facts of a module on all of its ranks. Only digests travel, a row of fixed size
+a rank, so that ranks can disagree about anything, the number of modules included. Where digests
+differ, or a rank has found a problem of its own, the texts follow, and every rank raises the same
+error, which says which ranks say what.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+
+from megatron_mimo_coord.layout.problems import raise_problems
+from megatron_mimo_coord.world.device import world_device
+
+
+@frozen
+class RankFacts:
+    """What one rank was given.
+
+    Args:
+        job: facts that must be the same on every rank.
+        modules: for each module on this rank, facts that must be the same on all of its ranks.
+        problems: what this rank already knows to be wrong.
+        flags: 63 bits that the other ranks should know; they are not compared.
+    """
+
+    job: Mapping[str, str]
+    modules: Mapping[str, Mapping[str, str]]
+    problems: Sequence[str] = ()
+    flags: int = 0
+
+    def row(self) -> list[int]:
+        """This statement in seven integers: (problem?, job, names of modules, modules, flags)."""
+        return [
+            int(bool(self.problems)),
+            *_digest(self.job),
+            _digest(sorted(self.modules))[0],
+            *_digest(self.modules),
+            self.flags,
+        ]
+
+
+def check_consistency(make_facts: Callable[[], RankFacts]) -> list[int]:
+    """:func:`agree`, on a statement that may be impossible to make: then all ranks hear why."""
+    try:
+        statement = make_facts()
+    except Exception as error:  # raised again: this is only so that nobody waits for this rank
+        with suppress(ValueError):
+            compare(RankFacts({}, {}, [f"{type(error).__name__}: {error}"]))
+        raise
+    return compare(statement)
+
+
+def compare(statement: RankFacts) -> list[int]:
+    """Compare this rank's statement with those of all ranks. Collective over the world.
+
+    Args:
+        statement: what this rank was given.
+
+    Returns:
+        The flags of every rank.
+
+    Raises:
+        ValueError: on every rank, if any two disagree or any rank has a problem.
+    """
+    row = torch.tensor([statement.row()], dtype=torch.int64, device=world_device())
+    gathered = row.new_empty((dist.get_world_size(), row.shape[1]))
+    dist.all_gather_into_tensor(gathered, row)
+    rows = [tuple(row) for row in gathered.tolist()]
+    # Rows without the flags: one a set of modules, if all is well.
+    jobs = {row[1:3] for row in rows}
+    modules = {row[3:6] for row in rows}
+    sets_of_modules = {row[3] for row in rows}
+    if any(row[0] for row in rows) or len(jobs) > 1 or len(modules) > len(sets_of_modules):
+        statements = _exchange(statement)
+        raise_problems("this job cannot start", disagreements(statements))
+        raise AssertionError("digests differ, but what they were made of does not")
+    return [row[6] for row in rows]
+
+
+def disagreements(statements: Sequence[RankFacts]) -> list[str]:
+    """Each problem that a rank found and each fact that ranks disagree about, with the ranks.
+
+    Example:
+        >>> here, there = RankFacts({"TP": "1"}, {}), RankFacts({"TP": "2"}, {})
+        >>> disagreements([here, here, there])
+        ['ranks disagree about TP: ranks 0, 1 have 1; rank 2 has 2']
+    """
+    found: dict[str, list[int]] = {}
+    values: dict[str, dict[str, list[int]]] = {}
+    of_job = {fact for statement in statements for fact in statement.job}
+    of_modules: dict[str, set[str]] = {}
+    for statement in statements:
+        for name, facts in statement.modules.items():
+            of_modules.setdefault(name, set()).update(facts)
+    for rank, statement in enumerate(statements):
+        for problem in statement.problems:
+            found.setdefault(problem, []).append(rank)
+        if not statement.job and statement.problems:
+            continue  # it could not say more
+        said = {fact: statement.job.get(fact, "nothing") for fact in sorted(of_job)}
+        for name, facts in statement.modules.items():
+            said |= {
+                f"{name}: {fact}": facts.get(fact, "nothing") for fact in sorted(of_modules[name])
+            }
+        for fact, value in said.items():
+            values.setdefault(fact, {}).setdefault(value, []).append(rank)
+    everyone = len(statements)
+    problems = [
+        problem if len(ranks) == everyone else f"{problem} (says {_ranks(ranks)})"
+        for problem, ranks in found.items()
+    ]
+    for fact, ranks_by_value in values.items():
+        if len(ranks_by_value) > 1:
+            sides = "; ".join(
+                f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
+                for value, ranks in ranks_by_value.items()
+            )
+            problems.append(f"ranks disagree about {fact}: {sides}")
+    return problems
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """A list of ranks, cut after eight."""
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
+
+
+def _digest(value: object) -> tuple[int, int]:
+    """128 bits of SHA-256 over canonical JSON, as two signed integers."""
+    text = json.dumps(value, sort_keys=True).encode()
+    digest = hashlib.sha256(text).digest()
+    return (
+        int.from_bytes(digest[:8], "big", signed=True),
+        int.from_bytes(digest[8:16], "big", signed=True),
+    )
+
+
+def _exchange(statement: RankFacts) -> list[RankFacts]:
+    """Gather everybody's statement as plain JSON."""
+    device = world_device()
+    text = json.dumps([statement.job, statement.modules, list(statement.problems)])
+    payload = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
+    lengths = length.new_empty((dist.get_world_size(),))
+    dist.all_gather_into_tensor(lengths, length)
+    sizes = lengths.tolist()
+    padded = payload.new_zeros((1, max(sizes)))
+    padded[0, : payload.numel()] = payload
+    gathered = payload.new_empty((dist.get_world_size(), max(sizes)))
+    dist.all_gather_into_tensor(gathered, padded)
+    texts = [bytes(row[:size]).decode() for row, size in zip(gathered.tolist(), sizes, strict=True)]
+    return [RankFacts(*json.loads(text)) for text in texts]

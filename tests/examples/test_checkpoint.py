@@ -1,0 +1,276 @@
+"""The digits example goes on as if nothing had happened, whatever happened to its ranks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import checkpoint
+import pytest
+from ranks import world
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = "examples/train_digits_vlm.py"
+CAUSE = "the forward step of rank 1 failed"  # in faults.py
+SMALL = ["--steps", "12", "--global-batch-size", "64", "--micro-batch-size", "32"]
+TWO_RANKS = ["--vision-dp", "1", "--language-pp", "1"]
+
+
+def start(script: str, *options: str, restarts: int = 0, faults: str = "") -> tuple[int, str]:
+    """Exit code of a job of two ranks, and all that it printed, in that order."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts), script]
+    job = subprocess.Popen(
+        [*command, *TWO_RANKS, *SMALL, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": faults},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=240)
+    finally:
+        job.terminate()  # torchrun then ends its ranks
+        job.wait(timeout=60)
+    return job.returncode, output
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_loses_ranks_comes_back_by_itself(tmp_path):
+    log, saved = tmp_path / "log", tmp_path / "saved"
+    code, output = start(
+        "tests/faults.py",
+        *("--log-losses", str(log), "--plot", str(tmp_path / "curve.png"), "--eval-interval", "99"),
+        *("--save", str(saved), "--load", str(saved), "--save-interval", "5"),
+        restarts=3,
+        faults="killed_while_saving killed_in_a_step killed_while_reading",
+    )
+    assert code == 0, output
+    assert f"no whole checkpoint in {saved}: starts from the beginning" in output
+    assert output.count(f"goes on after step 5, from {saved / 'step-00000005'}") == 2
+    once_more = output[output.index(f"goes on after step 12, from {saved / 'step-00000012'}") :]
+    assert "step 12/12" not in once_more
+    assert "of 360 held-out images right" in once_more
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    assert [path.name for path in sorted(saved.iterdir())] == ["step-00000010", "step-00000012"]
+    assert [json.loads(line) for line in log.read_text().splitlines()] == undisturbed()
+
+
+def test_the_first_thing_that_a_job_says_of_an_error_is_its_cause():
+    code, output = start("tests/faults.py", faults="raises_in_a_step")
+    assert code != 0
+    errors = re.findall(r"^(?:\[rank\d\]: )?\w+Error: .*", output, re.MULTILINE)
+    assert errors[0] == f"[rank1]: ArithmeticError: {CAUSE}"
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    "",  # vision DP 2, language PP 2
+    "",
+    "--vision-pp 2 --vision-dp 1 --language-pp 1 --language-tp 2",
+    "--colocated --vision-tp 2 --vision-dp 2 --language-pp 1 --language-dp 4",
+]
+
+
+@pytest.mark.parametrize("optimizer", ["", "--distributed-optimizer --overlap-grad-reduce"])
+def test_a_training_goes_on_from_layout_to_layout(optimizer, tmp_path):
+    options = [*SMALL, *optimizer.split()]
+    expected = world(4).run("test_checkpoint:train", options, 0, 2 * len(LAYOUTS))[0]
+    found = []
+    load = None
+    for layout in LAYOUTS:
+        done, save = len(found), tmp_path / str(len(found) + 2)
+        save.mkdir()
+        on_layout = [*options, *layout.split()]
+        found += world(4).run("test_checkpoint:train", on_layout, done, 2, load, save)[0]
+        load = save
+    assert found[:4] == expected[:4], "the same layout has the same losses, bit for bit"
+    losses, norms = ([line[name] for line in found] for name in ("loss", "grad_norm"))
+    assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    assert norms == pytest.approx([line["grad_norm"] for line in expected], rel=1e-4)
+
+
+def undisturbed() -> list[dict[str, float]]:
+    """What a job of two ranks logs if nothing happens to it."""
+    return world(2).run("test_checkpoint:train", [*TWO_RANKS, *SMALL], 0, 12)[0]
+
+
+def train(
+    arguments: list[str], done: int, steps: int, load: Path | None = None, save: Path | None = None
+) -> list[dict[str, float]]:
+    """Take some steps, from one checkpoint to the next; what a log has of them. On every rank."""
+    import digits
+    import digits_options
+    import digits_trainer
+    import train_digits_vlm
+    import training_state
+
+    sys.argv = ["", *arguments]
+    options = digits_options.parse_options()
+    shape = digits_trainer.model_shape(options, train_digits_vlm.HIDDEN, digits_options.HEADS)
+    trainer = digits_trainer.Trainer.build(digits_options.parallelism(options), shape, options)
+    if load:
+        training_state.load(trainer.model, trainer.optimizer, load)
+    taken = list(islice(digits_trainer.train(trainer, *digits.load(), options, done), steps))
+    if save:
+        training_state.save(trainer.model, trainer.optimizer, save)
+    trainer.model.destroy()
+    trainer.infra.destroy()
+    return [{name: getattr(step, name) for name in ("step", "loss", "grad_norm")} for step in taken]
+
+
+# -- reports ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rest", ['{"step": 3, "loss": 9}\n{"step": 4, "loss": 9}\n', '{"step": 3, "lo']
+)
+def test_a_log_goes_on_behind_the_steps_that_are_done(rest, tmp_path):
+    log = tmp_path / "log"
+    done = (
+        '{"step": 1, "loss": 3.5, "grad_norm": 2.5}\n{"step": 2, "loss": 3.0, "grad_norm": null}\n'
+    )
+    log.write_text(done + rest)
+    (line,) = world(1).run("test_checkpoint:log_a_skipped_step", log, 3, 2)
+    assert log.read_text() == done + '{"step": 3, "loss": 2.5, "grad_norm": null}\n'
+    assert "step 3/4  loss 2.5000  step skipped" in line
+    world(1).run("test_checkpoint:log_a_skipped_step", log, 1, 0)
+    assert log.read_text() == '{"step": 1, "loss": 2.5, "grad_norm": null}\n'
+
+
+def log_a_skipped_step(path: Path, step: int, done: int) -> str:
+    """Log a step whose gradient was not finite; the line of progress. On a rank."""
+    import digits_report
+    from digits_trainer import Progress
+
+    progress = Progress(step, 2.5, None, 100.0, 10.0, None)
+    list(digits_report.with_log([progress], path, done))
+    return digits_report._line(progress, 4, None)
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def make_checkpoint(folder: Path, step: int, **settings: object) -> None:
+    """One without weights: what is checked before torch is imported needs none."""
+    defaults = {
+        "seed": 1,
+        "loss": "per-token",
+        "global_batch_size": 256,
+        "micro_batch_size": 64,
+        "vision_layers": 2,
+        "language_layers": 2,
+        "distributed_optimizer": False,
+    }
+    checkpoint.begin(folder, step)
+    checkpoint.finish(folder, step, {**defaults, **settings})
+
+
+def refused(*options: str, rank: int = 0, **environment: str) -> str:
+    """What a rank says when it refuses options."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, *options],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            **{"WORLD_SIZE": "4", "RANK": str(rank), "LOCAL_WORLD_SIZE": "4"},
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_training_than_that_of_the_checkpoint_is_refused(rank, tmp_path):
+    make_checkpoint(tmp_path, 50, seed=3, language_layers=4)
+    said = refused("--load", str(tmp_path), "--steps", "40", "--distributed-optimizer", rank=rank)
+    assert "--seed is 1, but 3 in the checkpoint" in said
+    assert "--language-layers is 2, but 4 in the checkpoint" in said
+    assert "--distributed-optimizer is True, but False in the checkpoint" in said
+    assert "--steps is 40" in said
+    assert "vision-layers" not in said
+
+
+def test_folders_that_cannot_be_meant_are_refused(tmp_path):
+    make_checkpoint(tmp_path / "saved", 50)
+    checkpoint.begin(tmp_path / "half", 50)
+    half, saved, missing = (str(tmp_path / name) for name in ("half", "saved", "no/where"))
+    assert f"--load {half} has no whole checkpoint" in refused("--load", half)
+    assert f"--save {saved} already has checkpoints" in refused("--save", saved)
+    said = refused("--save", missing, "--load", saved, "--save-interval", "5")
+    assert "there is no folder" in said
+    assert "--save-interval has no meaning" in refused("--save-interval", "5")
+    said = refused("--save", half, TORCHELASTIC_MAX_RESTARTS="3")
+    assert f"add --load {half}" in said
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_one_training_at_a_time(tmp_path):
+    claim = "import checkpoint, pathlib, sys; print(checkpoint.claim(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", f"{claim}; sys.stdout.flush(); sys.stdin.read()", tmp_path]
+    first = subprocess.Popen(
+        command, cwd=ROOT / "examples", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "True\n"
+        assert not checkpoint.claim(tmp_path)
+        said = refused("--save", str(tmp_path))
+        assert "another training writes into --save" in said
+    finally:
+        first.kill()
+        first.wait(60)
+    assert checkpoint.claim(tmp_path)
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_a_kill_between_any_two_renames_leaves_only_whole_checkpoints(tmp_path, monkeypatch, calls):
+    for step in (5, 10):
+        make_checkpoint(tmp_path, step)
+    made = 0
+
+    def killed_instead(method):
+        def counting(*arguments, **options):
+            nonlocal made
+            made += 1
+            if made > calls:
+                raise KeyboardInterrupt
+            return method(*arguments, **options)
+
+        return counting
+
+    monkeypatch.setattr(Path, "rename", killed_instead(Path.rename))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed_instead(checkpoint.shutil.rmtree))
+    with suppress(KeyboardInterrupt):
+        make_checkpoint(tmp_path, 15)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path).step == (10 if calls == 0 else 15)
+    make_checkpoint(tmp_path, 20)
+    names = ["step-00000015", "step-00000020"] if calls else ["step-00000010", "step-00000020"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == names
+
+
+def test_a_folder_keeps_the_last_two_whole_checkpoints(tmp_path):
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+    for step in (5, 10, 15):
+        make_checkpoint(tmp_path, step, seed=step)
+    checkpoint.begin(tmp_path, 20)
+    newest = checkpoint.newest(tmp_path)
+    assert newest.step == 15
+    assert newest.settings["seed"] == 15
+    checkpoint.begin(tmp_path, 25)  # what the checkpoint of step 20 left behind is gone
+    names = ["step-00000010", "step-00000015", "step-00000025.unfinished"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == names

@@ -1,0 +1,284 @@
+"""What finalizing costs beyond DDP's own reductions: counted on real ranks, never timed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cases import Case, built
+from layouts import FAN_IN, FAN_OUT, MANY_BUCKETS, OVERLAP, PER_TOKEN, SHARDED, parallel
+from ranks import world
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Counter(TorchDispatchMode):
+    """Every collective, host sync and in-place scaling that reaches PyTorch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[tuple[str, int]] = []
+        self.syncs: list[str] = []
+        self.scaled_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        tensors = [value for value in _flat(args) if hasattr(value, "numel")]
+        if name.startswith("c10d::"):
+            self.collectives.append((name, max(tensor.numel() for tensor in tensors)))
+        if any(word in name for word in ("_local_scalar_dense", "is_nonzero", "aten::nonzero")):
+            self.syncs.append(name)
+        if any(word in name for word in ("mul_", "div_")):
+            grads = _flat(args[:1])
+            self.scaled_bytes += sum(tensor.numel() * tensor.element_size() for tensor in grads)
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(value: Any) -> list[Any]:
+    return (
+        [leaf for item in value for leaf in _flat(item)]
+        if isinstance(value, (list, tuple))
+        else [value]
+    )
+
+
+def _count(case: Case) -> dict[str, Any]:
+    """Counts of the coordinator's finalize and of Megatron's own, each on its own model."""
+    import torch
+    import vlm
+    from megatron.core.distributed import finalize_model_grads
+
+    infra, model, coordinator = built(case)
+    bare = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    tokens = torch.ones((), dtype=torch.int) if case.per_token.get("language") else None
+    answer = {}
+    for _ in range(3):
+        coordinator.zero_grad_buffer()
+        with Counter() as ours:
+            coordinator.finalize_model_grads([model], tokens)
+        with Counter() as theirs:
+            for ddp, groups in _ddps(bare, infra):
+                ddp.zero_grad_buffer()
+                if case.ddp.get("overlap_grad_reduce"):
+                    ddp.start_grad_sync()
+                finalize_model_grads([ddp], None, pg_collection=groups)
+        answer = {
+            "syncs": ours.syncs,
+            "more": _without(ours.collectives, theirs.collectives),
+            "first": ours.collectives[0],
+            "scaled": ours.scaled_bytes,
+            "scaled by DDP": theirs.scaled_bytes,
+            "buffer": sum(
+                buffer.grad_data.numel() * buffer.grad_data.element_size()
+                for ddp, _ in coordinator.module_to_grid_tuples
+                for buffer in ddp.buffers
+            ),
+        }
+    infra.destroy()
+    return answer
+
+
+def _ddps(model: Any, infra: Any) -> list[tuple[Any, Any]]:
+    import vlm
+
+    return [(ddp, infra.pg_collections[name]) for name, ddp in vlm.submodules(model).items()]
+
+
+def _without(many: list[Any], few: list[Any]) -> list[Any]:
+    rest = list(many)
+    for item in few:
+        rest.remove(item)
+    return rest
+
+
+DDPS = {
+    "plain": {},
+    "overlap": OVERLAP,
+    "many buckets": MANY_BUCKETS,
+    "sharded": SHARDED,
+    "overlap, sharded": {**OVERLAP, **SHARDED},
+}
+
+
+@pytest.mark.parametrize("ddp", DDPS.values(), ids=DDPS)
+@pytest.mark.parametrize("layout", [FAN_IN, FAN_OUT], ids=["fan-in", "fan-out"])
+def test_a_mean_loss_costs_nothing_more(layout, ddp):
+    for answer in world(3).run("test_finalize:_count", Case(modules=layout, ddp=ddp)):
+        assert answer["syncs"] == []
+        assert answer["more"] == []
+        assert answer["scaled"] <= answer["buffer"], "DDP's own pass, or none"
+
+
+def test_fan_in_from_two_to_one_scales_nothing_at_all():
+    for answer in world(3).run("test_finalize:_count", Case(modules=FAN_IN)):
+        assert answer["scaled"] == 0
+
+
+@pytest.mark.parametrize("ddp", DDPS.values(), ids=DDPS)
+@pytest.mark.parametrize("dp", [2, 4])
+def test_a_per_token_loss_costs_one_number_and_a_pass_over_the_shard(dp, ddp):
+    case = Case(
+        modules={"vision": parallel(dp=dp), "language": parallel()}, per_token=PER_TOKEN, ddp=ddp
+    )
+    answers = world(dp + 1).run("test_finalize:_count", case)
+    for rank, answer in enumerate(answers):
+        assert answer["syncs"] == []
+        [(name, numel)] = answer["more"]
+        assert "allreduce" in name
+        assert numel == 1
+        assert answer["first"] == (name, 1), "launched before the gradient reductions"
+        share = dp if rank < dp and "use_distributed_optimizer" in ddp else 1
+        assert answer["scaled"] <= answer["buffer"] // share + 16
+
+
+# -- no rank waits for another module's reduction --------------------------------------------------
+
+
+def _finish_in_turn(per_token: bool) -> bool:
+    """The language model's reduction waits until the encoder's ranks have finalized."""
+    import torch
+    import torch.distributed as dist
+
+    case = Case(modules=FAN_IN, per_token=PER_TOKEN if per_token else {})
+    infra, model, coordinator = built(case)
+    store = dist.distributed_c10d._get_default_store()
+    key = f"finalized {per_token}"
+    if dist.get_rank() == 2:
+        ddp = model.language_model
+        finish = ddp.finish_grad_sync
+
+        def finish_last(**options: Any) -> None:
+            store.wait([f"{key} 0", f"{key} 1"])  # raises if the encoder's ranks wait for us
+            finish(**options)
+
+        ddp.finish_grad_sync = finish_last
+    tokens = torch.ones((), dtype=torch.int)
+    coordinator.zero_grad_buffer()
+    coordinator.finalize_model_grads([model], tokens if per_token else None)
+    store.set(f"{key} {dist.get_rank()}", "yes")
+    infra.destroy()
+    return True
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per token", "mean"])
+def test_encoder_ranks_do_not_wait_for_the_language_model(per_token):
+    assert all(world(3).run("test_finalize:_finish_in_turn", per_token))
+
+
+# -- overlap stays on ------------------------------------------------------------------------------
+
+
+def _launches(case: Case) -> list[list[str]]:
+    """For each step, where each reduction of this rank's module was launched."""
+
+    from cases import train
+
+    from megatron_mimo_coord.gradients import launch_order as reduction
+
+    steps: list[list[str]] = []
+    launch_rest = reduction._LaunchQueue.launch_rest
+    request = reduction._LaunchQueue._request
+    inside = []
+
+    def counted_rest(self: Any, force: bool) -> None:
+        inside.append(True)
+        launch_rest(self, force)
+        inside.pop()
+
+    def counted(self: Any, index: int, force: Any) -> None:
+        before = self._launched
+        request(self, index, force)
+        caller = "finalize" if inside else "backward"
+        steps[-1].extend([caller] * (self._launched - before))
+
+    reduction._LaunchQueue.launch_rest = counted_rest
+    reduction._LaunchQueue._request = counted
+    try:
+        steps.append([])
+        for _ in train(case):
+            steps.append([])
+    finally:
+        reduction._LaunchQueue.launch_rest = launch_rest
+        reduction._LaunchQueue._request = request
+    return steps[: case.steps]
+
+
+def test_overlap_stays_on_for_the_steps_that_can_have_it():
+    images = {"vision": (((1,),), ((1,),), ((1, 1, 0, 0),), ((1,),))}
+    case = Case(modules=FAN_IN, images=images, steps=4, ddp=MANY_BUCKETS)
+    first, second, language = world(3).run("test_finalize:_launches", case)
+    assert set(first[0]) == {"finalize"}, "Megatron counts gradients in the first batch"
+    assert set(first[1]) == set(second[1]) == {"backward"}
+    assert set(first[2]) == {"backward"}
+    assert set(second[2]) == {"finalize"}, "no image on this rank"
+    assert set(first[3]) == set(second[3]) == {"backward"}
+    assert all(language)
+
+
+# -- the path without DDP's help -------------------------------------------------------------------
+
+
+def _paths(fault: str) -> tuple[bool, int]:
+    """Whether the fast path is taken when Megatron's internals moved, and how many warnings."""
+    import logging
+
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from megatron_mimo_coord import MultiModuleCoordinator
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("megatron_mimo_coord").addHandler(handler)
+    infra, model, _ = built(Case(modules=FAN_OUT, ddp=SHARDED))
+    group_class = param_and_grad_buffer._ParamAndGradBucketGroup
+    original: Callable[..., Any] = group_class.start_grad_sync
+    buckets = [
+        bucket
+        for ddp, _ in _ddps(model, infra)
+        for group in ddp.bucket_groups
+        for bucket in group.buckets
+    ]
+    if fault == "renamed":
+        for bucket in buckets:
+            bucket.scaling = bucket.gradient_scaling_factor
+            del bucket.gradient_scaling_factor
+    if fault == "another meaning":
+        for bucket in buckets:
+            bucket.gradient_scaling_factor = 7.0
+            del bucket._mimo_factor_of_ddp
+    if fault == "scaled elsewhere":
+        group_class.start_grad_sync = lambda self, force_all_reduce=False: original(self)
+    try:
+        coordinator = MultiModuleCoordinator(infra, model)
+    finally:
+        group_class.start_grad_sync = original
+        logging.getLogger("megatron_mimo_coord").removeHandler(handler)
+        infra.destroy()
+    return coordinator._modules[0].normalizer.fast, len(records)
+
+
+@pytest.mark.parametrize("fault", ["none", "renamed", "another meaning", "scaled elsewhere"])
+def test_megatron_internals_that_moved_are_noticed(fault):
+    answers = world(3).run("test_finalize:_paths", fault)
+    assert [fast for fast, _ in answers] == [fault == "none"] * 3
+    warnings = [number for _, number in answers]
+    assert warnings == ([0, 0, 0] if fault == "none" else [1, 1, 0]), "once a module"
+
+
+def _finalize_without_coordinator() -> bool:
+    """A model that a coordinator has seen still works with Megatron's own finalize."""
+    from megatron.core.distributed import finalize_model_grads
+
+    infra, model, coordinator = built(Case(modules=FAN_IN, ddp=MANY_BUCKETS))
+    coordinator.zero_grad_buffer()
+    coordinator.finalize_model_grads([model])
+    for _ in range(2):
+        for ddp, groups in _ddps(model, infra):
+            ddp.zero_grad_buffer()
+            ddp.start_grad_sync()
+            finalize_model_grads([ddp], None, pg_collection=groups)
+    infra.destroy()
+    return True
+
+
+def test_a_coordinated_model_still_works_with_megatrons_own_finalize():
+    assert all(world(3).run("test_finalize:_finalize_without_coordinator"))

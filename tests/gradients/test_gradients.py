@@ -1,0 +1,306 @@
+"""Every module's gradient is that of the one loss: real ranks against one process."""
+
+import os
+
+import pytest
+from cases import MUTANTS, Case
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from layouts import (
+    FAN_IN,
+    FAN_OUT,
+    FIRST_WITHOUT,
+    LAST_WITHOUT,
+    LAYOUTS,
+    LOSSES,
+    MANY_BUCKETS,
+    MIXTURE,
+    OVERLAP,
+    PER_TOKEN,
+    SHARDED,
+    SOME_RANKS_WITHOUT,
+    VARYING,
+    parallel,
+)
+from ranks import world
+
+
+def verify(case: Case) -> None:
+    assert sum(world(case.world_size).run("cases:check", case)) > 0, repr(case)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_and_losses(layout, loss):
+    verify(Case(modules=layout, per_token=loss, steps=1))
+
+
+def test_encoders_on_the_same_ranks():
+    # Without get_mimo_optimizer: it gathers over the world once a module, so that ranks with two
+    # modules wait for ever for ranks with one.
+    layout = {
+        "vision": parallel(dp=2, rank_offset=0),
+        "audio": parallel(dp=2, rank_offset=0),
+        "language": parallel(rank_offset=2),
+    }
+    verify(Case(modules=layout, no_optimizer=True, num_microbatches=3))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, images=VARYING, steps=2),
+        Case(modules=FAN_OUT, images=VARYING, steps=2, per_token=PER_TOKEN),
+        Case(modules=LAYOUTS["equal"], images=VARYING, steps=2),
+        Case(modules=LAYOUTS["encoder pipeline"], images=VARYING, steps=2, num_microbatches=4),
+        Case(
+            modules=LAYOUTS["two encoders"],
+            images={**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)},
+            steps=2,
+        ),
+        Case(
+            modules={"vision": parallel(dp=4), "language": parallel(pp=2, dp=2)},
+            images={"vision": (((0, 3, 0, 0), (2, 1, 1, 0)),)},
+            num_microbatches=5,
+        ),
+        Case(modules=LAYOUTS["colocated"], images=VARYING, steps=2),
+        Case(modules=LAYOUTS["colocated, fan-out"], images=VARYING, steps=2),
+        Case(modules=LAYOUTS["colocated"], images=SOME_RANKS_WITHOUT, steps=4, ddp=OVERLAP),
+        Case(modules=LAYOUTS["colocated, fan-out"], images=LAST_WITHOUT, steps=3, ddp=OVERLAP),
+    ],
+    ids=repr,
+)
+def test_images_per_sample_vary(case):
+    verify(case)
+
+
+@pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["whole", "sharded"])
+@pytest.mark.parametrize("loss", [{}, PER_TOKEN], ids=["mean", "per token"])
+@pytest.mark.parametrize(
+    "images", [LAST_WITHOUT, FIRST_WITHOUT, SOME_RANKS_WITHOUT], ids=["last", "first", "some"]
+)
+@pytest.mark.parametrize("overlap", [OVERLAP, MANY_BUCKETS], ids=["one bucket", "many buckets"])
+def test_microbatches_without_images_under_overlap(overlap, images, loss, sharded):
+    layout = {"vision": parallel(dp=2), "language": parallel(dp=2)}
+    verify(Case(modules=layout, images=images, steps=4, per_token=loss, ddp={**overlap, **sharded}))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            modules={
+                "vision": parallel(dp=2),
+                "language": parallel(dp=2, expert_model_parallel_size=2),
+            },
+            **MIXTURE,
+        ),
+        Case(
+            modules={
+                "vision": parallel(dp=2),
+                "language": parallel(dp=2, expert_model_parallel_size=2),
+            },
+            **MIXTURE,
+            per_token=PER_TOKEN,
+            ddp={**OVERLAP, **SHARDED},
+            steps=2,
+        ),
+        Case(
+            modules={
+                "vision": parallel(dp=2),
+                "language": parallel(dp=2, expert_model_parallel_size=2),
+            },
+            **MIXTURE,
+            ddp={"average_in_collective": True},
+            steps=2,
+        ),
+        Case(
+            modules={
+                "vision": parallel(),
+                "language": parallel(
+                    tp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+                ),
+            },
+            **MIXTURE,
+        ),
+        Case(
+            modules={
+                "vision": parallel(),
+                "language": parallel(
+                    tp=2, dp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+                ),
+            },
+            **MIXTURE,
+        ),
+    ],
+    ids=repr,
+)
+def test_mixtures_of_experts(case):
+    verify(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, frozen=("vision.",), steps=2),
+        Case(modules=FAN_IN, frozen=("vision.encoders",), steps=2),
+        Case(modules=FAN_IN, frozen=("language.",), steps=2, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, frozen=("language.",), steps=2, ddp={**OVERLAP, **SHARDED}),
+        Case(modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2),
+        Case(
+            modules=LAYOUTS["fan-in, pipeline"], tied_embeddings=True, steps=2, per_token=PER_TOKEN
+        ),
+        Case(
+            modules={"vision": parallel(), "language": parallel(pp=2, dp=2)},
+            tied_embeddings=True,
+            steps=3,
+            per_token=PER_TOKEN,
+            ddp=SHARDED,
+        ),
+        Case(modules=FAN_OUT, ddp={"average_in_collective": True}, steps=2),
+        Case(
+            modules=FAN_IN, ddp={"average_in_collective": True}, per_token={"vision": True}, steps=2
+        ),
+        Case(
+            modules=FAN_IN,
+            ddp={"average_in_collective": True},
+            per_token={"language": True},
+            steps=2,
+        ),
+        Case(modules=FAN_IN, ddp=SHARDED, force_all_reduce=True, steps=3, per_token=PER_TOKEN),
+        Case(
+            modules=FAN_IN,
+            ddp={**SHARDED, **OVERLAP},
+            force_all_reduce=True,
+            steps=3,
+            per_token=PER_TOKEN,
+        ),
+        Case(
+            modules=FAN_IN,
+            ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True, "align_param_gather": True},
+            steps=3,
+        ),
+        Case(modules=FAN_IN, num_microbatches=9, steps=3, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, second_coordinator=True, steps=3),
+        Case(
+            modules=FAN_OUT, second_coordinator=True, steps=3, ddp=MANY_BUCKETS, per_token=PER_TOKEN
+        ),
+        Case(modules=FAN_IN, unmasked=0.0, steps=2),
+        Case(modules=FAN_IN, unmasked=0.0, steps=2, per_token=PER_TOKEN),
+        Case(
+            modules=FAN_IN,
+            images=SOME_RANKS_WITHOUT,
+            num_microbatches=1,
+            steps=4,
+            ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True},
+        ),
+        Case(
+            modules=LAYOUTS["colocated"],
+            images=SOME_RANKS_WITHOUT,
+            steps=4,
+            ddp={**SHARDED, **MANY_BUCKETS, "overlap_param_gather": True},
+            evaluate=True,
+        ),
+        Case(modules=FAN_IN, second_coordinator=True, attach_second=False, steps=3, ddp=OVERLAP),
+    ],
+    ids=repr,
+)
+def test_settings(case):
+    verify(case)
+
+
+@pytest.mark.parametrize("where", ["model", "submodules"])
+@pytest.mark.parametrize("layout", [FAN_IN, FAN_OUT], ids=["fan-in", "fan-out"])
+def test_bf16_with_fp32_reduction(layout, where):
+    case = Case(modules=layout, wrap=where, ddp={"grad_reduce_in_fp32": True})
+    assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
+
+
+# -- drawn layouts ---------------------------------------------------------------------------------
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Whole jobs on up to four ranks: layout, data, losses, DDP, optimizer."""
+    colocated = draw(st.booleans())
+    powers = st.sampled_from([1, 2])
+    language = parallel(tp=draw(powers), pp=1 if colocated else draw(powers), dp=draw(powers))
+    names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
+    modules = {}
+    for name in names:
+        if colocated:
+            tp = draw(st.sampled_from([size for size in (1, 2) if language.size % size == 0]))
+            modules[name] = parallel(tp=tp, dp=language.size // tp, rank_offset=0)
+        else:
+            modules[name] = parallel(tp=draw(powers), pp=draw(powers), dp=draw(powers))
+    modules["language"] = parallel(
+        language.tensor_model_parallel_size,
+        language.pipeline_model_parallel_size,
+        language.data_parallel_size,
+        **({"rank_offset": 0} if colocated else {}),
+    )
+    steps, num_microbatches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    numbers = st.integers(0, 2)
+    sample = st.lists(numbers, min_size=4, max_size=4).map(tuple)
+    step = st.lists(sample, min_size=num_microbatches, max_size=num_microbatches).map(tuple)
+    images = {name: tuple(draw(st.lists(step, min_size=1, max_size=3))) for name in names}
+    overlap = draw(st.booleans())
+    gather = overlap and draw(st.booleans())
+    per_token = {name: draw(st.booleans()) for name in modules}
+    return Case(
+        modules=modules,
+        images=images,
+        num_microbatches=num_microbatches,
+        steps=steps,
+        per_token=per_token,
+        unmasked=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        ddp={
+            "overlap_grad_reduce": overlap,
+            "use_distributed_optimizer": gather or draw(st.booleans()),
+            "average_in_collective": draw(st.booleans()),
+            "overlap_param_gather": gather,
+            **({"bucket_size": draw(st.sampled_from([1, 500, 10**6]))} if overlap else {}),
+        },
+        frozen=draw(st.sampled_from([(), (), ("vision.",), ("vision.encoders",), ("language.",)])),
+        force_all_reduce=draw(st.booleans()),
+        second_coordinator=draw(st.booleans()),
+        tied_embeddings=draw(st.booleans()),
+        plain_path=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@settings(
+    max_examples=int(os.environ.get("MIMO_LAYOUTS", "12")),
+    deadline=None,
+    derandomize=True,
+    print_blob=False,
+)
+@given(cases().filter(lambda case: case.world_size <= int(os.environ.get("MIMO_RANKS", "4"))))
+def test_drawn_layouts(case):
+    note(f"verify({case!r})")
+    verify(case)
+
+
+# -- the suite notices what breaks -----------------------------------------------------------------
+
+SENSITIVE = [
+    Case(modules={"vision": parallel(dp=2), "language": parallel(tp=2)}, no_optimizer=True, **more)
+    for more in (
+        {"per_token": PER_TOKEN},
+        {"plain_path": True, "per_token": {"vision": True}},
+        {"plain_path": True, "per_token": {"language": True}},
+        {},
+    )
+] + [
+    Case(modules={"vision": parallel(dp=1), "language": parallel(dp=2)}, no_optimizer=True, **more)
+    for more in ({"per_token": PER_TOKEN}, {"plain_path": True}, {})
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(mutant):
+    caught = any(
+        any(world(case.world_size).run("cases:is_caught", case, mutant)) for case in SENSITIVE
+    )
+    assert caught == (mutant != "none")

@@ -1,0 +1,244 @@
+"""Layouts that cannot run are refused with a sentence, whatever is wrong with them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import asdict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import world
+
+from megatron_mimo_coord import ModuleParallelism
+from megatron_mimo_coord.layout import LANGUAGE, default_topology, pack
+from megatron_mimo_coord.layout.batch import batch_problems
+from megatron_mimo_coord.layout.problems import layout_problems, module_problems
+from megatron_mimo_coord.layout.toml_file import LayoutFile
+
+DP, TP, PP = "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
+SIZES = [name for name in asdict(ModuleParallelism()) if name.endswith("_size")]
+FAMILIES = {  # of problems, by a part of their sentence
+    "a size": "must be a positive integer",
+    "an offset": "must be a rank",
+    "a field": "there is no size",
+    "experts": "does not divide the",
+    "a name": "must be made of letters",
+    "no language model": "there is no module named 'language'",
+    "no work": "in no module",
+    "beyond the world": "needs ranks up to",
+    "overlap": "overlap in part",
+    "shared": "share their ranks",
+    "colocated pipeline": "without a pipeline",
+    "context parallelism": "needs CP 1",
+    "bridge": "neither divides the other",
+    "topology": "topology ",
+    "a batch that does not divide": "is not divisible by the DP",
+    "a batch": "not a multiple of micro_batch_size",
+}
+CURES = (
+    "write ", "rename ", "use ", "change ", "make ", "launch ", "set ", "give ", "choose ",
+    "did you mean", "put ",
+)  # fmt: skip
+
+
+@st.composite
+def good(draw: Any) -> dict:
+    """What runs: modules, world size, topology and batch."""
+    language_dp = draw(st.sampled_from([1, 2, 3, 4]))
+    colocated = draw(st.booleans())
+    modules: dict[Any, dict] = {}
+    for name in draw(st.sampled_from([[], ["vision"], ["vision", "audio"]])):
+        dp = language_dp * draw(st.sampled_from([1, 2])) if draw(st.booleans()) else 1
+        modules[name] = {DP: dp, TP: draw(st.integers(1, 3)), PP: draw(st.integers(1, 2))}
+    modules[LANGUAGE] = {DP: language_dp, TP: draw(st.integers(1, 3)), PP: draw(st.integers(1, 3))}
+    if colocated:
+        modules = {name: {DP: language_dp, TP: 2, "rank_offset": 0} for name in modules}
+    placed = pack({name: ModuleParallelism(**sizes) for name, sizes in modules.items()})
+    micro = 24 * draw(st.integers(1, 3))
+    return {
+        "modules": modules,
+        "world_size": max(grid.ranks.stop for grid in placed.values()),
+        "topology": default_topology(modules),
+        "batch": [micro * draw(st.integers(1, 4)), micro],
+    }
+
+
+garbage = st.sampled_from(
+    [0, -1, 1.0, 2.5, "2", "", True, [], {}, float("nan"), 2**31, -(10**30), 10**5000]
+)
+
+
+FAULTS = ["size"] * 3 + [
+    *("field", "offset", "name", "missing", "together", "world", "batch", "topology")
+]
+
+
+def broken(draw: Any, job: dict) -> None:
+    """Break one thing."""
+    modules = job["modules"]
+    name = draw(st.sampled_from(sorted(modules)))
+    fault = draw(st.sampled_from(FAULTS))
+    if fault == "size":
+        modules[name][draw(st.sampled_from(SIZES))] = draw(st.integers(2, 7) | garbage)
+    if fault == "together":
+        job["modules"] = {each: {DP: 2, PP: 2, "rank_offset": 0} for each in modules}
+        job["world_size"] = 4
+    if fault == "offset":
+        modules[name]["rank_offset"] = draw(st.integers(0, 30) | garbage)
+    if fault == "field":
+        modules[name][draw(st.sampled_from(["tp", "dp", "data_parallel", "x"]))] = 2
+    if fault == "name":
+        modules[draw(st.sampled_from(["", "a.b", "[red]", "a b", "vision\n", "ß"]))] = modules.pop(
+            name
+        )
+    if fault == "missing":
+        del modules[name]
+    if fault == "world":
+        job["world_size"] = draw(st.integers(1, 40) | garbage)
+    if fault == "batch":
+        job["batch"][draw(st.integers(0, 1))] = draw(st.integers(1, 99) | garbage)
+    if fault == "topology":
+        job["topology"] = draw(
+            st.sampled_from(
+                [3, "language", {LANGUAGE: [LANGUAGE]}, {"vision": "language"}, {"vision": 3}]
+            )
+        )
+
+
+def problems_in_python(job: dict) -> list[str]:
+    """As a trainer meets them: sizes, layout, batch."""
+    built = {}
+    for name, sizes in job["modules"].items():
+        try:
+            built[name] = ModuleParallelism(**sizes)
+        except (ValueError, TypeError) as error:  # Python's own for a keyword that is not there
+            return [f"write {error}" if isinstance(error, TypeError) else str(error)]
+    if module_problems(built):
+        return [*module_problems(built)]
+    placed = pack(built)
+    return [
+        *layout_problems(placed, job["topology"], job["world_size"]),
+        *batch_problems(placed.values(), *job["batch"]),
+    ]
+
+
+def problems_in_file(job: dict) -> list[str]:
+    """As the command meets them."""
+    lines = []
+    for name, sizes in job["modules"].items():
+        lines.append(f"[{json.dumps(name, ensure_ascii=False)}]")
+        lines += [f"{field} = {in_toml(size)}" for field, size in sizes.items()]
+    layout = LayoutFile.of(Path("layout.toml"), "\n".join(lines))
+    found = layout.problems_on(None)
+    for problem in found:
+        for module, field, line in layout.places(problem):
+            assert line is None or f"[{json.dumps(module, ensure_ascii=False)}]" in lines[:line]
+            assert line is None or not field or field in lines[line - 1] or "[" in lines[line - 1]
+    return [layout.located(problem) for problem in found]
+
+
+def in_toml(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1000:
+        return hex(value)
+    return {"{}": "{}", "nan": "nan"}.get(str(value)) or json.dumps(value)
+
+
+def is_good(job: dict) -> bool:
+    """By definition, without the code under test."""
+    from test_layout import runs
+
+    for name, sizes in job["modules"].items():
+        if not isinstance(name, str) or not name or set(name) - set("abcdefghijklmnopqrstuvwxyz"):
+            return False
+        for field, value in sizes.items():
+            least = 0 if field == "rank_offset" else 1
+            known = field in [*SIZES, "rank_offset"]
+            if not known or type(value) is not int or not least <= value < 2**31:
+                return False
+        tp, cp, _, dp, ep, expert_tp = (sizes.get(field, 1) for field in SIZES)
+        if tp * cp * dp % (ep * (expert_tp if SIZES[5] in sizes else tp)):
+            return False
+    placed = pack({name: ModuleParallelism(**sizes) for name, sizes in job["modules"].items()})
+    if job["topology"] != default_topology(job["modules"]) or LANGUAGE not in placed:
+        return False
+    for number in (job["world_size"], *job["batch"]):
+        if type(number) is not int or not 1 <= number < 2**31:
+            return False
+    total, micro = job["batch"]
+    fits = all(micro % grid.data_parallel_size == 0 for grid in placed.values())
+    return runs(placed, None, job["world_size"]) and total % micro == 0 and fits
+
+
+seen: Counter = Counter()
+
+
+@settings(max_examples=11_000, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def check_one(data: Any) -> None:
+    job = data.draw(good())
+    for _ in range(data.draw(st.integers(1, 2))):
+        if job["modules"]:
+            broken(data.draw, job)
+    problems = problems_in_python(job)
+    assert (not problems) == is_good(job), problems
+    if data.draw(st.sampled_from([False, False, True])):
+        problems += problems_in_file(job)
+    seen["bad"] += bool(problems)
+    for problem in problems:
+        assert any(cure in problem for cure in CURES), problem
+        seen.update(family for family, part in FAMILIES.items() if part in problem)
+
+
+def test_ten_thousand_bad_layouts_are_refused_with_a_sentence():
+    check_one()
+    assert seen["bad"] >= 10_000
+    assert min(seen[family] for family in FAMILIES) >= 20, seen
+
+
+def _build(layouts_and_topologies: list) -> list[str]:
+    """What ``MegatronMIMOInfra.build`` says to each, and how many groups it left behind."""
+    import torch.distributed as dist
+
+    from megatron_mimo_coord import MegatronMIMOInfra
+
+    said = []
+    before = len(dist.distributed_c10d._world.pg_map)
+    for layout, options in layouts_and_topologies:
+        try:
+            MegatronMIMOInfra.build(layout, **options).destroy()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    assert len(dist.distributed_c10d._world.pg_map) == before
+    return said
+
+
+ONE, TWO = ModuleParallelism(), ModuleParallelism(data_parallel_size=2)
+FINE = {"vision": ONE, "language": ONE}
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        (FINE, {}, ""),
+        ({}, {}, "there is no module named 'language' (modules: none)"),
+        (None, {}, "modules must map names to ModuleParallelism, got None"),
+        ([ONE, ONE], {}, "modules must map names to ModuleParallelism"),
+        ({"language": {"data_parallel_size": 2}}, {}, "module 'language' must be a ModuleParallelism"),
+        ({"language": 2}, {}, "module 'language' must be a ModuleParallelism, got 2"),
+        ({"a.b": ONE, "language": ONE}, {}, "module name 'a.b' must be made of letters"),
+        ({1: ONE, "language": ONE}, {}, "module name 1 must be made of letters"),
+        ({"language": ModuleParallelism(data_parallel_size=10**9)}, {}, "but the world has 2 ranks"),
+        (FINE, {"topology": "language"}, "topology must map each module to a list of its targets"),
+        (FINE, {"topology": {"vision": "language"}}, "topology sends vision to language"),
+        (FINE, {"topology": {"vision": 3}}, "topology sends vision to 3"),
+        (FINE, {"module_output_ndim": {"moon": 2}}, "module_output_ndim must give 2"),
+        (FINE, {"module_output_ndim": {"vision": 4}}, "module_output_ndim must give 2"),
+        (FINE, {"module_output_ndim": 2}, "module_output_ndim must give 2"),
+    ],
+)  # fmt: skip
+def test_build_refuses_on_every_rank(layout, options, message):
+    for (said,) in world(2).run("test_problems:_build", [(layout, options)]):
+        assert message in said and bool(said) == bool(message)
