@@ -55,7 +55,7 @@ def _agree(kind: str) -> list[int]:
 
 
 def test_flags_of_all_ranks_reach_all_ranks():
-    assert world(4).run("test_agreement:_agree", "nothing") == [[0, 1, 2, 3]] * 4
+    assert world(4).run("test_consistency:_agree", "nothing") == [[0, 1, 2, 3]] * 4
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,6 @@ def test_flags_of_all_ranks_reach_all_ranks():
     ],
 )
 def test_every_rank_raises_the_same_sentence(kind, message):
-    answers, errors = world(4).try_run("test_agreement:_agree", kind)
+    answers, errors = world(4).try_run("test_consistency:_agree", kind)
     assert not answers
     assert all(name == "ValueError" and message in text for name, text in errors.values())
