@@ -34,8 +34,7 @@ from megatron_mimo_coord import (
     ModuleParallelism,
     MultiModuleCoordinator,
 )
-from megatron_mimo_coord import coordinator as coordination
-from megatron_mimo_coord.gradients import scaling
+from megatron_mimo_coord.gradients import scaling, token_count
 from megatron_mimo_coord.gradients.buckets import buckets
 from megatron_mimo_coord.layout import pack, ranks_taken
 
@@ -552,7 +551,6 @@ def _uncounted(self: Any, num_tokens: torch.Tensor | None) -> Any:
     return dist.all_reduce(self._tokens.clone(), async_op=True)
 
 
-_Coordinator = coordination.MultiModuleCoordinator
 MUTANTS = {
     "none": nullcontext,
     "DDP keeps its own factor": lambda: _normalizer(lambda f, self, sizes: 1 / sizes["replicas"]),
@@ -562,8 +560,8 @@ MUTANTS = {
     "no flag is read": lambda: _formula(ddp_sums=lambda v: False),
     "the module's replicas are ignored": lambda: _formula(replicas=lambda v: 1),
     "the language replicas are ignored": lambda: _formula(language_replicas=lambda v: 1),
-    "tokens are not summed": lambda: _replaced(_Coordinator, "_start_counting", _uncounted),
+    "tokens are not summed": lambda: _replaced(token_count.TokenCount, "start", _uncounted),
     "every rank's tokens are summed": lambda: _replaced(
-        _Coordinator, "_is_token_counter", _Coordinator._is_on_last_stage
+        token_count, "_holds_a_distinct_count", token_count.ModuleGrid.is_on_last_stage
     ),
 }

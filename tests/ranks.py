@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from multiprocessing import forkserver
@@ -87,8 +88,15 @@ class World:
         """Whether all ranks wait for work."""
         return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
-    def run(self, function: str, *args: Any, timeout: timedelta = TIMEOUT) -> list[Any]:
-        """Call ``module:function`` on every rank.
+    def run(
+        self, function: str | Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT
+    ) -> list[Any]:
+        """Call a function of a test module on every rank.
+
+        Args:
+            function: the function, or its name as ``module:function``.
+            args: what it is called with.
+            timeout: how long the slowest rank may take.
 
         Returns:
             What each rank returned.
@@ -102,10 +110,12 @@ class World:
         return [answers[rank] for rank in range(self.size)]
 
     def try_run(
-        self, function: str, *args: Any, timeout: timedelta = TIMEOUT
+        self, function: str | Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT
     ) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
         """Like :meth:`run`, but returns the answers and the errors by rank."""
         self.runs += 1
+        if callable(function):
+            function = f"{function.__module__}:{function.__name__}"
         for pipe in self._pipes:
             pipe.send((function, args, sys.path))
         answers: dict[int, Any] = {}

@@ -245,16 +245,16 @@ def _refused(case: Case, fault: str) -> None:
     if fault == "ddp" and rank == 0:
         model.modality_submodules["vision"].ddp_config.overlap_grad_reduce = True
     if fault == "version" and rank == 0:
-        from megatron_mimo_coord import coordinator
+        from megatron_mimo_coord.checks import job
 
-        coordinator.megatron_version = "0.0"
+        job.megatron_version = "0.0"
     try:
         MultiModuleCoordinator(infra, model)
     finally:
         if fault == "version" and rank == 0:
             from megatron.core import __version__
 
-            coordinator.megatron_version = __version__
+            job.megatron_version = __version__
         infra.destroy()
 
 

@@ -66,7 +66,7 @@ class TokenCounts:
             model._mimo_token_counts = cls(model, fan_in)
         return model._mimo_token_counts
 
-    def let_vary(self) -> None:
+    def allow_varying(self) -> None:
         """A communicator that carries them is built."""
         self._may_vary = True
         self._watch.remove()

@@ -45,15 +45,15 @@ def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
     return module
 
 
-def sums(ddp: DistributedDataParallel) -> bool:
+def ddp_sums(ddp: DistributedDataParallel) -> bool:
     """Whether a DDP delivers the sum over its replicas; else it delivers the mean."""
     return bool(ddp.config.calculate_per_token_loss)
 
 
-def facts(ddp: DistributedDataParallel) -> dict[str, str]:
+def ddp_facts(ddp: DistributedDataParallel) -> dict[str, str]:
     """What all ranks of a module must agree about."""
     settings = {name: str(value) for name, value in vars(ddp.ddp_config).items()}
-    return {"calculate_per_token_loss": str(sums(ddp)), **settings}
+    return {"calculate_per_token_loss": str(ddp_sums(ddp)), **settings}
 
 
 def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> list[str]:
@@ -87,9 +87,9 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
         )
     per_token = bool(model.config.calculate_per_token_loss)
-    if name == LANGUAGE and sums(ddp) != per_token:
+    if name == LANGUAGE and ddp_sums(ddp) != per_token:
         found.append(
-            f"the language model's DDP was built with calculate_per_token_loss={sums(ddp)}, "
+            f"the language model's DDP was built with calculate_per_token_loss={ddp_sums(ddp)}, "
             f"but the MimoModel's config says {per_token}: use one config for both"
         )
     return found

@@ -86,6 +86,10 @@ class ModuleGrid:
             stride *= size
         return rank
 
+    def is_on_last_stage(self, rank: int) -> bool:
+        """Whether a global rank, in the grid or not, runs the module's last pipeline stage."""
+        return rank in self.ranks and self.coordinate(rank, "pp") == self.dim("pp") - 1
+
     def __str__(self) -> str:
         sizes = " x ".join(
             f"{dim.upper()} {size}" for dim, size in zip(self.dim_names, self.shape, strict=True)

@@ -253,7 +253,7 @@ def _paths(fault: str) -> tuple[bool, int]:
         group_class.start_grad_sync = original
         logging.getLogger("megatron_mimo_coord").removeHandler(handler)
         infra.destroy()
-    return coordinator._modules[0].normalizer.fast, len(records)
+    return next(iter(coordinator._modules.values())).scaling.fast, len(records)
 
 
 @pytest.mark.parametrize("fault", ["none", "renamed", "another meaning", "scaled elsewhere"])

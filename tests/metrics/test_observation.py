@@ -154,7 +154,7 @@ def _not_finite(case: Case, module: str, value: float, here: int, where: str) ->
             for buffer in ddp.buffers:
                 buffer.grad_data.normal_()
         if bad and dist.get_rank() == here:
-            ddp = next(m.ddp for m in coordinator._modules if m.name == module)
+            ddp = next(m.ddp for m in coordinator._modules.values() if m.name == module)
             parameters = dict(ddp.module.named_parameters())
             name = next(name for name in parameters if where in name)
             parameters[name].main_grad.view(-1)[0] = value
@@ -270,10 +270,16 @@ def _timers(case: Case, barrier: bool) -> dict[str, Any]:
     config = model.config
     coordinator.attach(config)
     config.timers, config.barrier_with_L1_time = Timers(2, "minmax"), barrier
-    before = [(ddp.config.timers, ddp.config.barrier_with_L1_time) for ddp in coordinator._ddps]
+    before = [
+        (ddp.config.timers, ddp.config.barrier_with_L1_time)
+        for ddp, _ in coordinator.module_to_grid_tuples
+    ]
     coordinator.zero_grad_buffer()
     coordinator.finalize_model_grads([model])
-    after = [(ddp.config.timers, ddp.config.barrier_with_L1_time) for ddp in coordinator._ddps]
+    after = [
+        (ddp.config.timers, ddp.config.barrier_with_L1_time)
+        for ddp, _ in coordinator.module_to_grid_tuples
+    ]
     answer = {
         "restored": before == after,
         "timed": {name: timer.active_time() for name, timer in config.timers._timers.items()},

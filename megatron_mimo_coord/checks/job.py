@@ -1,0 +1,113 @@
+"""What a coordinator is given: read on each rank, compared across all, refused on all alike."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from megatron.core import __version__ as megatron_version
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.mimo import MimoModel
+
+from megatron_mimo_coord.checks.megatron_internals import internals_problems
+from megatron_mimo_coord.checks.modules import (
+    ddp_facts,
+    ddp_sums,
+    find_ddp,
+    module_problems_here,
+    unwrap_mimo_model,
+)
+from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
+from megatron_mimo_coord.layout.problems import layout_problems
+from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+
+
+@frozen
+class Job:
+    """The training job that all ranks agree about, as one rank sees it.
+
+    Args:
+        rank: this rank.
+        infra: grids and process groups.
+        model: the ``MimoModel``.
+        grids: where each module lies.
+        ddps: the DDP of each module on this rank, in the order of ``grids``.
+        per_token: whether the loss is divided by the number of tokens.
+        gradient_scaling_factors: c_m of every module of the job, without the 1/N of a step.
+    """
+
+    rank: int
+    infra: Infra
+    model: MimoModel
+    grids: Mapping[str, ModuleGrid]
+    ddps: Mapping[str, DistributedDataParallel]
+    per_token: bool
+    gradient_scaling_factors: Mapping[str, float]
+
+    @classmethod
+    def agree(cls, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> "Job":
+        """Read what this rank was given and compare it with all ranks. Collective over the world.
+
+        Raises:
+            ValueError: on every rank, if the layout cannot run, a module is not as it must be, or
+                ranks were given different things; with every problem found.
+            RuntimeError: ``model`` holds no ``MimoModel``; the other ranks raise a ValueError.
+        """
+        read: dict[str, Any] = {}
+        flags = check_consistency(partial(_read, infra, model, read))
+        factors = _factors(read["grids"], read["per_token"], flags)
+        return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors)
+
+
+def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str, Any]) -> RankFacts:
+    """Fill in what a ``Job`` holds; returns what there is to say about it to the other ranks."""
+    infra = as_infra(infra)
+    mimo_model = unwrap_mimo_model(model)
+    grids = {name: ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()}
+    here = [name for name, grid in grids.items() if dist.get_rank() in grid.ranks]
+    found = {name: find_ddp(mimo_model, name) for name in here}
+    ddps = {name: ddp for name, ddp in found.items() if ddp is not None}
+    per_token = bool(mimo_model.config.calculate_per_token_loss)
+    read |= {"infra": infra, "model": mimo_model, "grids": grids}
+    read |= {"ddps": ddps, "per_token": per_token}
+
+    topology = infra.topology
+    problems: list[str] = [*layout_problems(grids, topology, dist.get_world_size())]
+    for name in here:
+        problems += module_problems_here(mimo_model, infra, grids[name])
+    problems += internals_problems(ddps.values())
+    return RankFacts(
+        job={
+            "megatron-core version": megatron_version,
+            "the modules": ", ".join(grids),
+            "topology": str(dict(topology) if isinstance(topology, Mapping) else topology),
+            "calculate_per_token_loss of the language model": str(per_token),
+            **{f"module {name}": str(grid) for name, grid in grids.items()},
+        },
+        modules={name: ddp_facts(ddp) for name, ddp in ddps.items()},
+        problems=problems,
+        flags=sum(_bit(grids, name) for name, ddp in ddps.items() if ddp_sums(ddp)),
+    )
+
+
+def _factors(
+    grids: Mapping[str, ModuleGrid], per_token: bool, flags: list[int]
+) -> dict[str, float]:
+    """Each module's factor; the flags of the ranks tell how the DDPs there deliver."""
+    return {
+        name: gradient_scaling_factor(
+            grid.replicas,
+            grids[LANGUAGE].replicas,
+            ddp_sums=bool(flags[grid.rank_offset] & _bit(grids, name)),
+            per_token=per_token,
+        )
+        for name, grid in grids.items()
+    }
+
+
+def _bit(grids: Mapping[str, ModuleGrid], name: str) -> int:
+    """The flag by which a rank tells others that its DDP of a module delivers sums."""
+    return 1 << sorted(grids).index(name)

@@ -1,0 +1,132 @@
+"""A step's way from backward to the gradient of the one loss."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+from megatron_mimo_coord.gradients.buckets import grad_buffers
+from megatron_mimo_coord.gradients.module import ModuleGradients
+from megatron_mimo_coord.gradients.token_count import TokenCount
+from megatron_mimo_coord.metrics.profiler_ranges import named_range
+
+
+class GradientFinalizer:
+    """Zeroes, accumulates and finalizes the gradients of all modules on this rank.
+
+    Args:
+        modules: the modules on this rank, encoders before the language model.
+        token_count: the N of a per-token loss.
+
+    Attributes:
+        config: the config that a coordinator was attached to, whose timers time each module.
+    """
+
+    def __init__(self, modules: Sequence[ModuleGradients], token_count: TokenCount) -> None:
+        self.config: ModelParallelConfig | None = None
+        self._modules = modules
+        self._token_count = token_count
+        self._grads = [b.grad_data for module in modules for b in grad_buffers(module.ddp)]
+        # No step has begun: as far as finalize can see, the last one is over.
+        self._finalized: list[int] | None = self._versions()
+
+    def zero_grad_buffer(self) -> None:
+        """Set the gradients of every module to zero, before a step."""
+        self._finalized = None
+        for module in self._modules:
+            module.ddp.zero_grad_buffer()
+            for param in module.ddp.params_with_grad:
+                # An optimizer in fp32 leaves main_grad here, where backward would add to it twice.
+                param.grad = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of the microbatches inside only accumulate."""
+        if torch.is_grad_enabled():  # else it evaluates, and there will be nothing to finalize
+            self._finalized = None
+        for module in self._modules:
+            module.reduction.begin()
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(module.ddp.no_sync())
+            yield
+
+    def start_grad_sync(self) -> None:
+        """Launch the overlapped reductions of all modules."""
+        for module in self._modules:
+            module.reduction.launch()
+
+    def start_param_sync(self) -> None:
+        """Launch the overlapped gathering of parameters of all modules."""
+        for module in self._modules:
+            module.reduction.gather_params()
+
+    def finalize(self, num_tokens: torch.Tensor | None, force_all_reduce: bool) -> None:
+        """Make every module's gradients those of the one loss.
+
+        Args:
+            num_tokens: unmasked tokens that this rank counted, a tensor with one element.
+            force_all_reduce: with the distributed optimizer, have every rank end with all
+                gradients, and not only with its shards.
+
+        Raises:
+            ValueError: ``num_tokens`` is missing and the loss is per token, or the reverse.
+            RuntimeError: called twice in a step, or outside of one.
+        """
+        self._refuse_outside_a_step()
+        with named_range("finalize_model_grads"):
+            counting = self._token_count.start(num_tokens)
+            for module in self._modules:
+                with named_range(module.name), self._timers_of_config(module):
+                    module.reduction.launch()
+                    finalize_model_grads(
+                        [module.ddp],
+                        num_tokens=None,
+                        pg_collection=module.pg_collection_to_finalize,
+                        force_all_reduce=force_all_reduce,
+                    )
+            inverse_tokens = None
+            if counting is not None:
+                counting.wait()
+                inverse_tokens = self._token_count.reciprocal()
+            for module in self._modules:
+                everything = module.reduction.reduces_everything(force_all_reduce)
+                module.scaling.apply(inverse_tokens, everything)
+                module.reduction.end(force_all_reduce)
+        self._finalized = self._versions()
+
+    def _versions(self) -> list[int]:
+        """PyTorch's count of the writes to each gradient buffer: backward's, zeroing, scaling."""
+        return [grads._version for grads in self._grads]
+
+    def _refuse_outside_a_step(self) -> None:
+        """No gradient came since the last time, and the schedule has not begun another step."""
+        if self._finalized == self._versions():
+            raise RuntimeError(
+                "finalize_model_grads was called outside a step, or a second time in one step, "
+                "which would reduce the gradients twice: call it once after the last backward, and "
+                "zero_grad_buffer() before the next step (the schedule calls it; do not call it "
+                "yourself as well)"
+            )
+
+    @contextmanager
+    def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:
+        """Have Megatron time a module with the timers of the config that was attached.
+
+        Where timers start with a barrier, each rank must meet it as often as the others, however
+        many modules it holds: those of the first one count.
+        """
+        lender, borrower = self.config, module.ddp.config
+        if lender is None or lender.timers is None:
+            yield
+            return
+        before = borrower.timers, borrower.barrier_with_L1_time
+        borrower.timers = lender.timers
+        is_first = module is self._modules[0]
+        borrower.barrier_with_L1_time = lender.barrier_with_L1_time and is_first
+        try:
+            yield
+        finally:
+            borrower.timers, borrower.barrier_with_L1_time = before

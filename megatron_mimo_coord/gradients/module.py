@@ -1,0 +1,72 @@
+"""The gradients of one module on this rank: its DDP, and what finalizing them takes."""
+
+from copy import copy
+
+from attrs import frozen
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mimo_coord.gradients.launch_order import OrderedReduction
+from megatron_mimo_coord.gradients.scaling import GradientNormalizer
+from megatron_mimo_coord.layout import LANGUAGE
+
+
+@frozen
+class ModuleGradients:
+    """A module that lives on this rank.
+
+    Args:
+        name: the module.
+        ddp: the module, wrapped in Megatron's DDP.
+        pg_collection: the module's process groups.
+        pg_collection_to_finalize: the same as Megatron's ``finalize_model_grads`` is to see them.
+        reduction: when its gradients are reduced.
+        scaling: what they are multiplied by.
+    """
+
+    name: str
+    ddp: DistributedDataParallel
+    pg_collection: ProcessGroupCollection
+    pg_collection_to_finalize: ProcessGroupCollection
+    reduction: OrderedReduction
+    scaling: GradientNormalizer
+
+    @classmethod
+    def collect(
+        cls,
+        name: str,
+        ddp: DistributedDataParallel,
+        pg_collection: ProcessGroupCollection,
+        *,
+        replicas: int,
+        language_replicas: int,
+        per_token: bool,
+    ) -> "ModuleGradients":
+        """Take charge of a module's gradients.
+
+        Args:
+            name: the module.
+            ddp: the module, wrapped in Megatron's DDP.
+            pg_collection: the module's process groups.
+            replicas: R_m = DP x CP of the module.
+            language_replicas: R_language = DP x CP of the language model.
+            per_token: whether the language model's loss is divided by the number of tokens.
+        """
+        to_finalize = pg_collection
+        if name != LANGUAGE:
+            # Encoders tie no word embeddings, but Megatron looks for them where there is a group.
+            to_finalize = copy(pg_collection)
+            to_finalize.embd = to_finalize.pos_embd = None
+        return cls(
+            name=name,
+            ddp=ddp,
+            pg_collection=pg_collection,
+            pg_collection_to_finalize=to_finalize,
+            reduction=OrderedReduction.of(ddp),
+            scaling=GradientNormalizer(
+                ddp,
+                replicas=replicas,
+                language_replicas=language_replicas,
+                per_token=per_token,
+            ),
+        )

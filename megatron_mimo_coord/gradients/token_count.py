@@ -1,0 +1,62 @@
+"""N, the unmasked tokens of the global batch that a per-token loss is divided by."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_mimo_coord.layout import ModuleGrid
+
+
+class TokenCount:
+    """Sums what the ranks counted, in one collective of one number.
+
+    Args:
+        language: grid of the language model.
+        rank: this rank.
+        per_token: whether the loss is divided by the number of tokens.
+        device: where the backend of the world expects tensors.
+    """
+
+    def __init__(
+        self, language: ModuleGrid, rank: int, per_token: bool, device: torch.device
+    ) -> None:
+        self._per_token = per_token
+        self._is_needed_here = per_token and rank in language.ranks
+        self._is_counted_here = per_token and _holds_a_distinct_count(language, rank)
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def start(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
+        """Launch the sum over the world; None if the loss is a mean.
+
+        Args:
+            num_tokens: unmasked tokens that this rank counted, a tensor with one element.
+
+        Raises:
+            ValueError: it is missing and the loss is per token, or the reverse.
+        """
+        missing = self._is_needed_here and num_tokens is None
+        if missing or (num_tokens is not None and not self._per_token):
+            raise ValueError(
+                f"the language model's calculate_per_token_loss is {self._per_token}, but "
+                f"num_tokens is {'missing' if num_tokens is None else 'given'}: pass num_tokens "
+                f"just when the loss is per token (the schedule does so by itself)"
+            )
+        if not self._per_token:
+            return None
+        if self._is_counted_here and num_tokens is not None:
+            self._tokens.copy_(num_tokens.reshape(()))
+        else:
+            self._tokens.zero_()
+        return dist.all_reduce(self._tokens, async_op=True)
+
+    def reciprocal(self) -> torch.Tensor:
+        """1/N, a tensor without dims on the device; 1 where no token counts."""
+        return self._tokens.clamp(min=1).reciprocal()
+
+
+def _holds_a_distinct_count(language: ModuleGrid, rank: int) -> bool:
+    """Ranks that differ in more than DP and CP hold the same count: one speaks for all."""
+    return language.is_on_last_stage(rank) and all(
+        language.coordinate(rank, dim) == 0
+        for dim in language.dim_names
+        if dim not in ("dp", "cp", "pp")
+    )

@@ -1,0 +1,42 @@
+"""The places in a config through which Megatron's schedule calls a coordinator; who owns each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+HOOKS = (
+    "no_sync_func",
+    "finalize_model_grads_func",
+    "grad_scale_func",
+    "grad_sync_func",
+    "param_sync_func",
+)
+_OWNED = "_mimo_hooks"
+"""Attribute of a config: the hooks that a coordinator has set there, by name."""
+
+
+def install_hooks(config: ModelParallelConfig, hooks: Mapping[str, Callable[..., Any]]) -> None:
+    """Set hooks, and take back those of the coordinator before that are not set again.
+
+    Args:
+        config: the config that the schedule reads.
+        hooks: some of ``HOOKS``, by name.
+
+    Raises:
+        ValueError: someone else has set one of them. Nothing is set then.
+    """
+    owned: dict[str, Any] = vars(config).get(_OWNED, {})
+    for name in hooks:
+        current = getattr(config, name)
+        if current is not None and current not in (owned.get(name), hooks[name]):
+            raise ValueError(
+                f"config.{name} is already {current!r}; the coordinator needs that place: set "
+                f"config.{name} = None before attach, and leave it to the coordinator"
+            )
+    for name, hook in owned.items():
+        if name not in hooks and getattr(config, name) == hook:
+            setattr(config, name, None)
+    for name, hook in hooks.items():
+        setattr(config, name, hook)
+    setattr(config, _OWNED, dict(hooks))
