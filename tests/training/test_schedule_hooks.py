@@ -24,6 +24,6 @@ def test_hooks_of_others_stay():
     config.grad_scale_func = theirs
     install_hooks(config, {"no_sync_func": later})
     assert config.grad_scale_func is theirs
-    with pytest.raises(ValueError, match="config.grad_scale_func is already <function theirs"):
+    with pytest.raises(ValueError, match=r"config\.grad_scale_func is already <function theirs"):
         install_hooks(config, {"no_sync_func": ours, "grad_scale_func": ours})
     assert config.no_sync_func is later, "nothing is set then"
