@@ -9,7 +9,7 @@ from megatron_mimo_coord.layout.problems import Problem, raise_problems
 
 def batch_problems(
     grids: Iterable[ModuleGrid],
-    global_batch_size: int,
+    global_batch_size: int | None,
     micro_batch_size: int,
     num_microbatches: int | None = None,
 ) -> list[Problem]:
@@ -17,7 +17,7 @@ def batch_problems(
 
     Args:
         grids: where each module lies.
-        global_batch_size: samples in an optimizer step, over all ranks.
+        global_batch_size: samples in an optimizer step, over all ranks; None if it is not known.
         micro_batch_size: samples in a microbatch over all ranks, before data-parallel slicing.
         num_microbatches: microbatches in an optimizer step; None for as many as the batch makes.
 
@@ -28,12 +28,15 @@ def batch_problems(
 or another data_parallel_size
         global_batch_size 512 is not a multiple of micro_batch_size 30; change one of the two
     """
-    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    sizes = {"micro_batch_size": micro_batch_size}
+    if global_batch_size is not None:
+        sizes = {"global_batch_size": global_batch_size, **sizes}
     numbers = sizes if num_microbatches is None else {**sizes, "num_microbatches": num_microbatches}
     problems = [
         Problem(
             f"{name} must be a positive integer below 2**31, got {shown(value)}; give a number of "
-            f"{'microbatches' if name == 'num_microbatches' else 'samples'}"
+            f"{'microbatches' if name == 'num_microbatches' else 'samples'}",
+            ("", name),
         )
         for name, value in numbers.items()
         if not is_count(value)
@@ -47,15 +50,20 @@ or another data_parallel_size
                 f"{name} {value} is not divisible by the DP {dp} of module {grid.name}; use a "
                 f"multiple of {dp}, or another data_parallel_size",
                 (grid.name, "data_parallel_size"),
+                ("", name),
             )
             for name, value in sizes.items()
             if value % dp
         ]
+    if global_batch_size is None:
+        return problems
     if num_microbatches is None and global_batch_size % micro_batch_size:
         problems.append(
             Problem(
                 f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
-                f"{micro_batch_size}; change one of the two"
+                f"{micro_batch_size}; change one of the two",
+                ("", "global_batch_size"),
+                ("", "micro_batch_size"),
             )
         )
     if num_microbatches and num_microbatches * micro_batch_size != global_batch_size:

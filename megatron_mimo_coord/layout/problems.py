@@ -14,6 +14,7 @@ from megatron_mimo_coord.layout.grids import (
     Topology,
     default_topology,
     is_colocated,
+    ranks_taken,
     span,
 )
 from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, shown
@@ -79,14 +80,14 @@ def module_problems(modules: Any) -> list[Problem]:
 
 
 def layout_problems(
-    grids: Mapping[str, ModuleGrid], topology: Topology, world_size: int
+    grids: Mapping[str, ModuleGrid], topology: Topology, world_size: int | None
 ) -> list[Problem]:
     """All that keeps a layout from running, each with the numbers and what to change.
 
     Args:
         grids: where each module lies.
         topology: for each module, the modules that its output goes to.
-        world_size: ranks in the job.
+        world_size: ranks in the job; None for as many as the layout takes.
 
     Returns:
         One sentence a problem; empty if the layout runs.
@@ -102,17 +103,21 @@ launch fewer ranks
     """
     problems = []
     if LANGUAGE not in grids:
-        near = get_close_matches(LANGUAGE, grids, n=1) or ["the language model"]
+        near = get_close_matches(LANGUAGE, grids, n=1)
         problems.append(
             Problem(
                 f"there is no module named {LANGUAGE!r} (modules: {', '.join(grids) or 'none'}); "
-                f"Megatron's MimoModel needs exactly one, under that name: rename {near[0]}",
+                f"Megatron's MimoModel needs exactly one, under that name: "
+                + (f"rename {near[0]}" if near else f"add [{LANGUAGE}]")
+                + (", or rename the language model" if grids and not near else ""),
                 (LANGUAGE, ""),
             )
         )
     if grids:
         ranks_of = {name: grid.ranks for name, grid in grids.items()}
-        problems += coverage_problems(ranks_of, world_size)
+        is_given = world_size is not None
+        size = world_size if world_size is not None else ranks_taken(grids.values())
+        problems += coverage_problems(ranks_of, size, is_given)
     problems += _sharing_problems(list(grids.values()))
     problems += _topology_problems(grids, topology)
     for name, grid in grids.items():
@@ -132,8 +137,24 @@ launch fewer ranks
     return list(dict.fromkeys(problems))
 
 
-def coverage_problems(ranks_of: Mapping[str, range], world_size: int) -> list[Problem]:
-    """Ranks in no module, and modules beyond the world."""
+def coverage_problems(
+    ranks_of: Mapping[str, range], world_size: int, is_given: bool = True
+) -> list[Problem]:
+    """Ranks in no module, and modules beyond the world.
+
+    Args:
+        ranks_of: the ranks of each module.
+        world_size: ranks in the job.
+        is_given: whether the user gave that number, or it is just what the layout takes.
+    """
+    if not is_given and not is_count(world_size):
+        return [
+            Problem(
+                f"the layout takes {world_size:,} ranks, more than the 2**31 - 1 of any job; make "
+                f"a size or a rank_offset smaller",
+                *((name, "") for name, ranks in ranks_of.items() if not is_count(ranks.stop)),
+            )
+        ]
     if not is_count(world_size):
         return [
             Problem(
@@ -143,9 +164,11 @@ def coverage_problems(ranks_of: Mapping[str, range], world_size: int) -> list[Pr
         ]
     problems = [
         Problem(
-            f"{'rank' if ranks[0] == ranks[-1] else 'ranks'} {span(ranks)} of {world_size} "
-            f"{'is' if ranks[0] == ranks[-1] else 'are'} in no module; make a module larger, move "
-            f"one there with rank_offset"
+            f"{'rank' if ranks[0] == ranks[-1] else 'ranks'} {span(ranks)}"
+            f"{f' of {world_size}' if is_given else ''} "
+            f"{'is' if ranks[0] == ranks[-1] else 'are'} in no module; make a module larger"
+            + (", " if ranks.stop == world_size else " or ")
+            + "move one there with rank_offset"
             + (", or launch fewer ranks" if ranks.stop == world_size else ""),
             *((name, "rank_offset") for name, of in ranks_of.items() if of.start == ranks.stop),
         )

@@ -7,7 +7,11 @@
     tensor_model_parallel_size = 2
     data_parallel_size = 2
 
-What is left out has its default, as in Python.
+What is left out has its default, as in Python. Above the tables may stand what the whole job has:
+
+    global_batch_size = 512
+    micro_batch_size = 32
+    calculate_per_token_loss = true
 """
 
 import tomllib
@@ -19,8 +23,8 @@ from typing import Any
 
 from attrs import define, fields_dict
 
-from megatron_mimo_coord.layout.grids import default_topology, pack, ranks_taken
-from megatron_mimo_coord.layout.parallelism import ModuleParallelism
+from megatron_mimo_coord.layout.grids import default_topology, pack
+from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, shown
 from megatron_mimo_coord.layout.problems import (
     Problem,
     layout_problems,
@@ -29,6 +33,7 @@ from megatron_mimo_coord.layout.problems import (
 )
 
 FIELDS = fields_dict(ModuleParallelism)
+JOB_FIELDS = ("global_batch_size", "micro_batch_size", "calculate_per_token_loss")
 EXPERT_FIELDS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
@@ -62,6 +67,7 @@ class LayoutFile:
         path: the file.
         text: all that is in it.
         modules: sizes of each module; a size that is wrong has its default.
+        job: those of ``JOB_FIELDS`` that the file has.
         problems: what is wrong with the tables and their sizes, not with how they fit together on
             a world: that only ``problems_on`` can tell.
     """
@@ -69,6 +75,7 @@ class LayoutFile:
     path: Path
     text: str
     modules: dict[str, ModuleParallelism]
+    job: dict[str, Any]
     problems: list[Problem]
 
     @classmethod
@@ -93,11 +100,16 @@ class LayoutFile:
     @classmethod
     def of(cls, path: Path, text: str) -> "LayoutFile":
         """What a file with this text says."""
-        modules, problems = {}, []
-        for name, table in tomllib.loads(text).items():
-            modules[name], found = _module(name, table)
-            problems += found
-        return cls(path, text, modules, problems)
+        modules, job, problems = {}, {}, []
+        for name, value in tomllib.loads(text).items():
+            if isinstance(value, dict) and name not in JOB_FIELDS:
+                modules[name], found = _module(name, value)
+                problems += found
+            elif fault := _job_fault(name, value):
+                problems.append(Problem(fault, ("", name)))
+            else:
+                job[name] = value
+        return cls(path, text, modules, job, problems)
 
     @property
     def broken(self) -> set[str]:
@@ -107,18 +119,20 @@ class LayoutFile:
     def problems_on(self, world_size: int | None) -> list[Problem]:
         """All that keeps the layout from running on a world, None for one of just its size."""
         grids = pack(self.modules)
-        world_size = world_size or ranks_taken(grids.values())
         found = layout_problems(grids, default_topology(grids), world_size)
-        if self.problems:
+        places = {place for problem in self.problems for place in problem.places}
+        if any(field not in JOB_FIELDS for _, field in places):
             found = [problem for problem in found if self._is_certain(problem)]
         return [*self.problems, *found]
 
     def _is_certain(self, problem: Problem) -> bool:
         """Whether a problem stays when wrong sizes, which also move ranks, are mended."""
+        misplaced = {field for each in self.problems for _, field in each.places}
         return bool(problem.places) and all(
-            module not in self.modules
+            (module not in self.modules and module not in misplaced)
             or (
-                module not in self.broken
+                module in self.modules
+                and module not in self.broken
                 and field in ("data_parallel_size", "context_parallel_size")
             )
             for module, field in problem.places
@@ -127,7 +141,8 @@ class LayoutFile:
     def located(self, problem: Problem) -> Problem:
         """A problem, with its places in the file in front."""
         places = [
-            f"{self.path}{f':{line}' if line else ''} [{module}] {field}".rstrip()
+            f"{self.path}{f':{line}' if line else ''}"
+            f"{f' [{module}]' if module else ''}{f' {field}' if field else ''}"
             for module, field, line in self.places(problem)
         ]
         return Problem(": ".join([", ".join(places), problem]) if places else problem)
@@ -135,11 +150,13 @@ class LayoutFile:
     def places(self, problem: Problem) -> Iterator[tuple[str, str, int | None]]:
         """(module, field, line) of all that a problem is about; the module's line if it has none.
 
-        The line is None for a module that is not in the file.
+        The module is empty for what stands above the tables, the line None for what is not in the
+        file.
         """
         for module, field in problem.places:
             line = self._lines.get((module, field), self._lines.get((module, "")))
-            yield module, field, line
+            if module or line:  # the batch may come from elsewhere than the file
+                yield module, field, line
 
     @cached_property
     def _lines(self) -> dict[tuple[str, str], int]:
@@ -158,8 +175,9 @@ class LayoutFile:
             except tomllib.TOMLDecodeError:
                 continue  # it goes on in the next line
             for name, table in tables.items():
-                lines.setdefault((name, ""), start)
-                for field in table if isinstance(table, dict) else ():
+                is_module = isinstance(table, dict) and name not in JOB_FIELDS
+                lines.setdefault((name, "") if is_module else ("", name), start)
+                for field in table if is_module else ():
                     lines.setdefault((name, field), start)
             if statement.lstrip().startswith("["):
                 header = statement
@@ -167,16 +185,29 @@ class LayoutFile:
         return lines
 
 
-def _module(name: str, table: Any) -> tuple[ModuleParallelism, list[Problem]]:
+def _job_fault(name: str, value: Any) -> str:
+    """What is wrong with a line that stands above all tables, if anything is."""
+    if name == "calculate_per_token_loss":
+        wrong = f"{name} must be true or false, got {shown(value)}; write {name} = true"
+        return "" if isinstance(value, bool) else wrong
+    if name in JOB_FIELDS:
+        wrong = f"{name} must be a positive integer below 2**31, got {shown(value)}; write a number"
+        return "" if is_count(value) else f"{wrong} of samples, such as {name} = 32"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"module {name} must be one table: write [{name}], with one bracket on each side"
+    near = get_close_matches(name, (*FIELDS, *JOB_FIELDS), n=1, cutoff=0.6)
+    if near and near[0] in JOB_FIELDS:
+        return f"there is no {name!r} of the whole job; did you mean {near[0]}?"
+    if near:
+        return f"{name} is in no module; put it below a line such as [vision], which begins one"
+    return (
+        f"{name} is {shown(value)} where a table belongs; begin the module with a line [{name}] "
+        f"and write lines such as data_parallel_size = 4 below it"
+    )
+
+
+def _module(name: str, table: dict[str, Any]) -> tuple[ModuleParallelism, list[Problem]]:
     """A module's sizes, and what is wrong with them."""
-    if not isinstance(table, dict):
-        brackets = "[vision], with one bracket on each side" if table == [{}] else "[vision]"
-        return ModuleParallelism(), [
-            Problem(
-                f"{name} is in no module; put it below a line such as {brackets}, which begins one",
-                (name, ""),
-            )
-        ]
     problems = module_problems({name: ModuleParallelism()})
     sizes = {}
     for field, value in table.items():
@@ -197,6 +228,8 @@ def _module(name: str, table: Any) -> tuple[ModuleParallelism, list[Problem]]:
 
 def _fault(field: str, value: Any) -> str:
     """What is wrong with a line of a module, if anything is."""
+    if field in JOB_FIELDS:
+        return f"{field} is of the whole job; put it above the first table"
     if isinstance(value, dict):
         return f"a module is a table of its own: write [{field}]"
     if field not in FIELDS:

@@ -7,12 +7,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from attrs import asdict, field, frozen
 
+from megatron_mimo_coord import __version__
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor, pack
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.description import headline, summarize, table
@@ -32,8 +33,14 @@ a layout file has a table for each module, with the fields of ModuleParallelism:
   pipeline_model_parallel_size = 2
   data_parallel_size = 2
 
-exit code 0 if the layout can run, 2 if it cannot
+and above the tables, if you like, global_batch_size, micro_batch_size and calculate_per_token_loss
+
+exit code 0 if the layout can run, 2 if it cannot, 1 if the answer cannot be written
 """
+
+
+BATCH_SIZES = ("global_batch_size", "micro_batch_size")
+STDOUT = Path("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,10 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        look(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            look(options)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough
+            print(f"the answer cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -54,20 +65,24 @@ def look(options: argparse.Namespace) -> None:
         layout = LayoutFile.read(options.layout)
     except ValueError as error:
         end_with(Findings(problems=[{"message": str(error), "places": []}]), options)
-    findings = Findings.of(layout, options)
+    job = {**layout.job, **given(options)}
+    findings = Findings.of(layout, job, options)
     if findings.problems:
         end_with(findings, options)
     grids = pack(layout.modules)
+    per_token = job.get("calculate_per_token_loss", False)
+    global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
     summary = summarize(
         grids,
-        factors(grids, options.per_token_loss),
-        per_token=options.per_token_loss,
-        micro_batch_size=options.micro_batch_size,
-        num_microbatches=options.micro_batch_size
-        and options.global_batch_size // options.micro_batch_size,
+        factors(grids, per_token),
+        per_token=per_token,
+        micro_batch_size=micro_batch_size,
+        num_microbatches=global_batch_size and global_batch_size // micro_batch_size,
     )
     if options.svg:
         draw(grids, options.svg)
+    if options.svg == STDOUT:
+        return
     if options.json:
         stages = {name: {"stages": stage_ranks(grid)} for name, grid in grids.items()}
         modules = {name: module | stages[name] for name, module in summary["modules"].items()}
@@ -85,7 +100,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("layout", type=Path, metavar="FILE", help="the layout, as TOML")
-    batch = parser.add_argument_group("the batch, to see what each rank reads")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    batch = parser.add_argument_group("the batch, to see what each rank reads; else as in FILE")
     for name, what in (
         ("global", "samples in an optimizer step, over all ranks"),
         ("micro", "samples in a microbatch over all ranks, before modules deal them out"),
@@ -103,10 +119,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="every module's config has calculate_per_token_loss, which changes the scaling",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture for a document")
+    parser.add_argument(
+        "--svg",
+        type=Path,
+        metavar="FILE",
+        help="draw a picture for a document; - prints it, and nothing else",
+    )
     options = parser.parse_args(arguments)
-    if (options.global_batch_size is None) != (options.micro_batch_size is None):
-        parser.error("--global-batch-size and --micro-batch-size belong together: give both")
+    if options.svg == STDOUT and options.json:
+        parser.error("--svg - and --json both print: give --svg a file")
     if options.svg and options.svg.resolve() == options.layout.resolve():
         parser.error(f"--svg {options.svg} is the layout itself: give another file")
     return options
@@ -117,6 +138,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
     return int(text)
+
+
+def given(options: argparse.Namespace) -> dict[str, int | bool]:
+    """What the command line says of the job, under the names that it has in a file."""
+    fields = {name: getattr(options, name) for name in BATCH_SIZES}
+    fields["calculate_per_token_loss"] = options.per_token_loss or None
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def factors(grids: dict[str, ModuleGrid], per_token: bool) -> dict[str, float]:
@@ -147,13 +175,25 @@ class Findings:
     fits: list[Change] = field(factory=list)
 
     @classmethod
-    def of(cls, layout: LayoutFile, options: argparse.Namespace) -> "Findings":
-        """Look at a layout."""
+    def of(
+        cls, layout: LayoutFile, job: Mapping[str, int], options: argparse.Namespace
+    ) -> "Findings":
+        """Look at a layout and at the batch of a job, which the file or the options tell."""
+        global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
 
         def of_batch(grids: Sequence[ModuleGrid]) -> list[Problem]:
-            if options.micro_batch_size is None:
-                return []
-            return batch_problems(grids, options.global_batch_size, options.micro_batch_size)
+            if micro_batch_size is not None:
+                found = batch_problems(grids, global_batch_size, micro_batch_size)
+            elif global_batch_size is not None and not layout.problems:
+                needs = "global_batch_size says nothing without micro_batch_size; give both"
+                found = [Problem(needs, ("", "global_batch_size"))]
+            else:
+                found = []
+            from_options = {("", name) for name in given(options)}
+            return [
+                Problem(problem, *(at for at in problem.places if at not in from_options))
+                for problem in found
+            ]
 
         grids = pack(layout.modules)
         sound = [grid for name, grid in grids.items() if name not in layout.broken]
@@ -209,6 +249,9 @@ def stage_ranks(grid: ModuleGrid) -> list[list[int]]:
 
 def draw(grids: dict[str, ModuleGrid], path: Path) -> None:
     """Write the picture."""
+    if path == STDOUT:
+        sys.stdout.write(to_svg(grids))
+        return
     try:
         path.write_text(to_svg(grids), encoding="utf-8")
     except OSError as error:

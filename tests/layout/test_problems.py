@@ -39,7 +39,7 @@ FAMILIES = {  # of problems, by a part of their sentence
 }
 CURES = (
     "write ", "rename ", "use ", "change ", "make ", "launch ", "set ", "give ", "choose ",
-    "did you mean", "put ",
+    "did you mean", "put ", "add [",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import megatron_mimo_coord
 from megatron_mimo_coord import ModuleParallelism
 from megatron_mimo_coord.layout import pack
 from megatron_mimo_coord.planning import layout_command as command
@@ -77,6 +78,21 @@ def test_a_loss_per_token_is_scaled_by_tokens(look):
     assert shown.count("1/tokens") == 2
 
 
+def test_the_batch_and_the_loss_may_stand_in_the_file(look):
+    job = "global_batch_size = 512\nmicro_batch_size = 32\ncalculate_per_token_loss = true\n"
+    assert look(job + FAN_IN) == look(FAN_IN, "--per-token-loss", *BATCH)
+    assert (
+        "8 samples in each of 64 microbatches" in look(job + FAN_IN, "--micro-batch-size", "8")[1]
+    )
+
+
+def test_a_microbatch_alone_is_dealt_out(look):
+    code, shown, _ = look(FAN_IN, "--json", "--micro-batch-size", "32")
+    summary = json.loads(shown)
+    assert (code, summary["num_microbatches"]) == (0, None)
+    assert summary["modules"]["vision"]["samples_per_rank_and_microbatch"] == 8
+
+
 def test_colocated_modules_have_one_stage(look):
     code, shown, _ = look("[vision]\nrank_offset = 0\n[language]\nrank_offset = 0\n", "--json")
     summary = json.loads(shown)
@@ -97,6 +113,11 @@ def test_the_picture_has_a_box_for_each_stage_and_replica(look, tmp_path):
     assert code == 0
     assert {"0", "3", "4-5", "10-11", "stage 1", "vision: fan-in 4:2", "language"} <= set(texts)
     assert len(list(svg.iter("{http://www.w3.org/2000/svg}rect"))) == 4 + 4
+
+
+def test_the_picture_goes_down_a_pipe(look, tmp_path):
+    look(FAN_IN, "--svg", "layout.svg")
+    assert look(FAN_IN, "--svg", "-") == (0, (tmp_path / "layout.svg").read_text(), "")
 
 
 def test_every_rank_is_in_its_cell():
@@ -183,7 +204,7 @@ def test_all_problems_are_listed_with_their_places(look):
     code, shown, complaints = look(MANY_FAULTS)
     assert (code, shown) == (2, "")
     for part in (
-        "layout.toml:1 [stray]: stray is in no module",
+        "layout.toml:1 stray: stray is 3 where a table belongs",
         "layout.toml:4 [vision] tensor_parallel: there is no size 'tensor_parallel'; did you mean tensor_model_parallel_size?",
         "layout.toml:5 [vision] pipeline_model_parallel_size: pipeline_model_parallel_size must be a positive integer below 2**31, got 0",
         "layout.toml:7 [audio] data_parallel_size, layout.toml:10 [language] data_parallel_size: audio has DP 3",
@@ -197,7 +218,20 @@ def test_all_problems_are_listed_with_their_places(look):
     ("layout", "options", "message"),
     [
         ("[vision]\n", (), "there is no module named 'language'"),
-        ("", (), "there is no module named 'language'"),
+        ("", (), "layout.toml [language]: there is no module named 'language' (modules: none); Megatron's MimoModel needs exactly one, under that name: add [language]\n"),
+        ("[llm]\n", (), "add [language], or rename the language model"),
+        ("[vision]\n[language]\nrank_offset = 3\n", (), "layout.toml:3 [language] rank_offset: ranks 1-2 are in no module; make a module larger or move"),
+        ("[language]\ndata_parallel_size = 2147483647\ntensor_model_parallel_size = 2\n", (), "layout.toml:1 [language]: the layout takes 4,294,967,294 ranks"),
+        ("language = 4\n", (), "layout.toml:1 language: language is 4 where a table belongs; begin the module with a line [language]"),
+        ("batch_size = 4\n[language]\n", (), "layout.toml:1 batch_size: there is no 'batch_size' of the whole job; did you mean micro_batch_size?"),
+        ("per_token_loss = true\n[language]\n", (), "did you mean calculate_per_token_loss?"),
+        ("micro_batch_size = true\n[language]\n", (), "layout.toml:1 micro_batch_size: micro_batch_size must be a positive integer"),
+        ("[micro_batch_size]\n[language]\n", (), "layout.toml:1 micro_batch_size: micro_batch_size must be a positive integer"),
+        ("calculate_per_token_loss = 1\n[language]\n", (), "layout.toml:1 calculate_per_token_loss: calculate_per_token_loss must be true or false"),
+        ("[language]\nmicro_batch_size = 4\n", (), "layout.toml:2 [language] micro_batch_size: micro_batch_size is of the whole job; put it above"),
+        ("micro_batch_size = 7\n[language]\ndata_parallel_size = 2\n", (), "layout.toml:3 [language] data_parallel_size, layout.toml:1 micro_batch_size: micro_batch_size 7 is not divisible"),
+        ("micro_batch_size = 8\n[language]\ndata_parallel_size = 2\n", ("--micro-batch-size", "7"), "layout.toml:3 [language] data_parallel_size: micro_batch_size 7 is not divisible"),
+        ("global_batch_size = 8\n[language]\n", (), "layout.toml:1 global_batch_size: global_batch_size says nothing without micro_batch_size"),
         ("[language\n", (), "layout.toml is not TOML"),
         ("[modules.language]\n", (), "layout.toml:1 [modules] language: a module is a table of its own: write [language]"),
         ('["a.b"]\n[language]\n', (), "layout.toml:1 [a.b]: module name 'a.b' must be made of letters"),
@@ -207,14 +241,15 @@ def test_all_problems_are_listed_with_their_places(look):
         ("[language]\nrank_offset = [\n  1,\n]\n", (), "layout.toml:2 [language] rank_offset"),
         ("# a\u2028b\n[language]\ndata_parallel_size = 0\n", (), "layout.toml:3 [language] data_parallel_size"),
         ("\ufeff[language]\ndata_parallel_size = 0\n", (), "layout.toml:2 [language] data_parallel_size"),
-        ("[[vision]]\n[language]\n", (), "put it below a line such as [vision], with one bracket"),
+        ("[[vision]]\n[language]\n", (), "must be one table: write [vision], with one bracket"),
         ("[Language]\n", (), "rename Language"),
         ("[language]\nexpert_tensor_parallel_size = 2\n", (), "layout.toml:2 [language] expert_tensor_parallel_size"),
-        ("[vision]\n[language]\nrank_offset = 3\n", (), "layout.toml:3 [language] rank_offset: ranks 1-2 of 4 are in no module"),
+        ("data_parallel_size = 3\n[language]\n", (), "data_parallel_size is in no module; put it below a line such as [vision]"),
         ("[language]\ndata_parallel_size = 1" + 400 * "0", (), "got an integer of 1329 bits"),
         ("x = " + 3000 * "[" + 3000 * "]", (), "layout.toml is not TOML"),
         ('["[/red]"]\n[language]\n', (), "module name '[/red]' must be made of letters"),
         (FAN_IN, ("--svg", "layout.toml"), "is the layout itself"),
+        (FAN_IN, ("--svg", "/dev/full"), "--svg /dev/full cannot be written: No space left on device"),
         (FAN_IN, ("--svg", "."), "--svg . cannot be written: Is a directory"),
         (FAN_IN, ("--world-size", "11"), "launch at least 12 ranks"),
         ("[language]\ntensor_model_parallel_size = 2\n", ("--world-size", "13"), "no other size"),
@@ -222,7 +257,8 @@ def test_all_problems_are_listed_with_their_places(look):
         (FAN_IN, ("--world-size", "8"), "layout.toml:4 [language]: module language (ranks 4-11) needs"),
         (FAN_IN, ("--global-batch-size", "30", "--micro-batch-size", "30"), "layout.toml:2 [vision] data_parallel_size"),
         (FAN_IN, ("--global-batch-size", "32", "--micro-batch-size", "64"), "global_batch_size 32 is not a multiple of micro_batch_size 64"),
-        (FAN_IN, ("--micro-batch-size", "8"), "give both"),
+        (FAN_IN, ("--global-batch-size", "8"), "global_batch_size says nothing without micro_batch_size"),
+        (FAN_IN, ("--svg", "-", "--json"), "both print"),
         (FAN_IN, ("--world-size", "0"), "must be a whole number, 1 or more"),
         (FAN_IN, ("--svg", "nowhere/layout.svg"), "--svg nowhere/layout.svg cannot be written: No such file or directory"),
     ],
@@ -290,6 +326,26 @@ def test_no_rank_is_cut_off_in_a_narrow_terminal(look, monkeypatch, columns):
         assert ranks in shown
 
 
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("[language]\n", []), ("[language]\n", ["--svg", "-"]), ("", ["--json"])],
+    ids=["table", "picture", "problems"],
+)
+def test_a_full_disk(tmp_path, layout, options):
+    file = tmp_path / "layout.toml"
+    file.write_text(layout)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_mimo_coord", str(file), *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    said = "the answer cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding_and_a_reader_that_leaves(tmp_path, encoding):
     layout = tmp_path / "layout.toml"
@@ -320,6 +376,10 @@ def test_it_starts_without_torch(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version(look):
+    assert look("", "--version") == (0, f"mimo-layout {megatron_mimo_coord.__version__}\n", "")
 
 
 def test_the_installed_command_is_the_same():
