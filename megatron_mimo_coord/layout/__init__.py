@@ -13,6 +13,8 @@ Vocabulary, kept everywhere in the package:
     bridge       the edge of the topology over which an encoder sends to the language model
     fan-in       a bridge from more data-parallel ranks to fewer; fan-out is the reverse
     colocated    all modules on the same ranks; disjoint is the reverse
+    slice        the equal, consecutive part of a microbatch's samples that a DP rank reads
+    assignment   which DP rank of an encoder encodes each image of a microbatch
     microbatch   samples that pass through the model together, counted over all ranks
     scaling      c_m, from what DDP delivers for module m to the gradient of the loss; what DDP
                  itself multiplies a bucket by is the bucket's factor
