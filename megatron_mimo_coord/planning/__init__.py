@@ -2,3 +2,9 @@
 
 This room imports neither torch nor Megatron, and of this package only ``layout``.
 """
+
+from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.simulation import simulate_step
+from megatron_mimo_coord.planning.timeline import Span, StageShares, Timeline
+
+__all__ = ["Cluster", "ModuleCosts", "Span", "StageShares", "Timeline", "simulate_step"]

@@ -1,0 +1,269 @@
+"""What a module costs, in seconds of computing and bytes of messages; what joins the ranks."""
+
+from collections.abc import Sequence
+from math import inf, isfinite
+from typing import Any
+
+from attrs import Attribute, field, frozen
+
+from megatron_mimo_coord.layout import ModuleGrid, ModuleParallelism, is_count, shown
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _not_negative(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if not _number(value) or value < 0:
+        raise ValueError(
+            f"{attribute.name} must be a number, 0 or more, got {shown(value)}; give what was "
+            f"measured, or leave it out"
+        )
+
+
+def _positive(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if value != inf and (not _number(value) or value <= 0):
+        raise ValueError(
+            f"{attribute.name} must be a number above 0, got {shown(value)}; give what was "
+            f"measured, or leave it out"
+        )
+
+
+def _efficiency(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if not _number(value) or not 0 < value <= 1:
+        raise ValueError(
+            f"{attribute.name} must be above 0 and at most 1, got {shown(value)}; give the "
+            f"speed-up that was measured, divided by the ranks that share the work"
+        )
+
+
+def _share(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if not _number(value) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{attribute.name} must be from 0 to 1, got {shown(value)}; give a part of the whole"
+        )
+
+
+def _at_least_one(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if not _number(value) or value < 1:
+        raise ValueError(
+            f"{attribute.name} must be 1 or more, got {shown(value)}; give the largest work of a "
+            f"rank divided by the mean"
+        )
+
+
+def _flag(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{attribute.name} must be true or false, got {shown(value)}; write one of the two"
+        )
+
+
+def _stage_layers(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if value is None:
+        return
+    numbers = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if not numbers or not all(_number(layers) and layers > 0 for layers in value):
+        raise ValueError(
+            f"{attribute.name} must list a number above 0 for each pipeline stage, got "
+            f"{shown(value)}; write (7, 8, 8, 7), say, or leave it out for equal stages"
+        )
+
+
+def _ranks_or_none(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+    if value is not None and not is_count(value):
+        raise ValueError(
+            f"{attribute.name} must be a positive integer below 2**31, got {shown(value)}; give "
+            f"the ranks of a node, or leave it out for a cluster of one node"
+        )
+
+
+@frozen(kw_only=True)
+class ModuleCosts:
+    """What one module costs, whatever its layout.
+
+    Seconds are those of the whole module on one rank, without tensor parallelism; stages share them
+    by layers. A stage of a module with PP stages computes, for each microbatch,
+
+        seconds per sample x (micro_batch_size / DP) x (its layers / all layers)
+            / (TP x tensor_parallel_efficiency) / (CP x context_parallel_efficiency) x imbalance
+
+    where an efficiency counts only if more than one rank shares the work, and the imbalance only
+    if DP is more than 1. The efficiency is the textbook's: speed-up divided by ranks.
+
+    Args:
+        forward_seconds_per_sample: forward pass of one sample of the batch, in seconds.
+        backward_seconds_per_sample: backward pass of one sample: gradients of activations and of
+            weights. Without the forward that ``recompute`` adds.
+        output_bytes_per_sample: bytes of what an encoder sends to the language model for one
+            sample; the gradient that comes back is as large.
+        activation_bytes_per_sample: bytes between two pipeline stages of this module, one sample;
+            the gradient that comes back is as large.
+        gradient_bytes: bytes of the gradients of the whole module, as they are reduced.
+        optimizer_seconds: the optimizer's update of the whole module on one rank, in seconds.
+        tensor_parallel_efficiency: speed-up by TP ranks divided by TP, above 0 and at most 1.
+        context_parallel_efficiency: the same for CP.
+        frozen: no weight learns: no gradients of weights, no reduction, no optimizer. Gradients of
+            activations still flow wherever something before the stage asks for them: see
+            :meth:`backward_seconds`.
+        activation_gradient_share: part of the backward pass that gradients of activations take.
+            Half by default: the backward of a matrix product is two products of the same size, one
+            for its input and one for its weight (Kaplan et al. 2020, arXiv 2001.08361, 2.1).
+        recompute: activations are computed again: the backward of a stage, where there is one,
+            begins with its forward.
+        imbalance: largest work of a data-parallel rank, divided by the mean, 1 or more. For an
+            encoder whose images are not assigned to ranks by their cost.
+        layers_per_stage: layers of each pipeline stage where they differ; any numbers that say
+            how much of the work a stage has, so that an embedding can count as half a layer.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> vision = ModuleCosts(forward_seconds_per_sample=0.01, backward_seconds_per_sample=0.02)
+        >>> vision.forward_seconds(ModuleParallelism(data_parallel_size=2), 0, samples=8)
+        0.04
+    """
+
+    forward_seconds_per_sample: float = field(validator=_not_negative)
+    backward_seconds_per_sample: float = field(validator=_not_negative)
+    output_bytes_per_sample: float = field(default=0.0, validator=_not_negative)
+    activation_bytes_per_sample: float = field(default=0.0, validator=_not_negative)
+    gradient_bytes: float = field(default=0.0, validator=_not_negative)
+    optimizer_seconds: float = field(default=0.0, validator=_not_negative)
+    tensor_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
+    context_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
+    frozen: bool = field(default=False, validator=_flag)
+    activation_gradient_share: float = field(default=0.5, validator=_share)
+    recompute: bool = field(default=False, validator=_flag)
+    imbalance: float = field(default=1.0, validator=_at_least_one)
+    layers_per_stage: Sequence[float] | None = field(default=None, validator=_stage_layers)
+
+    def stage_share(self, stages: int, stage: int) -> float:
+        """Part of the module's layers that a pipeline stage holds.
+
+        Raises:
+            ValueError: ``layers_per_stage`` is of another number of stages.
+
+        Example:
+            >>> costs = ModuleCosts(forward_seconds_per_sample=1, backward_seconds_per_sample=2)
+            >>> costs.stage_share(4, 0)
+            0.25
+        """
+        if self.layers_per_stage is None:
+            return 1 / stages
+        if len(self.layers_per_stage) != stages:
+            raise ValueError(
+                f"layers_per_stage {tuple(self.layers_per_stage)} is for "
+                f"{len(self.layers_per_stage)} pipeline stages, but the module has PP {stages}; "
+                f"give {stages} numbers, or leave it out for equal stages"
+            )
+        return self.layers_per_stage[stage] / sum(self.layers_per_stage)
+
+    def forward_seconds(self, module: ModuleParallelism, stage: int, samples: float) -> float:
+        """Seconds that the ranks of a stage compute forward for a microbatch of all ranks.
+
+        Args:
+            module: parallel sizes.
+            stage: index of the pipeline stage.
+            samples: ``micro_batch_size``, counted over all ranks.
+        """
+        return self.forward_seconds_per_sample * self._work(module, stage, samples)
+
+    def backward_seconds(
+        self, module: ModuleParallelism, stage: int, samples: float, *, receives: bool
+    ) -> float:
+        """Seconds that the ranks of a stage compute backward for a microbatch of all ranks.
+
+        Megatron's communicators make every received tensor one that requires a gradient. So a
+        frozen stage that receives pays for gradients of activations (and, with ``recompute``, for
+        its forward), be it of the language model or behind an encoder's first stage; a frozen stage
+        that only reads data has no backward at all.
+
+        Args:
+            module: parallel sizes.
+            stage: index of the pipeline stage.
+            samples: ``micro_batch_size``, counted over all ranks.
+            receives: whether an input of the stage wants a gradient.
+        """
+        if self.frozen and not receives:
+            return 0.0
+        seconds = self.backward_seconds_per_sample
+        if self.frozen:
+            seconds *= self.activation_gradient_share
+        if self.recompute:
+            seconds += self.forward_seconds_per_sample
+        return seconds * self._work(module, stage, samples)
+
+    def _work(self, module: ModuleParallelism, stage: int, samples: float) -> float:
+        """Samples of the whole module on one rank that take as long as a stage takes."""
+        tp, cp, dp, pp = module.shape
+        work = samples / dp * self.stage_share(pp, stage)
+        if tp > 1:
+            work /= tp * self.tensor_parallel_efficiency
+        if cp > 1:
+            work /= cp * self.context_parallel_efficiency
+        return work * (self.imbalance if dp > 1 else 1)
+
+
+@frozen(kw_only=True)
+class Cluster:
+    """How fast messages are: latency + bytes / bandwidth, inside a node and between nodes.
+
+    By default messages are free.
+
+    Args:
+        ranks_per_node: ranks that share the links inside a node; None for one node.
+        node_latency_seconds: of a message inside a node.
+        node_bytes_per_second: of a rank's link inside a node.
+        network_latency_seconds: of a message between nodes.
+        network_bytes_per_second: of a rank's link to other nodes.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> cluster = Cluster(ranks_per_node=8, network_bytes_per_second=50e9)
+        >>> cluster.message_seconds([0, 8], 1e9)
+        0.02
+    """
+
+    ranks_per_node: int | None = field(default=None, validator=_ranks_or_none)
+    node_latency_seconds: float = field(default=0.0, validator=_not_negative)
+    node_bytes_per_second: float = field(default=inf, validator=_positive)
+    network_latency_seconds: float = field(default=0.0, validator=_not_negative)
+    network_bytes_per_second: float = field(default=inf, validator=_positive)
+
+    def link(self, ranks: Sequence[int]) -> tuple[float, float]:
+        """(seconds of latency, bytes per second) of the slowest link that joins some ranks."""
+        per_node = self.ranks_per_node
+        if per_node is None or min(ranks) // per_node == max(ranks) // per_node:
+            return self.node_latency_seconds, self.node_bytes_per_second
+        return self.network_latency_seconds, self.network_bytes_per_second
+
+    def message_seconds(self, ranks: Sequence[int], message_bytes: float) -> float:
+        """Seconds of a message from one of two ranks to the other."""
+        latency, bandwidth = self.link(ranks)
+        return latency + message_bytes / bandwidth
+
+    def reduction_seconds(self, ranks: Sequence[int], reduced_bytes: float) -> float:
+        """Seconds of a sum over ranks: a ring, in which each sends 2 (n - 1) / n of the bytes.
+
+        That is the least any algorithm can send (Patarasuk and Yuan 2009, doi
+        10.1016/j.jpdc.2008.09.002), and what a reduction and a gather of shards send together.
+
+        Example:
+            >>> Cluster(node_bytes_per_second=1e9).reduction_seconds([0, 1, 2, 3], 1e9)
+            1.5
+        """
+        count = len(ranks)
+        if count == 1 or not reduced_bytes:
+            return 0.0
+        latency, bandwidth = self.link(ranks)
+        return 2 * (count - 1) * (latency + reduced_bytes / count / bandwidth)
+
+
+def stage_ranks(grid: ModuleGrid, stage: int, replica: int) -> range:
+    """Ranks of a pipeline stage that hold one data-parallel replica, dims in Megatron's order."""
+    first = grid.rank_at(pp=stage, dp=replica)
+    return range(first, first + grid.dim("tp") * grid.dim("cp"))

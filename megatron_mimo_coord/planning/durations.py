@@ -1,0 +1,121 @@
+"""How long the stages of one layout compute and their messages take: costs, dealt out to ranks."""
+
+from collections.abc import Mapping
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, is_colocated
+from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+
+
+@frozen
+class Durations:
+    """Seconds of whatever a stage does, in one layout; all replicas of a stage take the same.
+
+    Args:
+        modules: parallel sizes of each module.
+        grids: where each module lies, with dims in the order of ``DIM_NAMES``.
+        costs: what each module costs.
+        cluster: the links between ranks.
+        micro_batch_size: samples in a microbatch over all ranks.
+        distributed_optimizer: whether data-parallel ranks share the optimizer's work.
+    """
+
+    modules: Mapping[str, ModuleParallelism]
+    grids: Mapping[str, ModuleGrid]
+    costs: Mapping[str, ModuleCosts]
+    cluster: Cluster
+    micro_batch_size: int
+    distributed_optimizer: bool
+
+    def forward(self, module: str, stage: int) -> float:
+        """Computing of a microbatch, forward."""
+        costs, sizes = self.costs[module], self.modules[module]
+        return costs.forward_seconds(sizes, stage, self.micro_batch_size)
+
+    def backward(self, module: str, stage: int) -> float:
+        """Computing of a microbatch, backward."""
+        return self.costs[module].backward_seconds(
+            self.modules[module],
+            stage,
+            self.micro_batch_size,
+            receives=self._receives(module, stage),
+        )
+
+    def _receives(self, module: str, stage: int) -> bool:
+        """Whether an input of a stage wants a gradient."""
+        if stage > 0 or module != LANGUAGE:
+            return stage > 0
+        encoders = [name for name in self.grids if name != LANGUAGE]
+        if is_colocated(self.grids.values()):
+            return any(not self.costs[name].frozen for name in encoders)
+        return bool(encoders)
+
+    def between_stages(self, module: str, stage: int) -> float:
+        """A message from a stage to the next of the same module, or back."""
+        grid = self.grids[module]
+        message = self.costs[module].activation_bytes_per_sample
+        message *= self.micro_batch_size / grid.replicas
+        length = grid.size // grid.dim("pp")
+        first = grid.rank_offset + stage * length
+        # Pairs of ranks repeat their place in the nodes: a node's worth of them is enough.
+        senders = range(first, first + min(length, self.cluster.ranks_per_node or 1))
+        return max(self.cluster.message_seconds((rank, rank + length), message) for rank in senders)
+
+    def over_bridge(self, encoder: str, *, forward: bool) -> float:
+        """A message over a bridge, forward or back, and inside the group of ranks that gets it.
+
+        A rank with several peers sends or receives one part after the other; the leader of a
+        group of TP x CP ranks then hands on what it received.
+        """
+        source, target = self.grids[encoder], self.grids[LANGUAGE]
+        replicas = source.data_parallel_size, target.data_parallel_size
+        parts, peers = max(replicas), max(replicas) // min(replicas)
+        message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
+        last = source.dim("pp") - 1
+        pairs = (
+            (
+                source.rank_at(pp=last, dp=part * replicas[0] // parts),
+                target.rank_at(dp=part * replicas[1] // parts),
+            )
+            for part in range(parts)
+        )
+        seconds = peers * max(self.cluster.message_seconds(pair, message) for pair in pairs)
+        receiver, stage = (target, 0) if forward else (source, last)
+        group = receiver.dim("tp") * receiver.dim("cp")
+        if group > 1:
+            received = message * parts / receiver.data_parallel_size
+            leader = receiver.rank_at(pp=stage)
+            seconds += self.cluster.message_seconds((leader, leader + group - 1), received)
+        return seconds
+
+    def exchange(self, encoder: str) -> float:
+        """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.
+
+        Forward under fan-in, backward under fan-out; the other way each rank cuts out its part.
+        """
+        sizes = self.grids[encoder].data_parallel_size, self.grids[LANGUAGE].data_parallel_size
+        parts, peers = max(sizes), max(sizes) // min(sizes)
+        if peers == 1:
+            return 0.0
+        message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
+        ranks = self.grids[encoder].ranks
+        return (peers - 1) * self.cluster.message_seconds((ranks[0], ranks[-1]), message)
+
+    def reduction(self, module: str, stage: int) -> float:
+        """The sum of a stage's gradients over its replicas."""
+        grid, costs = self.grids[module], self.costs[module]
+        if costs.frozen:
+            return 0.0
+        tp, first = grid.dim("tp"), grid.rank_at(pp=stage)
+        gradients = costs.gradient_bytes * costs.stage_share(grid.dim("pp"), stage) / tp
+        ranks = range(first, first + tp * grid.replicas, tp)
+        return self.cluster.reduction_seconds(ranks, gradients)
+
+    def optimizer(self, module: str, stage: int) -> float:
+        """The optimizer's update of a stage."""
+        grid, costs = self.grids[module], self.costs[module]
+        if costs.frozen:
+            return 0.0
+        seconds = costs.optimizer_seconds * costs.stage_share(grid.dim("pp"), stage)
+        return seconds / grid.dim("tp") / (grid.replicas if self.distributed_optimizer else 1)

@@ -1,0 +1,211 @@
+"""Simulates a training step of a layout: Megatron's own order of events, durations from costs.
+
+All data-parallel replicas of a stage do the same at the same time, so one place in the pipeline
+stands for all ranks that hold it.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    ModuleGrid,
+    ModuleParallelism,
+    default_topology,
+    is_colocated,
+    pack,
+    ranks_taken,
+)
+from megatron_mimo_coord.layout.batch import batch_problems
+from megatron_mimo_coord.layout.problems import layout_problems, module_problems, raise_problems
+from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.durations import Durations
+from megatron_mimo_coord.planning.events import Channel, Place, Task, run
+from megatron_mimo_coord.planning.schedule import order, warm_up
+from megatron_mimo_coord.planning.timeline import (
+    BACKWARD,
+    EXCHANGE,
+    FORWARD,
+    OPTIMIZER,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE,
+    SEND_BACKWARD,
+    SEND_BACKWARD_RECV_FORWARD,
+    SEND_FORWARD,
+    SEND_FORWARD_RECV_BACKWARD,
+    Timeline,
+)
+
+FREE = Cluster()
+
+
+def simulate_step(
+    modules: Mapping[str, ModuleParallelism],
+    costs: Mapping[str, ModuleCosts],
+    *,
+    micro_batch_size: int,
+    num_microbatches: int,
+    cluster: Cluster = FREE,
+    distributed_optimizer: bool = False,
+) -> Timeline:
+    """How long one training step of a layout takes, and what each stage does meanwhile.
+
+    After its last backward each stage reduces its gradients. When all ranks of the job have done
+    so, for which norms and finite checks over the whole model wait, each runs its optimizer.
+
+    Args:
+        modules: parallel sizes of each module, as ``MegatronMIMOInfra.build`` takes them.
+        costs: what each module costs.
+        micro_batch_size: samples in a microbatch over all ranks.
+        num_microbatches: microbatches in a step.
+        cluster: the links between ranks; messages are free by default.
+        distributed_optimizer: whether data-parallel ranks share the optimizer's work.
+
+    Raises:
+        ValueError: the layout cannot run, the batch does not divide, or costs are missing; the
+            message lists every problem.
+
+    Example:
+        >>> costs = ModuleCosts(forward_seconds_per_sample=1, backward_seconds_per_sample=2)
+        >>> timeline = simulate_step(
+        ...     {"language": ModuleParallelism(pipeline_model_parallel_size=2)},
+        ...     {"language": costs},
+        ...     micro_batch_size=2,
+        ...     num_microbatches=3,
+        ... )
+        >>> timeline.seconds, timeline.stages["language", 0].busy
+        (12.0, 0.75)
+    """
+    raise_problems("the layout cannot be simulated", module_problems(modules))
+    grids = pack(modules)
+    step = micro_batch_size * num_microbatches
+    problems = [
+        *layout_problems(grids, default_topology(grids), ranks_taken(grids.values())),
+        *batch_problems(grids.values(), step, micro_batch_size, num_microbatches),
+        *cost_problems(grids, costs),
+    ]
+    raise_problems("the layout cannot be simulated", problems)
+    durations = Durations(modules, grids, costs, cluster, micro_batch_size, distributed_optimizer)
+    return _timeline(durations, num_microbatches)
+
+
+def cost_problems(
+    grids: Mapping[str, ModuleGrid], costs: Mapping[str, ModuleCosts]
+) -> Iterator[str]:
+    """What keeps costs from being those of a layout."""
+    for name, grid in grids.items():
+        if name not in costs:
+            yield (
+                f"there are no costs of module {name} (costs of: {', '.join(costs) or 'none'}); "
+                f"give its ModuleCosts under that name"
+            )
+            continue
+        try:
+            costs[name].stage_share(grid.dim("pp"), 0)
+        except ValueError as error:
+            yield f"module {name}: {error}"
+
+
+def _timeline(durations: Durations, num_microbatches: int) -> Timeline:
+    """Simulate a step of a layout that runs."""
+    channels = _channels(durations)
+    places = [
+        Place(names, stage)
+        for names in _sharing_ranks(durations.grids)
+        for stage in range(durations.grids[names[0]].dim("pp"))
+    ]
+    for place in places:
+        tasks = _tasks(durations, place, channels)
+        first = warm_up(durations.grids, place.modules[0], place.stage)
+        for event in order(num_microbatches, first):
+            place.tasks += tasks.get(event, ())
+        place.tasks += [
+            Task(REDUCE, name, durations.reduction(name, place.stage)) for name in place.modules
+        ]
+    run(places)
+    reduced = max(place.now for place in places)
+    for place in places:
+        place.wait_until(reduced)
+        place.tasks += [
+            Task(OPTIMIZER, name, durations.optimizer(name, place.stage)) for name in place.modules
+        ]
+    run(places)
+    seconds = max(place.now for place in places)
+    stages = {
+        (name, place.stage): place.shares(name, seconds)
+        for name in durations.grids
+        for place in places
+        if name in place.modules
+    }
+    return Timeline(seconds, stages, lambda: [span for place in places for span in place.spans()])
+
+
+def _sharing_ranks(grids: Mapping[str, ModuleGrid]) -> list[list[str]]:
+    """Modules on the same ranks, in the order in which their forwards run."""
+    names: dict[range, list[str]] = {}
+    for name in sorted(grids, key=lambda name: name == LANGUAGE):
+        names.setdefault(grids[name].ranks, []).append(name)
+    return list(names.values())
+
+
+def _channels(durations: Durations) -> dict[tuple[str, int], tuple[Channel, Channel]]:
+    """(forward, backward) behind each stage of a module that has something behind it."""
+    channels = {}
+    for name, grid in durations.grids.items():
+        for stage in range(grid.dim("pp") - 1):
+            seconds = durations.between_stages(name, stage)
+            channels[name, stage] = Channel(seconds), Channel(seconds)
+        if name != LANGUAGE and not is_colocated(durations.grids.values()):
+            channels[name, grid.dim("pp") - 1] = (
+                Channel(durations.over_bridge(name, forward=True)),
+                Channel(durations.over_bridge(name, forward=False)),
+            )
+    return channels
+
+
+def _tasks(
+    durations: Durations, place: Place, channels: Mapping[tuple[str, int], tuple[Channel, Channel]]
+) -> dict[str, list[Task]]:
+    """What a place does at each event of the schedule."""
+    stage = place.stage
+    tasks = {
+        FORWARD: [Task(FORWARD, name, durations.forward(name, stage)) for name in place.modules],
+        BACKWARD: [Task(BACKWARD, name, durations.backward(name, stage)) for name in place.modules],
+    }
+    if is_colocated(durations.grids.values()):
+        exchanges = [
+            Task(EXCHANGE, name, durations.exchange(name), bridge=name)
+            for name in place.modules[:-1]
+        ]
+        tasks[FORWARD][-1:-1] = exchanges
+        tasks[BACKWARD] = tasks[BACKWARD][::-1]  # autograd goes back the way that forward came
+        tasks[BACKWARD][1:1] = exchanges[::-1]
+    for name in place.modules:
+        for source, last in _before(durations.grids, name, stage):
+            ahead, back = channels[source, last]
+            bridge = source if source != name else None
+            for kind, messages in (
+                (RECV_FORWARD, (ahead.receive(),)),
+                (SEND_BACKWARD, (back.send(),)),
+                (SEND_BACKWARD_RECV_FORWARD, (back.send(), ahead.receive())),
+            ):
+                tasks.setdefault(kind, []).append(Task(kind, name, 0.0, messages, bridge))
+        if (name, stage) in channels:
+            ahead, back = channels[name, stage]
+            bridge = name if stage == durations.grids[name].dim("pp") - 1 else None
+            for kind, messages in (
+                (SEND_FORWARD, (ahead.send(),)),
+                (RECV_BACKWARD, (back.receive(),)),
+                (SEND_FORWARD_RECV_BACKWARD, (ahead.send(), back.receive())),
+            ):
+                tasks.setdefault(kind, []).append(Task(kind, name, 0.0, messages, bridge))
+    return tasks
+
+
+def _before(grids: Mapping[str, ModuleGrid], module: str, stage: int) -> list[tuple[str, int]]:
+    """The stages that a stage receives from, in the order in which it does."""
+    if stage > 0:
+        return [(module, stage - 1)]
+    if module != LANGUAGE or is_colocated(grids.values()):
+        return []
+    return [(name, grid.dim("pp") - 1) for name, grid in grids.items() if name != LANGUAGE]
