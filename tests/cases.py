@@ -192,9 +192,9 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
     return Microbatch(tokens, mask.float(), images, counts)
 
 
-def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.LayerNorm:
+def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
     """Megatron's own norm without Transformer Engine refuses sequence parallelism."""
-    norm = torch.nn.LayerNorm(hidden_size, eps=eps)
+    norm = getattr(torch.nn, config.normalization)(hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm

@@ -1,0 +1,92 @@
+"""Bytes of weights, gradient buffers and optimizer state, as Megatron allocates them."""
+
+from functools import cache
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import ModuleParallelism
+from megatron_mimo_coord.planning.buffers import lay_out
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.parameters import stage_parameters
+
+MOMENTS = 8  # bytes a parameter: Adam's two moments, in fp32
+MASTER = 4  # bytes a parameter: its copy in fp32, where the parameter itself is not
+LEAST_BUCKET, BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # DistributedDataParallel's own
+
+
+@frozen
+class ModelStates:
+    """What a rank holds whatever the batch is, in bytes.
+
+    Args:
+        weights: parameters; with the distributed optimizer, the buffer they lie in.
+        gradients: buffers of gradients.
+        optimizer: moments and master copies, of each rank of the stage in order.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: tuple[int, ...]
+
+
+@cache
+def model_states(
+    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
+) -> ModelStates:
+    """Weights, gradient buffers and optimizer state of a rank of a pipeline stage.
+
+    Args:
+        sizes: of the module.
+        parallelism: how it is laid out.
+        stage: of the module's pipeline, from 0.
+        language_hidden_size: what an encoder projects to.
+
+    Example:
+        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
+        >>> model_states(sizes, ModuleParallelism(data_parallel_size=2), 0, 64)
+        ModelStates(weights=465920, gradients=465920, optimizer=(931840, 931840))
+    """
+    parameters = stage_parameters(sizes, parallelism, stage, language_hidden_size)
+    width = sizes.bytes_per_number
+    if sizes.frozen:
+        weights = width * sum(each.numel for each in parameters)
+        return ModelStates(weights, 0, (0,) * _stage_ranks(parallelism))
+    numel, kept = 0, MOMENTS + (MASTER if width < MASTER else 0)
+    optimizer = [0] * _stage_ranks(parallelism)
+    for is_expert in (False, True):
+        chosen = [each for each in parameters if each.is_expert == is_expert]
+        replicas = _replicas(parallelism, is_expert)
+        buffer = lay_out(
+            chosen,
+            replicas,
+            is_distributed=sizes.use_distributed_optimizer,
+            bucket_size=_bucket_size(sizes, parallelism, stage),
+            fast=sizes.pad_buckets_for_high_nccl_busbw,
+        )
+        numel += buffer.numel
+        for rank in range(len(optimizer)):
+            optimizer[rank] += kept * buffer.shards[rank * replicas // len(optimizer)]
+    return ModelStates(
+        weights=width * numel,
+        gradients=(4 if sizes.grad_reduce_in_fp32 else width) * numel,
+        optimizer=tuple(optimizer),
+    )
+
+
+def _stage_ranks(parallelism: ModuleParallelism) -> int:
+    return parallelism.size // parallelism.pipeline_model_parallel_size
+
+
+def _replicas(parallelism: ModuleParallelism, is_expert: bool) -> int:
+    """Ranks that hold the same parameters; those that differ in the replica's index follow on."""
+    if is_expert:
+        return parallelism.expert_shape[2]
+    return parallelism.data_parallel_size * parallelism.context_parallel_size
+
+
+def _bucket_size(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int) -> int | None:
+    """Only the first stage, whose reductions are waited for, has more than one bucket."""
+    if not sizes.overlap_grad_reduce or stage > 0:
+        return None
+    least = max(LEAST_BUCKET, BUCKET_PER_REPLICA * parallelism.data_parallel_size)
+    return sizes.bucket_size or least
