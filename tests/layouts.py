@@ -1,5 +1,10 @@
 """Layouts, losses, data and DDP settings that many tests name."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import Factory, fields
+
 from megatron_mimo_coord import ModuleParallelism
 
 
@@ -48,3 +53,65 @@ FIRST_WITHOUT = {"vision": (((0,), (0,)), ((1, 1, 0, 0), (1, 1, 0, 0)), ((1,),))
 SOME_RANKS_WITHOUT = {"vision": (((1,),), ((1, 1, 0, 0),), ((0, 0, 1, 1),), ((1,), (0,)))}
 MANY_BUCKETS = {**OVERLAP, "bucket_size": 1}
 MIXTURE = {"experts": 4}
+
+# -- short names, for the ids of tests ---------------------------------------------------------------
+
+IMAGES = {
+    "varying images": VARYING,
+    "last microbatch without images": LAST_WITHOUT,
+    "first microbatch without images": FIRST_WITHOUT,
+    "some ranks without images": SOME_RANKS_WITHOUT,
+}
+DDP_SETTINGS = {
+    "overlap_grad_reduce": "overlap",
+    "use_distributed_optimizer": "sharded",
+    "bucket_size": "many buckets",
+    "overlap_param_gather": "gather",
+    "align_param_gather": "aligned",
+    "average_in_collective": "averaging",
+    "grad_reduce_in_fp32": "fp32",
+}
+LENGTH = 60
+
+
+def layout_name(modules: Mapping[str, ModuleParallelism]) -> str:
+    """A layout's name in ``LAYOUTS``, or the sizes that are not 1."""
+    for name, layout in LAYOUTS.items():
+        if modules == layout:
+            return name
+    return " -> ".join(f"{name} {_sizes(module)}".strip() for name, module in modules.items())
+
+
+def _sizes(module: ModuleParallelism) -> str:
+    sizes = {
+        "TP": module.tensor_model_parallel_size,
+        "PP": module.pipeline_model_parallel_size,
+        "DP": module.data_parallel_size,
+        "EP": module.expert_model_parallel_size,
+    }
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+
+
+def case_name(case: Any) -> str:
+    """What tells a case from others: its layout and whatever is not the default."""
+    parts = [layout_name(case.modules)]
+    for field in fields(type(case)):
+        value = getattr(case, field.name)
+        default = field.default.factory() if isinstance(field.default, Factory) else field.default
+        if value == default or field.name in ("modules", "steps", "num_microbatches", "seed"):
+            continue
+        if field.name == "per_token":
+            parts.append(_named(value, LOSSES, "some per token"))
+        elif field.name == "images":
+            parts.append(_named(value, IMAGES, "images"))
+        elif field.name == "ddp":
+            parts += [DDP_SETTINGS.get(name, name) for name, setting in value.items() if setting]
+        elif field.name == "frozen":
+            parts.append(f"frozen {' '.join(value)}".rstrip("."))
+        else:
+            parts.append(field.name.replace("_", " "))
+    return ", ".join(parts)[:LENGTH]
+
+
+def _named(value: Any, names: Mapping[str, Any], otherwise: str) -> str:
+    return next((name for name, each in names.items() if each == value), otherwise)

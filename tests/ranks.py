@@ -6,11 +6,14 @@ returned or raised. Waits are bounded: a world that hangs or loses a rank is kil
 """
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import logging
 import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,7 +23,8 @@ from datetime import timedelta
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from time import monotonic
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 TIMEOUT = timedelta(seconds=60)
@@ -137,13 +141,25 @@ class World:
                     succeeded, value = False, ("ProcessDied", "the process is gone")
                 (answers if succeeded else errors)[rank] = value
             if not ready:
-                for pipe in waiting:
-                    errors[self._pipes.index(pipe)] = ("Timeout", "no answer in time")
+                for rank in sorted(self._pipes.index(pipe) for pipe in waiting):
+                    errors[rank] = ("Timeout", f"no answer in time; it is at\n{self._stack(rank)}")
         if (errors and not all(name == "ValueError" for name, _ in errors.values())) or (
             errors and len(errors) < self.size
         ):
             self.kill()
         return answers, errors
+
+    def _stack(self, rank: int) -> str:
+        """Where a rank hangs."""
+        path, process = Path(self._store, f"stack-{rank}"), self._processes[rank]
+        if process.pid is None or not process.is_alive():
+            return "its end"
+        os.kill(process.pid, signal.SIGUSR1)
+        for _ in range(20):
+            sleep(0.1)
+            if path.read_text().count("File ") and process.is_alive():
+                break
+        return path.read_text()
 
     def kill(self) -> None:
         """End all ranks, whatever they do."""
@@ -152,10 +168,7 @@ class World:
         for process in self._processes:
             process.join()
         self._processes = []
-        if os.path.exists(f"{self._store}/store"):
-            os.remove(f"{self._store}/store")
-        if os.path.isdir(self._store):
-            os.rmdir(self._store)
+        shutil.rmtree(self._store, ignore_errors=True)
 
 
 @atexit.register
@@ -173,8 +186,11 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     from megatron_mimo_coord.cpu import enable_cpu_ranks
 
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", module="megatron_mimo_coord")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ["WORLD_SIZE"] = str(size)
+    # The file stays open: whoever waits for this rank may ask where it hangs.
+    faulthandler.register(signal.SIGUSR1, open(f"{Path(store).parent}/stack-{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
     enable_cpu_ranks()
     dist.init_process_group(

@@ -26,7 +26,11 @@ from ranks import world
 
 
 def verify(case: Case) -> None:
-    assert sum(world(case.world_size).run("cases:check", case)) > 0, repr(case)
+    try:
+        assert sum(world(case.world_size).run("cases:check", case)) > 0
+    except AssertionError as error:
+        error.add_note(f"to run it again: verify({case!r})")
+        raise
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -68,7 +72,6 @@ def test_encoders_on_the_same_ranks():
         Case(modules=LAYOUTS["colocated"], images=SOME_RANKS_WITHOUT, steps=4, ddp=OVERLAP),
         Case(modules=LAYOUTS["colocated, fan-out"], images=LAST_WITHOUT, steps=3, ddp=OVERLAP),
     ],
-    ids=repr,
 )
 def test_images_per_sample_vary(case):
     verify(case)
@@ -133,7 +136,6 @@ def test_microbatches_without_images_under_overlap(overlap, images, loss, sharde
             **MIXTURE,
         ),
     ],
-    ids=repr,
 )
 def test_mixtures_of_experts(case):
     verify(case)
@@ -203,7 +205,6 @@ def test_mixtures_of_experts(case):
         ),
         Case(modules=FAN_IN, second_coordinator=True, attach_second=False, steps=3, ddp=OVERLAP),
     ],
-    ids=repr,
 )
 def test_settings(case):
     verify(case)

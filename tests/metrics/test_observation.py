@@ -100,7 +100,6 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
             experts=2,
         ),
     ],
-    ids=lambda case: f"{list(case.modules.values())} {case.ddp}"[:60],
 )
 def test_norms_are_those_of_the_whole_model(case):
     for answer in world(case.world_size).run("test_observation:_norms", case, ""):
