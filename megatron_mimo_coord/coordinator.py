@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import (
     ProcessGroupCollection,
 )
 
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.colocated import allow_varying_token_counts
 from megatron_mimo_coord.bridges.communicator import (
     TokenCounts,
@@ -37,6 +38,11 @@ from megatron_mimo_coord.infra import (
 from megatron_mimo_coord.layout import LANGUAGE, is_colocated
 from megatron_mimo_coord.layout.batch import data_parallel_slice
 from megatron_mimo_coord.layout.description import describe, summarize
+from megatron_mimo_coord.layout.image_assignment import (
+    ImageAssignment,
+    assign_images,
+    encoder_grid,
+)
 from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.training.schedule_hooks import install_hooks
 from megatron_mimo_coord.world.device import world_device
@@ -86,6 +92,7 @@ class MultiModuleCoordinator:
         self._token_counts = TokenCounts.of(
             job.model, fan_in_encoders(job.grids, job.infra.topology)
         )
+        self._pending_assignments = PendingAssignments.of(job.model)
         self._config: ModelParallelConfig | None = None
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
@@ -239,6 +246,47 @@ class MultiModuleCoordinator:
                 f"there is no module {module_name!r}; the modules are {', '.join(self._grids)}"
             )
         return data_parallel_slice(micro_batch_size, self._grids[module_name], self._job.rank)
+
+    def assign_images(
+        self,
+        module_name: str,
+        tokens: Sequence[Sequence[int]],
+        costs: Sequence[Sequence[float]] | None = None,
+        sample_ids: Sequence[Any] | None = None,
+    ) -> ImageAssignment:
+        """Deal a microbatch's images out to an encoder's data-parallel ranks by cost.
+
+        Call it once a microbatch, in order, before the forward, with the same numbers on every
+        rank that holds the module; elsewhere it does no harm, and on the language model's ranks it
+        has the bridge check that their samples are the encoder's. Feed the encoder the images of
+        ``assignment.local``: the communicator of :meth:`build_pipeline_communicator` brings
+        their tokens to the ranks that read their samples. A microbatch without a call is dealt out
+        in consecutive slices. Plain arithmetic, no communication.
+
+        Args:
+            module_name: the encoder.
+            tokens: for every sample of the microbatch, all ranks' samples in order, the number of
+                tokens of each of its images.
+            costs: what encoding each image costs in any unit, nested alike; ``tokens`` if left out.
+            sample_ids: a number or a string for each sample: ranks whose ids differ find out.
+
+        Raises:
+            ValueError: there is no such encoder, a number is not one, the nesting differs, or the
+                samples do not divide by the encoder's DP.
+            RuntimeError: the microbatches of thousands of calls never ran.
+
+        Example:
+            >>> images = [["a dog", "a cat"], ["a bird"]]
+            >>> assignment = coordinator.assign_images("vision", [[16, 16], [64]])
+            >>> [images[sample][image] for sample, image in assignment.local]
+            ['a dog', 'a cat', 'a bird']
+            >>> assignment.loads, assignment.imbalance
+            ((96,), 1.0)
+        """
+        grid = encoder_grid(self._grids, module_name)
+        assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids)
+        self._pending_assignments.put(assignment)
+        return assignment
 
     def validate_data_loader_contract(
         self, global_batch_size: int, micro_batch_size: int, num_microbatches: int

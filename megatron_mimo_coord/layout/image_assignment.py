@@ -2,7 +2,7 @@
 
 import zlib
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from heapq import heapify, heapreplace
 from itertools import accumulate, chain, pairwise
@@ -11,7 +11,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from megatron_mimo_coord.layout.grids import ModuleGrid
+from megatron_mimo_coord.layout.grids import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.parallelism import shown
 
 Nested = tuple[tuple[float, ...], ...]
@@ -94,6 +94,18 @@ class ImageAssignment:
     def digest(self) -> int:
         """32 bits of the tokens and the sample ids, the same in every process."""
         return zlib.crc32(repr((self.tokens, self.sample_ids)).encode())
+
+
+def encoder_grid(grids: Mapping[str, ModuleGrid], name: str) -> ModuleGrid:
+    """Where an encoder lies.
+
+    Raises:
+        ValueError: there is no encoder of that name.
+    """
+    encoders = [module for module in grids if module != LANGUAGE]
+    if name not in encoders:
+        raise ValueError(f"there is no encoder {name!r}; the encoders are {', '.join(encoders)}")
+    return grids[name]
 
 
 def assign_images(

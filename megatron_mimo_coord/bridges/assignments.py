@@ -1,0 +1,55 @@
+"""Assignments of images that were made and whose microbatch has not run yet, in order."""
+
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+
+from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+
+# More microbatches than a step has: a trainer may deal out all of a step's at its beginning.
+MAX_PENDING = 4096
+
+
+class PendingAssignments:
+    """For each encoder whose messages leave this rank or arrive here, a queue of assignments.
+
+    A trainer puts them in, the bridge takes one out a microbatch. An encoder that no bridge on this
+    rank asks for has no queue, and what is put in for it is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[ImageAssignment]] = {}
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "PendingAssignments":
+        """The ones of this model, whichever coordinator or communicator asks."""
+        if not hasattr(model, "_mimo_pending_assignments"):
+            model._mimo_pending_assignments = cls()  # type: ignore[assignment]
+        return model._mimo_pending_assignments  # type: ignore[return-value]
+
+    def open(self, encoders: Iterable[str]) -> None:
+        """From now on a bridge takes these encoders' assignments out."""
+        for name in encoders:
+            self._queues.setdefault(name, deque())
+
+    def put(self, assignment: ImageAssignment) -> None:
+        """The next microbatch's.
+
+        Raises:
+            RuntimeError: none was taken out for very long.
+        """
+        queue = self._queues.get(assignment.module)
+        if queue is None:
+            return
+        if len(queue) == MAX_PENDING:
+            raise RuntimeError(
+                f"assign_images was called for {MAX_PENDING} microbatches of {assignment.module} "
+                f"that never ran: call it once a microbatch, before the model's forward"
+            )
+        queue.append(assignment)
+
+    def take(self, encoder: str) -> ImageAssignment | None:
+        """That of the microbatch which runs now; None if its images stay with their slices."""
+        queue = self._queues[encoder]
+        return queue.popleft() if queue else None
