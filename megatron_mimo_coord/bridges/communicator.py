@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, stages_behind
 from megatron_mimo_coord.world.timeouts import inherit_timeout
 
 # Language models exchange [sequence, batch, hidden]; for 2-dim messages Megatron splits dim 0.
@@ -132,6 +132,19 @@ class VaryingTokensCommunicator(MultiModulePipelineCommunicator):
             dim_mapping=DIM_MAPPING,
             module_output_ndim=dict(module_output_ndim),
         )
+        grids = {name: ModuleGrid.of(name, grid) for name, grid in module_to_grid_map.items()}
+        name, here = next(iter(self.rank_module_map.items()))
+        self._current_stage = self.total_stages - 1 - stages_behind(grids, name, here.pp_rank)
+
+    @property
+    def current_stage(self) -> int:
+        """This rank's stage, counted from the end of the pipeline.
+
+        Megatron counts each encoder's stages from its own first. An encoder with fewer stages than
+        the deepest then runs further ahead than its bridge has exchanges for: it waits to send
+        while the language model waits to return a gradient, for ever.
+        """
+        return self._current_stage
 
     def _build_bridge_comms(self) -> None:
         for source in self.module_to_grid_map:

@@ -31,6 +31,7 @@ from megatron_mimo_coord.layout.grids import (
     pack,
     ranks_taken,
     span,
+    stages_behind,
 )
 from megatron_mimo_coord.layout.parallelism import (
     DIM_NAMES,
@@ -57,4 +58,5 @@ __all__ = [
     "ranks_taken",
     "shown",
     "span",
+    "stages_behind",
 ]

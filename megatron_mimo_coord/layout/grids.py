@@ -144,3 +144,19 @@ def ranks_taken(grids: Iterable[ModuleGrid]) -> int:
 def is_colocated(grids: Iterable[ModuleGrid]) -> bool:
     """Whether all modules share the same ranks, so that no rank sends to another module."""
     return len({(grid.rank_offset, grid.size) for grid in grids}) == 1
+
+
+def stages_behind(grids: Mapping[str, ModuleGrid], module: str, stage: int) -> int:
+    """Pipeline stages that a microbatch passes after one: its own module's, then the language's.
+
+    A stage runs as many microbatches forward before its first backward, if a step has as many.
+
+    Example:
+        >>> grids = pack(dict.fromkeys(["vision", "language"], ModuleParallelism()))
+        >>> stages_behind(grids, "vision", 0), stages_behind(grids, "language", 0)
+        (1, 0)
+    """
+    behind = grids[module].dim("pp") - stage - 1
+    if module == LANGUAGE or is_colocated(grids.values()):
+        return behind
+    return behind + grids[LANGUAGE].dim("pp")

@@ -14,13 +14,14 @@ from megatron_mimo_coord.layout import (
     is_colocated,
     pack,
     ranks_taken,
+    stages_behind,
 )
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems, module_problems, raise_problems
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
 from megatron_mimo_coord.planning.events import Channel, Place, Task, run
-from megatron_mimo_coord.planning.schedule import order, warm_up
+from megatron_mimo_coord.planning.schedule import order
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
@@ -116,8 +117,8 @@ def _timeline(durations: Durations, num_microbatches: int) -> Timeline:
     ]
     for place in places:
         tasks = _tasks(durations, place, channels)
-        first = warm_up(durations.grids, place.modules[0], place.stage)
-        for event in order(num_microbatches, first):
+        warm_up = stages_behind(durations.grids, place.modules[0], place.stage)
+        for event in order(num_microbatches, warm_up):
             place.tasks += tasks.get(event, ())
         place.tasks += [
             Task(REDUCE, name, durations.reduction(name, place.stage)) for name in place.modules

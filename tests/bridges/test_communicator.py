@@ -38,3 +38,9 @@ def test_encoders_without_fan_in_are_not_watched():
         megatron_communicator=True,
     )
     world(case.world_size).run("cases:check", case)
+
+
+def test_encoders_of_different_depth_do_not_wait_for_each_other():
+    modules = {"vision": parallel(pp=2), "audio": parallel(), "language": parallel()}
+    case = Case(modules=modules, num_microbatches=4)
+    world(case.world_size).run("cases:check", case)
