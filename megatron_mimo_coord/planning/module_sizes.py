@@ -80,8 +80,9 @@ class ModuleSizes:
     Args:
         num_layers, hidden_size, num_attention_heads, ffn_hidden_size, num_query_groups,
             kv_channels, gated_linear_unit, add_bias_linear, add_qkv_bias, normalization,
-            qk_layernorm, hidden_dropout, attention_dropout, attention_backend, sequence_parallel,
-            num_moe_experts, moe_layer_freq, moe_ffn_hidden_size, moe_router_topk,
+            qk_layernorm, hidden_dropout, attention_dropout, attention_backend,
+            bias_activation_fusion, masked_softmax_fusion, sequence_parallel, num_moe_experts,
+            moe_layer_freq, moe_ffn_hidden_size, moe_router_topk,
             moe_shared_expert_intermediate_size, recompute_granularity, recompute_method,
             recompute_num_layers, recompute_modules, deallocate_pipeline_outputs, params_dtype: as
             in ``TransformerConfig``; a dtype is ``"bf16"``, ``"fp16"`` or ``"fp32"``.
@@ -128,6 +129,8 @@ class ModuleSizes:
     attention_backend: str = field(
         default="auto", validator=_one_of("auto", "flash", "fused", "unfused", "local")
     )
+    bias_activation_fusion: bool = field(default=False, validator=_flag)
+    masked_softmax_fusion: bool = field(default=False, validator=_flag)
     sequence_parallel: bool = field(default=False, validator=_flag)
     num_moe_experts: int | None = _optional(None)
     moe_layer_freq: int | Sequence[int] = field(
@@ -205,6 +208,11 @@ class ModuleSizes:
     def has_qkv_bias(self) -> bool:
         """Whether queries, keys and values have a bias."""
         return self.add_bias_linear or self.add_qkv_bias
+
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether attention is computed block by block, so that no weights are kept."""
+        return self.attention_backend in ("auto", "flash", "fused")
 
     @property
     def fc1_outputs(self) -> int:

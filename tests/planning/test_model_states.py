@@ -104,7 +104,7 @@ def test_states_are_what_megatron_allocates(case):
     modules: dict[str, ModuleParallelism] = CASES[case]["modules"]
     sizes = {name: sizes_of(name, CASES[case]) for name in modules}
     grids = pack(modules)
-    allocated = world(4).run("megatron_states:allocated", modules, sizes)
+    allocated = world(4).run("megatron_memory:allocated", modules, sizes)
     compared = 0
     for rank, found in enumerate(allocated):
         for name, (weights, gradients, optimizer) in found.items():

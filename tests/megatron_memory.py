@@ -74,6 +74,43 @@ def _allocated(sizes: ModuleSizes, groups: Any, width: int, grid: Any) -> tuple[
     )
 
 
+def saved(
+    modules: Mapping[str, ModuleParallelism], sizes: Mapping[str, ModuleSizes], samples: int
+) -> dict[str, int]:
+    """Bytes that autograd keeps of a microbatch in each module of one stage on this rank."""
+    infra = MegatronMIMOInfra.build(modules)
+    found = {}
+    for name, groups in infra.pg_collections.items():
+        if groups is not None:
+            module = build_module(sizes[name], groups, sizes[LANGUAGE].hidden_size)
+            found[name] = _saved(module.train(), sizes[name], samples)
+    infra.destroy()
+    return found
+
+
+def _saved(module: Any, sizes: ModuleSizes, samples: int) -> int:
+    """Bytes of the memory that saved tensors lie in, parameters left out."""
+    parameters = {_storage(parameter) for parameter in module.parameters()}
+    kept: list[torch.Tensor] = []  # which also keeps their memory from being used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if sizes.vocab_size is None:
+            images = int(samples * sizes.max_images_per_sample)
+            patches = torch.randn(images, sizes.sequence, sizes.patch_size)
+            output = module({"images": patches})
+        else:
+            tokens = torch.zeros(samples, sizes.seq_length, dtype=torch.long)
+            positions = torch.arange(sizes.seq_length).expand_as(tokens).contiguous()
+            output = module(tokens, positions, None, labels=tokens.clone())
+    storages = {_storage(tensor) for tensor in kept} - parameters
+    assert output.requires_grad
+    return sum(storage_bytes for _, storage_bytes in storages)
+
+
 def build_module(sizes: ModuleSizes, groups: Any, width: int) -> Any:
     """A bare module, as large as the sizes say."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:

@@ -1,0 +1,170 @@
+"""What a layout holds on a rank of each stage: model states, activations in flight, messages."""
+
+from collections.abc import Mapping
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, pack, stages_behind
+from megatron_mimo_coord.planning.activations import stage_activations
+from megatron_mimo_coord.planning.model_states import model_states
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+
+ASSUMPTIONS = (
+    "weights, gradient buffers and optimizer state as Megatron's DDP and Adam allocate them, "
+    "padding included; moments and master copies in fp32",
+    "activations: the tensors that Megatron's layers save for backward, after Korthikanti et al. "
+    "2022 (arXiv 2205.05198); experts get equal numbers of tokens",
+    "1F1B: a stage holds its warm-up microbatches and one more; colocated modules hold one",
+    "working memory: the gradients of one layer's MLP, one recomputed layer, the logits once more",
+    "not in it: CUDA context, NCCL's buffers, fragmentation, workspaces, what the optimizer's step "
+    "needs for a moment",
+)
+"""What the estimate rests on, for a user to read."""
+
+
+@frozen
+class StageMemory:
+    """Bytes on the fullest rank of a module's pipeline stage.
+
+    Args:
+        weights: parameters, or the buffer they lie in.
+        gradients: buffers of gradients.
+        optimizer: Adam's moments and master copies; a shard with the distributed optimizer.
+        activations: what all microbatches in flight leave until their backward.
+        working: what is there once, while a layer or the loss is computed.
+        messages: what was received over bridges, and outputs that were sent and are still held.
+        microbatches: in flight.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    messages: float
+    microbatches: int
+
+    @property
+    def total(self) -> float:
+        """All of it, in bytes."""
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.working + self.messages
+
+
+def layout_memory(
+    modules: Mapping[str, ModuleParallelism],
+    sizes: Mapping[str, ModuleSizes],
+    *,
+    micro_batch_size: int,
+    num_microbatches: int,
+) -> dict[tuple[str, int], StageMemory]:
+    """What a rank of each (module, stage) of a layout holds.
+
+    Args:
+        modules: parallel sizes of each module; they divide what they share.
+        sizes: of each module.
+        micro_batch_size: samples in a microbatch over all ranks.
+        num_microbatches: microbatches in a step.
+
+    Example:
+        >>> sizes = ModuleSizes(
+        ...     num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128, seq_length=32
+        ... )
+        >>> layout = {"language": ModuleParallelism(pipeline_model_parallel_size=2)}
+        >>> memory = layout_memory(
+        ...     layout, {"language": sizes}, micro_batch_size=1, num_microbatches=8
+        ... )
+        >>> [stage.microbatches for stage in memory.values()], memory["language", 0].weights
+        ([2, 1], 240896)
+    """
+    grids = pack(modules)
+    return {
+        (name, stage): stage_memory(
+            name,
+            sizes,
+            modules,
+            stage,
+            micro_batch_size=micro_batch_size,
+            in_flight=min(num_microbatches, stages_behind(grids, name, stage) + 1),
+        )
+        for name, grid in grids.items()
+        for stage in range(grid.dim("pp"))
+    }
+
+
+def rank_totals(
+    grids: Mapping[str, ModuleGrid], memory: Mapping[tuple[str, int], StageMemory]
+) -> dict[tuple[str, int], float]:
+    """Bytes on a rank of each (module, stage), with those of the other modules on the same rank."""
+    return {
+        (name, stage): sum(
+            held.total
+            for (other, its_stage), held in memory.items()
+            if its_stage == stage and grids[other].ranks == grids[name].ranks
+        )
+        for name, stage in memory
+    }
+
+
+def stage_memory(
+    name: str,
+    sizes: Mapping[str, ModuleSizes],
+    modules: Mapping[str, ModuleParallelism],
+    stage: int,
+    *,
+    micro_batch_size: int,
+    in_flight: int,
+) -> StageMemory:
+    """What a rank of a stage holds with some microbatches in flight."""
+    own, parallelism = sizes[name], modules[name]
+    samples = micro_batch_size / parallelism.data_parallel_size
+    states = model_states(own, parallelism, stage, sizes[LANGUAGE].hidden_size)
+    kept = stage_activations(own, parallelism, stage, samples)
+    needs_backward = not own.frozen or name == LANGUAGE or stage > 0
+    return StageMemory(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=max(states.optimizer),
+        activations=in_flight * kept.saved if needs_backward else 0.0,
+        working=kept.working,
+        messages=in_flight * message_bytes(name, sizes, parallelism, stage, samples),
+        microbatches=in_flight,
+    )
+
+
+def message_bytes(
+    name: str,
+    sizes: Mapping[str, ModuleSizes],
+    parallelism: ModuleParallelism,
+    stage: int,
+    samples: float,
+) -> float:
+    """What a rank holds of a microbatch's messages until its backward.
+
+    Received hidden states of the same module are the first layer's input, and counted there. What a
+    stage sent is held unless ``deallocate_pipeline_outputs``; the language model's first stage
+    holds the tokens of every encoder beside the sequence that it puts them into.
+    """
+    own, language = sizes[name], sizes[LANGUAGE]
+    last = parallelism.pipeline_model_parallel_size - 1
+    held = 0.0
+    if name == LANGUAGE and stage == 0:
+        held += sum(
+            encoder_output(encoder, language, samples)
+            for other, encoder in sizes.items()
+            if other != LANGUAGE
+        )
+    if own.deallocate_pipeline_outputs:
+        return held
+    if stage < last:
+        hidden = own.tokens(samples, at_most=True) * own.hidden_size * own.bytes_per_number
+        held += hidden / (parallelism.tensor_model_parallel_size if own.sequence_parallel else 1)
+    elif name != LANGUAGE:
+        held += encoder_output(own, language, samples)
+    return held
+
+
+def encoder_output(encoder: ModuleSizes, language: ModuleSizes, samples: float) -> float:
+    """Bytes that an encoder hands to the language model for so many samples, at most."""
+    tokens = samples * encoder.max_images_per_sample * encoder.output_tokens
+    return tokens * language.hidden_size * encoder.bytes_per_number
