@@ -424,7 +424,7 @@ class Oracle:
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         loss.backward()
-        return float(total / number.clamp(min=1))
+        return float(total.detach() / number.clamp(min=1))
 
     def update(self) -> None:
         """One step of plain Adam."""
