@@ -15,9 +15,7 @@ What is left out has its default, as in Python. Above the tables may stand what 
 """
 
 import tomllib
-from collections.abc import Iterator
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from megatron_mimo_coord.layout.problems import (
     module_problems,
     raise_problems,
 )
+from megatron_mimo_coord.layout.toml_tables import TomlFile, field_fault
 
 FIELDS = fields_dict(ModuleParallelism)
 JOB_FIELDS = ("global_batch_size", "micro_batch_size", "calculate_per_token_loss")
@@ -60,7 +59,7 @@ def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
 
 
 @define(slots=False)
-class LayoutFile:
+class LayoutFile(TomlFile):
     """What a file says about modules.
 
     Args:
@@ -72,30 +71,13 @@ class LayoutFile:
             a world: that only ``problems_on`` can tell.
     """
 
-    path: Path
-    text: str
+    CONTENT = (
+        "a table for each module, such as [vision], and in it lines such as data_parallel_size = 4"
+    )
+
     modules: dict[str, ModuleParallelism]
     job: dict[str, Any]
     problems: list[Problem]
-
-    @classmethod
-    def read(cls, path: str | Path) -> "LayoutFile":
-        """Read a file.
-
-        Raises:
-            ValueError: there is no such file, or it is not TOML.
-        """
-        try:
-            return cls.of(Path(path), Path(path).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ValueError(
-                f"{path} cannot be read: {error.strerror}; give another file"
-            ) from error
-        except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML
-            raise ValueError(
-                f"{path} is not TOML: {error}; write a table for each module, such as [vision], "
-                f"and in it lines such as data_parallel_size = 4"
-            ) from error
 
     @classmethod
     def of(cls, path: Path, text: str) -> "LayoutFile":
@@ -137,52 +119,6 @@ class LayoutFile:
             )
             for module, field in problem.places
         )
-
-    def located(self, problem: Problem) -> Problem:
-        """A problem, with its places in the file in front."""
-        places = [
-            f"{self.path}{f':{line}' if line else ''}"
-            f"{f' [{module}]' if module else ''}{f' {field}' if field else ''}"
-            for module, field, line in self.places(problem)
-        ]
-        return Problem(": ".join([", ".join(places), problem]) if places else problem)
-
-    def places(self, problem: Problem) -> Iterator[tuple[str, str, int | None]]:
-        """(module, field, line) of all that a problem is about; the module's line if it has none.
-
-        The module is empty for what stands above the tables, the line None for what is not in the
-        file.
-        """
-        for module, field in problem.places:
-            line = self._lines.get((module, field), self._lines.get((module, "")))
-            if module or line:  # the batch may come from elsewhere than the file
-                yield module, field, line
-
-    @cached_property
-    def _lines(self) -> dict[tuple[str, str], int]:
-        """The line at which each module, and each field of it, comes into the file.
-
-        A statement is as many lines as it takes to be TOML, below the header that it stands under.
-        """
-        lines: dict[tuple[str, str], int] = {}
-        header, statement, start = "", "", 1
-        for number, line in enumerate(self.text.split("\n"), 1):
-            if not statement:
-                start = number
-            statement += line + "\n"
-            try:
-                tables = tomllib.loads(header + statement)
-            except tomllib.TOMLDecodeError:
-                continue  # it goes on in the next line
-            for name, table in tables.items():
-                is_module = isinstance(table, dict) and name not in JOB_FIELDS
-                lines.setdefault((name, "") if is_module else ("", name), start)
-                for field in table if is_module else ():
-                    lines.setdefault((name, field), start)
-            if statement.lstrip().startswith("["):
-                header = statement
-            statement = ""
-        return lines
 
 
 def _job_fault(name: str, value: Any) -> str:
@@ -232,14 +168,4 @@ def _fault(field: str, value: Any) -> str:
         return f"{field} is of the whole job; put it above the first table"
     if isinstance(value, dict):
         return f"a module is a table of its own: write [{field}]"
-    if field not in FIELDS:
-        near = get_close_matches(field, FIELDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FIELDS)}"
-        return f"there is no size {field!r}; {hint}"
-    check = FIELDS[field].validator
-    assert check, "every field has one"
-    try:
-        check(None, FIELDS[field], value)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return field_fault(FIELDS, "size", field, value)
