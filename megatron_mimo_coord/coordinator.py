@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +45,11 @@ from megatron_mimo_coord.layout.image_assignment import (
     encoder_grid,
 )
 from megatron_mimo_coord.metrics.losses import reduce_losses
+from megatron_mimo_coord.metrics.timeline_recording import (
+    TimelineRecording,
+    gpus_of_a_node,
+    steps_to_record,
+)
 from megatron_mimo_coord.training.schedule_hooks import install_hooks
 from megatron_mimo_coord.world.device import world_device
 
@@ -94,6 +100,8 @@ class MultiModuleCoordinator:
         )
         self._pending_assignments = PendingAssignments.of(job.model)
         self._config: ModelParallelConfig | None = None
+        self._optimizer: Any = None
+        self._communicators: list[VaryingTokensCommunicator] = []
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
             TokenCount(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
@@ -186,6 +194,7 @@ class MultiModuleCoordinator:
             )
         install_hooks(config, self._hooks_for(optimizer))
         self._config = self._finalizer.config = config
+        self._optimizer = optimizer
         FiniteSteps.of(optimizer)
 
     def build_pipeline_communicator(self, config: ModelParallelConfig) -> VaryingTokensCommunicator:
@@ -212,12 +221,14 @@ class MultiModuleCoordinator:
         self._token_counts.allow_varying()
         if colocated:
             allow_varying_token_counts(self._job.model)
-        return VaryingTokensCommunicator(
+        communicator = VaryingTokensCommunicator(
             infra.module_to_grid_map,
             {name: [] if colocated else infra.topology.get(name, []) for name in self._grids},
             config,
             getattr(infra, "module_output_ndim", None) or default_output_ndim(self._grids),
         )
+        self._communicators.append(communicator)
+        return communicator
 
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module on this rank to zero, before a step."""
@@ -355,6 +366,51 @@ class MultiModuleCoordinator:
             list(self._grids),
             {name: (each.ddp, each.pg_collection) for name, each in self._modules.items()},
             self._device,
+        )
+
+    def record_timeline(
+        self,
+        path: str | Path,
+        steps: int | range = 3,
+        *,
+        gpus_per_node: int | None = None,
+        flops_per_sample: float | None = None,
+    ) -> TimelineRecording:
+        """Record what every rank does in a few steps. Call it on every rank, between two steps.
+
+        A step begins with ``zero_grad_buffer`` and ends with the attached optimizer's ``step``. At
+        the end of the last one rank 0 writes the trace and, beside it, ``costs.toml``: what each
+        module was measured to cost, for ``mimo-plan --costs``. Before and after nothing is paid;
+        on GPUs the steps are timed by events, and no host waits for its device inside one.
+
+        Args:
+            path: where rank 0 writes Chrome Trace JSON, which Perfetto opens: a process for each
+                module, a thread for each rank.
+            steps: how many of the next steps, or a range of them counted from now.
+            gpus_per_node: GPUs of a node, idle ones included; by default those that PyTorch sees.
+            flops_per_sample: floating-point operations of the model for a sample, forward and
+                backward, for model FLOP/s.
+
+        Returns:
+            The recording, whose ``summary`` rank 0 can print once the last step is over.
+
+        Raises:
+            ValueError: ``steps`` is neither a number nor a range.
+
+        Example:
+            >>> recording = coordinator.record_timeline(Path(folder, "timeline.json"), steps=2)
+            >>> recording.summary is None
+            True
+        """
+        return TimelineRecording(
+            self._job,
+            finalizer=self._finalizer,
+            communicators=self._communicators,
+            optimizer=self._optimizer,
+            path=Path(path),
+            steps=steps_to_record(steps),
+            gpus_per_node=gpus_per_node or gpus_of_a_node(),
+            flops_per_sample=flops_per_sample,
         )
 
     def describe(self, micro_batch_size: int | None = None) -> str:

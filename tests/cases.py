@@ -226,18 +226,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         coordinator = MultiModuleCoordinator(infra, wrapped)
     optimizer = None
     if not case.no_optimizer:
-        optimizer = get_mimo_optimizer(
-            model,
-            OptimizerConfig(
-                optimizer="adam",
-                lr=ADAM["lr"],
-                adam_eps=ADAM["eps"],
-                weight_decay=0.0,
-                clip_grad=0.0,
-                bf16=bool(case.wrap),
-                use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
-            ),
-        )
+        optimizer = optimizer_of(case, model)
     coordinator.attach(model.config, optimizer)
     if case.megatron_communicator:
         communicator = MultiModulePipelineCommunicator(
@@ -249,23 +238,12 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         )
     else:
         communicator = coordinator.build_pipeline_communicator(model.config)
-    schedule = partial(
-        forward_backward_pipelining_without_interleaving,
-        forward_step_func=partial(_forward_step, case, coordinator),
-        model=[wrapped],
-        num_microbatches=case.num_microbatches,
-        seq_length=case.sequence,
-        micro_batch_size=case.micro_batch_size,
-        p2p_communicator=communicator,
-        pg_collection=coordinator.schedule_pg_collection,
-        force_all_reduce=case.force_all_reduce,
-    )
     try:
         for step in range(case.steps):
             if case.evaluate:
-                schedule(data_iterator=_data(case, step + 1), forward_only=True)
+                run_schedule(case, wrapped, coordinator, communicator, step + 1, forward_only=True)
             coordinator.zero_grad_buffer()
-            losses = schedule(data_iterator=_data(case, step))
+            losses = run_schedule(case, wrapped, coordinator, communicator, step)
             yield infra, model, coordinator.reduce_losses(losses)
             if optimizer is not None:
                 optimizer.step()
@@ -276,6 +254,45 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     finally:
         model.destroy()
         infra.destroy()
+
+
+def optimizer_of(case: Case, model: MimoModel) -> Any:
+    """Megatron's optimizer of a case's model."""
+    return get_mimo_optimizer(
+        model,
+        OptimizerConfig(
+            optimizer="adam",
+            lr=ADAM["lr"],
+            adam_eps=ADAM["eps"],
+            weight_decay=0.0,
+            clip_grad=0.0,
+            bf16=bool(case.wrap),
+            use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
+        ),
+    )
+
+
+def run_schedule(
+    case: Case,
+    model: Any,
+    coordinator: MultiModuleCoordinator,
+    communicator: Any,
+    step: int,
+    forward_only: bool = False,
+) -> Any:
+    """Megatron's own schedule on a step's data; what it returns."""
+    return forward_backward_pipelining_without_interleaving(
+        forward_step_func=partial(_forward_step, case, coordinator),
+        data_iterator=_data(case, step),
+        model=[model],
+        num_microbatches=case.num_microbatches,
+        seq_length=case.sequence,
+        micro_batch_size=case.micro_batch_size,
+        p2p_communicator=communicator,
+        pg_collection=coordinator.schedule_pg_collection,
+        forward_only=forward_only,
+        force_all_reduce=case.force_all_reduce,
+    )
 
 
 def built(case: Case) -> Any:

@@ -20,6 +20,8 @@ BELOW = {
     "world": {"layout"},
     "infra": {"layout", "world"},
     **dict.fromkeys(SIBLINGS, {"layout", "world", "infra"} | SIBLINGS),
+    "metrics": {"layout", "planning", "world", "infra"}
+    | SIBLINGS,  # a measured step is a planned one
     "coordinator": {"layout", "world", "infra"} | SIBLINGS,
     "cpu": {"layout", "world", "infra"},
 }

@@ -1,6 +1,6 @@
 """How Megatron's DDP lays gradients out: buffers, cut into buckets, reduced whole or in shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,3 +85,14 @@ def _own_part(start: int, end: int, process_group: Any) -> tuple[int, int]:
     rank, size = process_group.rank(), process_group.size()
     length = end - start
     return start + length * rank // size, start + length * (rank + 1) // size
+
+
+def gradient_bytes(ddp: DistributedDataParallel) -> tuple[float, float]:
+    """Bytes of a module's dense gradients, and of its experts' divided by an expert's replicas."""
+
+    def size(buffers: Iterable[Any]) -> int:
+        grads = [buffer.grad_data for buffer in buffers]
+        return sum(grad.numel() * grad.element_size() for grad in grads)
+
+    experts = size(ddp.expert_parallel_buffers)
+    return size(ddp.buffers), experts / ddp.expt_dp_group.size()

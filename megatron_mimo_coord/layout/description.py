@@ -1,6 +1,6 @@
 """A layout in numbers and as text: what each module gets, and how the modules hang together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -141,10 +141,19 @@ def _has_experts(module: Mapping[str, Any]) -> bool:
 
 def describe(summary: Mapping[str, Any]) -> str:
     """A summary as plain text, to be printed or logged before the first step."""
-    rows = table(summary)
+    return f"{headline(summary)}\n{aligned(table(summary))}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as plain text, each column as wide as it must be.
+
+    Example:
+        >>> print(aligned([("module", "ranks"), ("vision", "0-3")]))
+        module  ranks
+        vision  0-3
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([headline(summary), *lines])
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _count(number: int, thing: str, plural: str = "s") -> str:

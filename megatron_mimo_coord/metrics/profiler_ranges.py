@@ -1,11 +1,14 @@
-"""Names for what runs, in NVTX and in PyTorch's profiler."""
+"""Names for what runs, in NVTX, in PyTorch's profiler and in recorded timelines."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.profiler import record_function
+
+observers: list[Callable[[str], AbstractContextManager[None]]] = []
+"""What a timeline that is being recorded does around every range of this process."""
 
 
 @contextmanager
@@ -18,8 +21,11 @@ def named_range(name: str) -> Iterator[None]:
         >>> [event.name for event in profile.events() if event.name == "vision"]
         ['vision']
     """
-    nvtx = torch.cuda.nvtx.range(name) if torch.version.cuda else nullcontext()
-    # record_function takes some 40 us even where nothing records it.
-    profiler = record_function(name) if _profiler_enabled() else nullcontext()
-    with nvtx, profiler:
+    with ExitStack() as stack:
+        if torch.version.cuda:
+            stack.enter_context(torch.cuda.nvtx.range(name))
+        if _profiler_enabled():  # record_function takes some 40 us even where nothing records it
+            stack.enter_context(record_function(name))
+        for observer in observers:
+            stack.enter_context(observer(name))
         yield

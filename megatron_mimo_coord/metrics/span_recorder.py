@@ -1,0 +1,128 @@
+"""What one rank does in a step, span after span, as it happens."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from attrs import frozen
+
+from megatron_mimo_coord.metrics.clocks import Clock
+from megatron_mimo_coord.planning.timeline import (
+    BACKWARD,
+    FORWARD,
+    OPTIMIZER,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE,
+    SEND_BACKWARD,
+    SEND_BACKWARD_RECV_FORWARD,
+    SEND_FORWARD,
+    SEND_FORWARD_RECV_BACKWARD,
+    Span,
+)
+
+FINALIZE = "finalize"
+"""All of ``finalize_model_grads``; what it waits for a module's reductions is ``REDUCE``."""
+
+TO_PREVIOUS = (RECV_FORWARD, SEND_BACKWARD, SEND_BACKWARD_RECV_FORWARD)
+TO_NEXT = (SEND_FORWARD, RECV_BACKWARD, SEND_FORWARD_RECV_BACKWARD)
+KINDS = (FORWARD, BACKWARD, *TO_PREVIOUS, *TO_NEXT, REDUCE, FINALIZE, OPTIMIZER)
+
+# What the schedule computes once a method of the communicator has returned.
+_NEXT = {
+    RECV_FORWARD: FORWARD,
+    SEND_BACKWARD_RECV_FORWARD: FORWARD,
+    RECV_BACKWARD: BACKWARD,
+    SEND_FORWARD_RECV_BACKWARD: BACKWARD,
+}
+_DIRECTION = {
+    **dict.fromkeys((FORWARD, RECV_FORWARD, SEND_FORWARD, SEND_FORWARD_RECV_BACKWARD), FORWARD),
+    **dict.fromkeys((BACKWARD, RECV_BACKWARD, SEND_BACKWARD, SEND_BACKWARD_RECV_FORWARD), BACKWARD),
+}
+
+
+@frozen
+class Place:
+    """Where a rank stands in the pipeline.
+
+    Args:
+        modules: the modules on this rank, in the order of forward.
+        stage: its pipeline stage.
+        bridges: for each kind of message that passes a bridge here, the encoder whose it is.
+    """
+
+    modules: Sequence[str]
+    stage: int
+    bridges: dict[str, str]
+
+
+class SpanRecorder:
+    """Records the spans of one rank in a step, which begins now.
+
+    Args:
+        place: where the rank stands.
+        clock: of the rank's device.
+    """
+
+    def __init__(self, place: Place, clock: Clock) -> None:
+        self._place = place
+        self._clock = clock
+        self._marked: list[tuple[str, str, int | None, Any, Any]] = []
+        self._computing: tuple[str, str, int, Any] | None = None
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._start = clock.mark()
+
+    @contextmanager
+    def message(self, kind: str) -> Iterator[None]:
+        """Around a method of the communicator; what follows it is computing."""
+        self.stop_computing()
+        start = self._clock.mark()
+        yield
+        module = self._place.modules[0]
+        sent = kind.startswith("send")
+        microbatch = self._counts[_DIRECTION[kind], module] - sent
+        self._marked.append((kind, module, microbatch, start, self._clock.mark()))
+        if kind in _NEXT:
+            order = -1 if _NEXT[kind] == BACKWARD else 0
+            self.compute(_NEXT[kind], self._place.modules[order])
+
+    def compute(self, kind: str, module: str) -> None:
+        """From here on the rank computes ``FORWARD`` or ``BACKWARD`` of a module."""
+        if self._computing is not None and self._computing[:2] == (kind, module):
+            return
+        self.stop_computing()
+        microbatch = self._counts[kind, module]
+        self._counts[kind, module] += 1
+        self._computing = kind, module, microbatch, self._clock.mark()
+
+    def stop_computing(self) -> None:
+        """Forward or backward is over."""
+        if self._computing is not None:
+            self._marked.append((*self._computing, self._clock.mark()))
+            self._computing = None
+
+    @contextmanager
+    def once(self, kind: str, module: str) -> Iterator[None]:
+        """Around what a step does once."""
+        self.stop_computing()
+        start = self._clock.mark()
+        yield
+        self._marked.append((kind, module, None, start, self._clock.mark()))
+
+    def spans(self) -> list[Span]:
+        """All spans since the step began; waits for the device."""
+        self.stop_computing()
+        begin = self._clock.seconds(self._start)
+        return [
+            Span(
+                kind=kind,
+                module=module,
+                stage=self._place.stage,
+                start=self._clock.seconds(start) - begin,
+                end=self._clock.seconds(end) - begin,
+                microbatch=microbatch,
+                bridge=self._place.bridges.get(kind),
+            )
+            for kind, module, microbatch, start, end in self._marked
+        ]

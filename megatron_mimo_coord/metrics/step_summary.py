@@ -1,0 +1,143 @@
+"""Where the time of measured steps went, in numbers: by module, and over the job."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
+from statistics import mean, median
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.layout.description import aligned
+from megatron_mimo_coord.planning.timeline import (
+    BACKWARD,
+    COMPUTING,
+    FORWARD,
+    Span,
+    StageShares,
+)
+
+Step = Mapping[int, Sequence[Span]]
+"""For each rank, what it did in a step."""
+
+
+@frozen(kw_only=True)
+class StepSummary:
+    """Where the time of recorded steps went; ``print`` it as a table.
+
+    Args:
+        seconds: how long a step took, the median of those recorded.
+        modules: what part of a step the ranks of each module spent on what, on average.
+        imbalance: for each encoder with several data-parallel ranks, largest work of one divided by
+            the mean.
+        samples_per_second: over all ranks.
+        tokens_per_second: text and modality tokens of the language model's sequences, over all
+            ranks.
+        used_gpus: ranks of the job.
+        allocated_gpus: GPUs of the nodes that the job takes, idle ones included.
+        flops_per_second: of the model over all ranks; None if nobody said how many a sample takes.
+    """
+
+    seconds: float
+    modules: Mapping[str, StageShares]
+    imbalance: Mapping[str, float]
+    samples_per_second: float
+    tokens_per_second: float
+    used_gpus: int
+    allocated_gpus: int
+    flops_per_second: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[Step],
+        grids: Mapping[str, ModuleGrid],
+        *,
+        samples: int,
+        sequence_length: int,
+        gpus_per_node: int,
+        flops_per_sample: float | None = None,
+    ) -> "StepSummary":
+        """Sum up steps.
+
+        Args:
+            steps: the spans of every rank in each step.
+            grids: where each module lies.
+            samples: of a step, over all ranks.
+            sequence_length: tokens of a sample in the language model.
+            gpus_per_node: GPUs of a node.
+            flops_per_sample: floating-point operations of the whole model for a sample, forward
+                and backward.
+        """
+        seconds = median(step_seconds(step) for step in steps)
+        ranks = len(steps[0])
+        return cls(
+            seconds=seconds,
+            modules={name: _shares(steps, grid) for name, grid in grids.items()},
+            imbalance={
+                name: data_parallel_imbalance(steps, grid)
+                for name, grid in grids.items()
+                if name != LANGUAGE and grid.data_parallel_size > 1
+            },
+            samples_per_second=samples / seconds,
+            tokens_per_second=samples * sequence_length / seconds,
+            used_gpus=ranks,
+            allocated_gpus=ceil(ranks / gpus_per_node) * gpus_per_node,
+            flops_per_second=flops_per_sample and flops_per_sample * samples / seconds,
+        )
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("module", "busy", "waiting on a bridge", "idle", "imbalance")
+        ]
+        for name, shares in self.modules.items():
+            imbalance = self.imbalance.get(name)
+            rows.append(
+                (
+                    name,
+                    *(f"{share:.0%}" for share in (shares.busy, shares.waiting, shares.idle)),
+                    f"{imbalance:.2f}" if imbalance else "",
+                )
+            )
+        rates = [("samples/s", self.samples_per_second), ("tokens/s", self.tokens_per_second)]
+        if self.flops_per_second is not None:
+            rates.append(("model TFLOP/s", self.flops_per_second / 1e12))
+        lines = [f"{self.seconds:.4g} s a step", aligned(rows)]
+        lines += [
+            f"{rate:.4g} {name}: {rate / self.used_gpus:.4g} a GPU in use ({self.used_gpus}), "
+            f"{rate / self.allocated_gpus:.4g} a GPU allocated ({self.allocated_gpus})"
+            for name, rate in rates
+        ]
+        return "\n".join(lines)
+
+
+def step_seconds(step: Step) -> float:
+    """From the beginning of a step to the last span of any rank."""
+    return max(span.end for spans in step.values() for span in spans)
+
+
+def _shares(steps: Sequence[Step], grid: ModuleGrid) -> StageShares:
+    busy, waiting = [], []
+    for step in steps:
+        seconds = step_seconds(step)
+        for rank in grid.ranks:
+            spans = [span for span in step[rank] if span.module == grid.name]
+            busy.append(_sum(span for span in spans if span.kind in COMPUTING) / seconds)
+            waiting.append(_sum(span for span in spans if span.bridge) / seconds)
+    return StageShares(mean(busy), mean(waiting), 1 - mean(busy) - mean(waiting))
+
+
+def data_parallel_imbalance(steps: Sequence[Step], grid: ModuleGrid) -> float:
+    """Largest work of a data-parallel rank of a module, divided by the mean."""
+    work = [0.0] * grid.data_parallel_size
+    for step in steps:
+        for rank in grid.ranks:
+            work[grid.coordinate(rank, "dp")] += _sum(
+                span
+                for span in step[rank]
+                if span.module == grid.name and span.kind in (FORWARD, BACKWARD)
+            )
+    return max(work) / mean(work) if any(work) else 1.0
+
+
+def _sum(spans: Iterable[Span]) -> float:
+    return sum(span.end - span.start for span in spans)

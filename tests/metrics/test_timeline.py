@@ -1,0 +1,96 @@
+"""A recorded timeline says what every rank did, and nothing stays of it afterwards."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import PATCHES, Case, built, optimizer_of, run_schedule
+from layouts import COLOCATED, LAYOUTS, SHARDED, layout_name
+from ranks import world
+
+from megatron_mimo_coord.metrics import profiler_ranges
+from megatron_mimo_coord.planning import ModuleCosts
+
+STEPS, MICROBATCHES = 2, 3
+
+
+def _record(case: Case, folder: str) -> dict[str, Any]:
+    """Run four steps and evaluate after each; the second and third are recorded."""
+    infra, model, coordinator = built(case)
+    optimizer = optimizer_of(case, model)
+    coordinator.attach(model.config, optimizer)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    owners = [coordinator._finalizer, optimizer, communicator]
+    before = [dict(vars(owner)).keys() for owner in owners]
+    path = Path(folder, "timeline.json")
+    recording = coordinator.record_timeline(path, range(1, 1 + STEPS), gpus_per_node=8)
+    for step in range(4):
+        coordinator.zero_grad_buffer()
+        run_schedule(case, model, coordinator, communicator, step)
+        optimizer.step()
+        run_schedule(case, model, coordinator, communicator, step, forward_only=True)
+    assert before == [vars(owner).keys() for owner in owners], "nothing is left behind"
+    assert not profiler_ranges.observers
+    model.destroy()
+    infra.destroy()
+    if recording.summary is None:
+        return {}
+    return {
+        "text": str(recording.summary),
+        "modules": dict(recording.summary.modules),
+        "samples": recording.summary.samples_per_second * recording.summary.seconds,
+        "gpus": (recording.summary.used_gpus, recording.summary.allocated_gpus),
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LAYOUTS["fan-in, pipeline"],
+        COLOCATED,
+        {**LAYOUTS["two encoders"]},
+    ],
+    ids=layout_name,
+)
+def test_every_rank_is_recorded(layout, tmp_path):
+    case = Case(modules=layout, num_microbatches=MICROBATCHES, ddp=SHARDED)
+    first, *others = world(case.world_size).run(_record, case, str(tmp_path))
+    assert others == [{}] * len(others), "rank 0 alone has the summary"
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    spans = [event for event in events if event["ph"] == "X"]
+    for pid, module in names.items():
+        ranks = {event["tid"] for event in spans if event["pid"] == pid}
+        for kind, times in (
+            ("forward", MICROBATCHES),
+            ("backward", MICROBATCHES),
+            ("reduce_gradients", 1),
+            ("optimizer", 1),
+        ):
+            here = [e for e in spans if e["cat"] == kind and e["pid"] == pid]
+            assert len(here) == STEPS * times * len(ranks), (module, kind)
+            assert all(event["dur"] > 0 for event in here)
+    for rank in {event["tid"] for event in spans}:
+        on_rank = [e for e in spans if e["tid"] == rank and e["cat"] != "finalize"]
+        on_rank.sort(key=lambda event: event["ts"])
+        ends = [event["ts"] + event["dur"] for event in on_rank]
+        overlaps = [e for e, end in zip(on_rank[1:], ends, strict=False) if e["ts"] < end - 1]
+        assert not overlaps, "a rank does one thing at a time"
+    assert first["samples"] == pytest.approx(MICROBATCHES * case.micro_batch_size)
+    assert first["gpus"] == (case.world_size, 8)
+    assert all(
+        0 <= share <= 1
+        for shares in first["modules"].values()
+        for share in (shares.busy, shares.waiting, shares.idle)
+    )
+    assert "samples/s" in first["text"]
+    tables = tomllib.loads((tmp_path / "costs.toml").read_text())
+    costs = {name: ModuleCosts(**table) for name, table in tables.items()}
+    assert set(costs) == set(layout)
+    assert all(each.forward_seconds_per_sample > 0 for each in costs.values())
+    assert all(each.gradient_bytes > 0 for each in costs.values())
+    if layout != COLOCATED:
+        hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
+        assert costs["vision"].output_bytes_per_sample == PATCHES * hidden * itemsize
