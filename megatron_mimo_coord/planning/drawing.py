@@ -1,13 +1,13 @@
 """Pictures of a layout: which ranks hold which module, pipeline stage and replica."""
 
 from collections.abc import Mapping
-from itertools import cycle
 from xml.etree import ElementTree as Xml
 
 from attrs import frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, span
 from megatron_mimo_coord.layout.description import bridge
+from megatron_mimo_coord.planning.svg import add, module_colors, new_svg, svg_text, write
 
 SHOWN = 6  # stages or replicas of a module; of more, those in the middle are left out
 GAP = "…"
@@ -64,16 +64,12 @@ def _ranks(grid: ModuleGrid, stage: int | None, replica: int | None) -> str:
 
 # -- SVG -------------------------------------------------------------------------------------------
 
-COLORS = ("#4269d0", "#3ca951", "#ff725c", "#a463f2", "#6cc5b0", "#efb118")
 CELL, LINE, LABELS, LETTER, SPACE, ARROW = 112, 26, 68, 8, 20, 80  # pixels
 
 
 def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
     """A layout as an SVG document: encoders on the left, the language model on the right."""
-    svg = Xml.Element("svg", xmlns="http://www.w3.org/2000/svg")
-    svg.set("font-family", "sans-serif")
-    svg.set("font-size", "13")
-    _add(svg, "title").text = f"Ranks of {', '.join(grids)}"
+    svg = new_svg(f"Ranks of {', '.join(grids)}")
     encoders = {name: Block.of(grid) for name, grid in grids.items() if name != LANGUAGE}
     language = Block.of(grids[LANGUAGE])
     together = ", same ranks" if is_colocated(grids.values()) else ""
@@ -89,13 +85,13 @@ def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
     )
     svg.set("viewBox", f"0 0 {right + _width(language) + SPACE} {height}")
     top = SPACE
-    for (name, block), color in zip(encoders.items(), cycle(COLORS[1:]), strict=False):
-        _draw_block(svg, block, titles[name], SPACE, top, color)
+    colors = module_colors(grids)
+    for name, block in encoders.items():
+        _draw_block(svg, block, titles[name], SPACE, top, colors[name])
         _draw_arrow(svg, left, top + _height(block) // 2, right, height // 2)
         top += _height(block) + SPACE
-    _draw_block(svg, language, LANGUAGE, right, (height - _height(language)) // 2, COLORS[0])
-    Xml.indent(svg)
-    return Xml.tostring(svg, encoding="unicode") + "\n"
+    _draw_block(svg, language, LANGUAGE, right, (height - _height(language)) // 2, colors[LANGUAGE])
+    return svg_text(svg)
 
 
 def _width(block: Block) -> int:
@@ -110,32 +106,21 @@ def _draw_block(
     svg: Xml.Element, block: Block, title: str, left: int, top: int, color: str
 ) -> None:
     """The title, a line of stages, then a line for each replica."""
-    _write(svg, title, left, top + LINE // 2, "start", color)
+    write(svg, title, left, top + LINE // 2, "start", color)
     for column, stage in enumerate(block.stages):
-        _write(svg, stage, left + LABELS + CELL * column + CELL // 2, top + LINE * 3 // 2)
+        write(svg, stage, left + LABELS + CELL * column + CELL // 2, top + LINE * 3 // 2)
     for row, (replica, cells) in enumerate(zip(block.replicas, block.cells, strict=True), 2):
         y = top + LINE * row
-        _write(svg, replica, left, y + LINE // 2, "start")
+        write(svg, replica, left, y + LINE // 2, "start")
         for column, ranks in enumerate(cells):
             x = left + LABELS + CELL * column
             if ranks != GAP:
                 box = {"x": x + 2, "y": y + 2, "width": CELL - 4, "height": LINE - 4, "rx": 4}
                 look = {"fill": color, "fill-opacity": "0.25", "stroke": color}
-                _add(svg, "rect", **box, **look)
-            _write(svg, ranks, x + CELL // 2, y + LINE // 2)
+                add(svg, "rect", **box, **look)
+            write(svg, ranks, x + CELL // 2, y + LINE // 2)
 
 
 def _draw_arrow(svg: Xml.Element, left: int, start: int, right: int, end: int) -> None:
     head = "m-8 -5l8 5l-8 5"
-    _add(svg, "path", d=f"M{left + 8} {start}L{right - 8} {end}{head}", fill="none", stroke="#777")
-
-
-def _write(
-    svg: Xml.Element, text: str, x: int, y: int, anchor: str = "middle", color: str = "#333"
-) -> None:
-    look = {"text-anchor": anchor, "dominant-baseline": "central", "fill": color}
-    _add(svg, "text", x=x, y=y, **look).text = text
-
-
-def _add(svg: Xml.Element, tag: str, **attributes: str | int) -> Xml.Element:
-    return Xml.SubElement(svg, tag, {name: str(value) for name, value in attributes.items()})
+    add(svg, "path", d=f"M{left + 8} {start}L{right - 8} {end}{head}", fill="none", stroke="#777")

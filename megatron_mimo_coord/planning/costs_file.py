@@ -1,0 +1,119 @@
+"""Costs in a TOML file: a table for each module, and one for what joins the ranks.
+
+    [vision]
+    forward_seconds_per_sample = 0.011
+    backward_seconds_per_sample = 0.023
+    output_bytes_per_sample = 4194304
+
+    [language]
+    forward_seconds_per_sample = 0.09
+    backward_seconds_per_sample = 0.18
+
+    [cluster]
+    ranks_per_node = 8
+    network_bytes_per_second = 50e9
+
+The fields are those of ``ModuleCosts`` and ``Cluster``; what is left out has its default, as in
+Python, but for the two that every module needs.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from attrs import NOTHING, define, fields_dict
+
+from megatron_mimo_coord.layout.problems import NAME, Problem, raise_problems
+from megatron_mimo_coord.layout.toml_tables import TomlFile, field_fault
+from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+
+CLUSTER = "cluster"
+"""Name of the table that is no module's."""
+
+
+def read_costs(path: str | Path) -> tuple[dict[str, ModuleCosts], Cluster]:
+    """What each module and each message costs, for :func:`simulate_step`.
+
+    Args:
+        path: a TOML file with a table for each module, and perhaps ``[cluster]``.
+
+    Raises:
+        ValueError: the file cannot be read or what is in it is no cost; the message lists every
+            problem with its line in the file.
+
+    Example:
+        >>> file = Path(folder, "costs.toml")
+        >>> _ = file.write_text(
+        ...     "[language]\\nforward_seconds_per_sample = 1\\n"
+        ...     "backward_seconds_per_sample = 2\\n[cluster]\\nranks_per_node = 8\\n"
+        ... )
+        >>> costs, cluster = read_costs(file)
+        >>> costs["language"].backward_seconds_per_sample, cluster.ranks_per_node
+        (2, 8)
+    """
+    file = CostsFile.read(path)
+    raise_problems(
+        f"{path} is no file of costs", [file.located(problem) for problem in file.problems]
+    )
+    return file.costs, file.cluster
+
+
+@define(slots=False)
+class CostsFile(TomlFile):
+    """What a file says about costs.
+
+    Args:
+        costs: of each module whose table is right.
+        cluster: the links between ranks.
+        problems: what is wrong.
+    """
+
+    CONTENT = (
+        "a table for each module, such as [vision], and in it lines such as "
+        "forward_seconds_per_sample = 0.01"
+    )
+
+    costs: dict[str, ModuleCosts]
+    cluster: Cluster
+    problems: list[Problem]
+
+    @classmethod
+    def of(cls, path: Path, text: str) -> "CostsFile":
+        """What a file with this text says."""
+        costs, cluster, problems = {}, Cluster(), []
+        for name, table in tomllib.loads(text).items():
+            found = _problems(name, table)
+            problems += found
+            if not found and name == CLUSTER:
+                cluster = Cluster(**table)
+            elif not found:
+                costs[name] = ModuleCosts(**table)
+        return cls(path, text, costs, cluster, problems)
+
+
+def _problems(name: str, table: Any) -> list[Problem]:
+    """What is wrong with a table."""
+    if not isinstance(table, dict):
+        return [Problem(f"{name} is in no table; put it below a line such as [vision]", ("", name))]
+    if not NAME.fullmatch(name):
+        return [
+            Problem(
+                f"module name {name!r} must be made of letters, digits, - and _ alone; rename it",
+                (name, ""),
+            )
+        ]
+    fields = fields_dict(Cluster if name == CLUSTER else ModuleCosts)
+    missing = [
+        field.name
+        for field in fields.values()
+        if field.default is NOTHING and field.name not in table
+    ]
+    problems = [
+        Problem(
+            f"there is no {field}; write {field} = 0.01, say, with the seconds of one sample",
+            (name, ""),
+        )
+        for field in missing
+    ]
+    faults = {field: field_fault(fields, "cost", field, value) for field, value in table.items()}
+    return problems + [Problem(fault, (name, field)) for field, fault in faults.items() if fault]
