@@ -25,6 +25,7 @@ from megatron_mimo_coord.bridges.communicator import (
     fan_in_encoders,
 )
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
 from megatron_mimo_coord.gradients.module import ModuleGradients
@@ -402,8 +403,13 @@ class MultiModuleCoordinator:
             >>> recording.summary is None
             True
         """
+        job = self._job
         return TimelineRecording(
-            self._job,
+            rank=job.rank,
+            grids=job.grids,
+            model=job.model,
+            ddps=job.ddps,
+            gradient_bytes={name: gradient_bytes(ddp) for name, ddp in job.ddps.items()},
             finalizer=self._finalizer,
             communicators=self._communicators,
             optimizer=self._optimizer,

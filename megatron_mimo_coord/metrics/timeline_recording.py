@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from attrs import asdict
+from megatron.core.distributed import DistributedDataParallel
 
-from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.gradients.buckets import gradient_bytes
-from megatron_mimo_coord.layout import LANGUAGE, is_colocated, is_count, shown
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, is_count, shown
 from megatron_mimo_coord.metrics import profiler_ranges
 from megatron_mimo_coord.metrics.clocks import Clock, clock_of
 from megatron_mimo_coord.metrics.measured_costs import RankBytes, measured_costs, to_toml
@@ -46,8 +45,12 @@ class TimelineRecording:
 
     def __init__(
         self,
-        job: Job,
         *,
+        rank: int,
+        grids: Mapping[str, ModuleGrid],
+        model: torch.nn.Module,
+        ddps: Mapping[str, DistributedDataParallel],
+        gradient_bytes: Mapping[str, tuple[float, float]],
         finalizer: Any,
         communicators: Sequence[Any],
         optimizer: Any,
@@ -57,7 +60,10 @@ class TimelineRecording:
         flops_per_sample: float | None,
     ) -> None:
         self.summary: StepSummary | None = None
-        self._job = job
+        self._grids = grids
+        self._model = model
+        self._ddps = ddps
+        self._gradient_bytes = gradient_bytes
         self._finalizer = finalizer
         self._communicators = communicators
         self._optimizer = optimizer
@@ -65,7 +71,7 @@ class TimelineRecording:
         self._steps = steps
         self._gpus_per_node = gpus_per_node
         self._flops_per_sample = flops_per_sample
-        self._place = _place(job)
+        self._place = _place(rank, grids, list(ddps))
         self._clock: Clock = clock_of(world_device())
         self._recorders: list[SpanRecorder] = []
         self._recorder: SpanRecorder | None = None  # of the step that is under way
@@ -112,10 +118,10 @@ class TimelineRecording:
                     undo.append(_around(inner, update, self._once(OPTIMIZER, name)))
         profiler_ranges.observers.append(self._range)
         undo.append(lambda: profiler_ranges.observers.remove(self._range))
-        watch = self._job.model.register_forward_pre_hook(self._remember_shape, with_kwargs=True)
+        watch = self._model.register_forward_pre_hook(self._remember_shape, with_kwargs=True)
         undo.append(watch.remove)
         if len(self._place.modules) > 1 or not self._communicators:
-            for name, ddp in self._job.ddps.items():
+            for name, ddp in self._ddps.items():
                 # MimoModel calls some modules by their forward, past PyTorch's own hooks.
                 undo.append(_around(ddp, "forward", self._forward_of(name), self._watch(name)))
 
@@ -151,7 +157,7 @@ class TimelineRecording:
 
     def _range(self, name: str) -> AbstractContextManager[None]:
         """A module's part of the finalize, which is a named range of its own."""
-        return self._once(REDUCE, name)() if name in self._job.ddps else nullcontext()
+        return self._once(REDUCE, name)() if name in self._ddps else nullcontext()
 
     def _remember_shape(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -184,8 +190,7 @@ class TimelineRecording:
 
     def _merge(self) -> None:
         """Have rank 0 write what all ranks recorded. Collective over the world."""
-        ddps = self._job.ddps
-        sizes = {name: gradient_bytes(ddp) for name, ddp in ddps.items()}
+        sizes = self._gradient_bytes
         mine = {
             "steps": [[list(_row(span)) for span in each.spans()] for each in self._recorders],
             "bytes": asdict(
@@ -197,7 +202,7 @@ class TimelineRecording:
                     },
                     shards_optimizer=[
                         name
-                        for name, ddp in ddps.items()
+                        for name, ddp in self._ddps.items()
                         if ddp.ddp_config.use_distributed_optimizer
                     ],
                 )
@@ -213,7 +218,7 @@ class TimelineRecording:
             {rank: [Span(*row) for row in of["steps"][index]] for rank, of in enumerate(ranks)}
             for index in range(len(self._recorders))
         ]
-        language = self._job.grids[LANGUAGE]
+        language = self._grids[LANGUAGE]
         rows, sequence_length = ranks[language.ranks[0]]["input_shape"]
         micro_batch_size = rows * language.data_parallel_size
         num_microbatches = sum(
@@ -221,7 +226,7 @@ class TimelineRecording:
         )
         self.summary = StepSummary.of(
             steps,
-            self._job.grids,
+            self._grids,
             samples=micro_batch_size * num_microbatches,
             sequence_length=sequence_length,
             gpus_per_node=self._gpus_per_node,
@@ -230,7 +235,7 @@ class TimelineRecording:
         costs = measured_costs(
             steps,
             [RankBytes(**of["bytes"]) for of in ranks],
-            self._job.grids,
+            self._grids,
             micro_batch_size=micro_batch_size,
             num_microbatches=num_microbatches,
         )
@@ -265,16 +270,15 @@ def steps_to_record(steps: Any) -> range:
     )
 
 
-def _place(job: Job) -> Place:
-    modules = list(job.ddps)
-    grid = job.grids[modules[0]]
-    stage = grid.coordinate(job.rank, "pp")
+def _place(rank: int, grids: Mapping[str, ModuleGrid], modules: list[str]) -> Place:
+    grid = grids[modules[0]]
+    stage = grid.coordinate(rank, "pp")
     bridges: dict[str, str] = {}
-    if not is_colocated(job.grids.values()):
-        if LANGUAGE not in modules and grid.is_on_last_stage(job.rank):
+    if not is_colocated(grids.values()):
+        if LANGUAGE not in modules and grid.is_on_last_stage(rank):
             bridges = dict.fromkeys(TO_NEXT, modules[0])
         elif LANGUAGE in modules and stage == 0:
-            encoders = [name for name in job.grids if name != LANGUAGE]
+            encoders = [name for name in grids if name != LANGUAGE]
             bridges = dict.fromkeys(TO_PREVIOUS, ", ".join(encoders))
     return Place(modules=modules, stage=stage, bridges=bridges)
 
