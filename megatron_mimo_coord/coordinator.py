@@ -19,11 +19,8 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.colocated import allow_varying_token_counts
-from megatron_mimo_coord.bridges.communicator import (
-    TokenCounts,
-    VaryingTokensCommunicator,
-    fan_in_encoders,
-)
+from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
+from megatron_mimo_coord.bridges.token_counts import TokenCounts, fan_in_ratios
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
@@ -96,13 +93,11 @@ class MultiModuleCoordinator:
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
         self._schedule_pg_collection = self._collect_for_schedule()
-        self._token_counts = TokenCounts.of(
-            job.model, fan_in_encoders(job.grids, job.infra.topology)
-        )
+        self._token_counts = TokenCounts.of(job.model, fan_in_ratios(job.grids, job.infra.topology))
         self._pending_assignments = PendingAssignments.of(job.model)
         self._config: ModelParallelConfig | None = None
         self._optimizer: Any = None
-        self._communicators: list[VaryingTokensCommunicator] = []
+        self._communicators: list[PipelineCommunicator] = []
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
             TokenCount(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
@@ -198,7 +193,7 @@ class MultiModuleCoordinator:
         self._optimizer = optimizer
         FiniteSteps.of(optimizer)
 
-    def build_pipeline_communicator(self, config: ModelParallelConfig) -> VaryingTokensCommunicator:
+    def build_pipeline_communicator(self, config: ModelParallelConfig) -> PipelineCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
 
         Samples may have no, one or many images, and encoders any DP that divides or is a multiple
@@ -222,11 +217,12 @@ class MultiModuleCoordinator:
         self._token_counts.allow_varying()
         if colocated:
             allow_varying_token_counts(self._job.model)
-        communicator = VaryingTokensCommunicator(
+        communicator = PipelineCommunicator(
             infra.module_to_grid_map,
             {name: [] if colocated else infra.topology.get(name, []) for name in self._grids},
             config,
             getattr(infra, "module_output_ndim", None) or default_output_ndim(self._grids),
+            self._pending_assignments,
         )
         self._communicators.append(communicator)
         return communicator

@@ -28,6 +28,7 @@ from megatron_mimo_coord.layout.problems import (
     raise_problems,
 )
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import inherit_timeout
 
 EXPERT_VIEW = "expert"
@@ -151,6 +152,7 @@ class MegatronMIMOInfra:
             if groups:
                 groups.embd = groups.pos_embd = None
         for grid in self.module_to_grid_map.values():
+            ExtraGroups.of(grid).destroy()
             grid.destroy()
         BridgeCommunicator.destroy_broadcast_pgs()
         BridgeCommunicator.destroy_bridge_pgs()

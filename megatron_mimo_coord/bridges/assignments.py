@@ -49,6 +49,11 @@ class PendingAssignments:
             )
         queue.append(assignment)
 
+    def next(self, encoder: str) -> ImageAssignment | None:
+        """What will be taken next, if anything."""
+        queue = self._queues.get(encoder)
+        return queue[0] if queue else None
+
     def take(self, encoder: str) -> ImageAssignment | None:
         """That of the microbatch which runs now; None if its images stay with their slices."""
         queue = self._queues[encoder]

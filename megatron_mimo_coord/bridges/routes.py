@@ -1,0 +1,159 @@
+"""Which rank sends which rows to which: arithmetic of one bridge, in plain integers.
+
+Rows are those of an encoder's output ``[tokens, hidden]``; where a module hands over ``[sequence,
+batch, hidden]`` they are the samples.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import ModuleGrid
+from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+
+Run = tuple[int, int]
+"""(first row, number of rows)"""
+
+
+@frozen
+class Ends:
+    """The ranks on both sides of a bridge, or of one stage of a module and the next.
+
+    Ranks of one data-parallel rank hold the same tensors; they are its lanes. Each lane has one
+    lane of each data-parallel rank on the other side to receive from, so nothing is broadcast.
+
+    Args:
+        sources: global ranks that send activations, [data-parallel rank][lane].
+        targets: global ranks that receive them, nested alike.
+    """
+
+    sources: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of_bridge(cls, source: ModuleGrid, target: ModuleGrid) -> "Ends":
+        """From the last stage of one module to the first stage of another."""
+        return cls(_lanes(source, source.dim("pp") - 1), _lanes(target, 0))
+
+    @property
+    def ranks(self) -> list[int]:
+        """All of them, once."""
+        return sorted({rank for side in (self.sources, self.targets) for dp in side for rank in dp})
+
+    def targets_in_turn(self, source: int) -> range:
+        """Data-parallel ranks that a source sends to as long as nothing is assigned."""
+        return _in_turn(source, len(self.sources), len(self.targets))
+
+    def sources_in_turn(self, target: int) -> range:
+        """The reverse."""
+        return _in_turn(target, len(self.targets), len(self.sources))
+
+
+def _lanes(grid: ModuleGrid, stage: int) -> tuple[tuple[int, ...], ...]:
+    lanes: list[list[int]] = [[] for _ in range(grid.data_parallel_size)]
+    for rank in grid.ranks:
+        if grid.coordinate(rank, "pp") == stage:
+            lanes[grid.coordinate(rank, "dp")].append(rank)
+    return tuple(map(tuple, lanes))
+
+
+def _in_turn(mine: int, here: int, there: int) -> range:
+    """Peers of one of ``here`` ranks among ``there``: equal, consecutive parts, or a shared one.
+
+    Example:
+        >>> _in_turn(1, 2, 4), _in_turn(3, 4, 2)
+        (range(2, 4), range(1, 2))
+    """
+    if here >= there:
+        return range(mine // (here // there), mine // (here // there) + 1)
+    return range(mine * (there // here), (mine + 1) * (there // here))
+
+
+def pairs(mine: int, here: int, there: int) -> range:
+    """Lanes on the other side that take from one of ``here`` lanes, so that each takes from one.
+
+    Example:
+        >>> pairs(0, 1, 4), pairs(1, 2, 4), pairs(1, 2, 1)
+        (range(0, 4), range(1, 4, 2), range(1, 1, 2))
+    """
+    return range(mine, there, here)
+
+
+@frozen
+class Delivery:
+    """What one source has for one target.
+
+    Args:
+        target: data-parallel rank of the target.
+        start, rows: which rows of the source's output.
+        runs: where they go, as (first row in the target's tensor, number of rows).
+        total_rows: rows of the target's tensor, from all sources.
+        senders: data-parallel ranks of all sources that have rows for this target.
+    """
+
+    target: int
+    start: int
+    rows: int
+    runs: tuple[Run, ...] = ()
+    total_rows: int = 0
+    senders: tuple[int, ...] = ()
+
+
+def in_turn(targets: Iterable[int], sizes: Sequence[int]) -> list[Delivery]:
+    """Consecutive parts of an output, of the given sizes.
+
+    Example:
+        >>> in_turn([2, 3], [5, 1])[1].start
+        5
+    """
+    starts = accumulate(sizes, initial=0)
+    return [Delivery(*each) for each in zip(targets, starts, sizes, strict=False)]
+
+
+def assigned(assignment: ImageAssignment, source: int, targets: int) -> list[Delivery]:
+    """What a data-parallel rank of the encoder has for each of the language model's.
+
+    Example:
+        >>> from megatron_mimo_coord.layout.image_assignment import assign_images
+        >>> vision = ModuleGrid("vision", (2,), ("dp",))
+        >>> one, two = assigned(assign_images(vision, 1, [[8, 8, 8], [8], [], []]), 1, targets=2)
+        >>> one.start, one.rows, one.runs, one.total_rows, two.rows
+        (0, 16, ((16, 16),), 32, 0)
+    """
+    share = len(assignment.tokens) // targets
+    deliveries, start = [], 0
+    for target in range(targets):
+        samples = slice(target * share, (target + 1) * share)
+        runs: list[Run] = []
+        senders = set()
+        row = 0
+        for tokens, owners in zip(
+            assignment.tokens[samples], assignment.owners[samples], strict=True
+        ):
+            for count, owner in zip(tokens, owners, strict=True):
+                if count:
+                    senders.add(owner)
+                    if owner == source:
+                        extend(runs, row, count)
+                row += count
+        rows = sum(count for _, count in runs)
+        deliveries.append(Delivery(target, start, rows, tuple(runs), row, tuple(sorted(senders))))
+        start += rows
+    return deliveries
+
+
+def extend(runs: list[Run], start: int, count: int) -> None:
+    """Add rows to the last run if they follow it, else begin another.
+
+    Example:
+        >>> runs = [(0, 4)]
+        >>> extend(runs, 4, 2)
+        >>> extend(runs, 8, 2)
+        >>> runs
+        [(0, 6), (8, 2)]
+    """
+    if runs and sum(runs[-1]) == start:
+        runs[-1] = runs[-1][0], runs[-1][1] + count
+    else:
+        runs.append((start, count))

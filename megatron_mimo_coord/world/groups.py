@@ -1,0 +1,84 @@
+"""Process groups beside those of a grid: made once for a set of ranks, given back with the grid."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from megatron_mimo_coord.world.timeouts import inherit_timeout
+
+
+class ExtraGroups:
+    """Process groups that somebody needs beside those which a grid makes for itself.
+
+    Bridges and pipeline stages have two each: one of devices and one of hosts. They belong to a
+    grid, the language model's, and go with it.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str | None, tuple[int, ...]], dist.ProcessGroup | None] = {}
+        self._before_destroy: list[Callable[[], None]] = []
+
+    @classmethod
+    def of(cls, grid: Any) -> "ExtraGroups":
+        """Those that belong to a ``HyperCommGrid``."""
+        return _of_grid.setdefault(grid, cls())
+
+    def hosts(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """A gloo group of ranks, for messages that need no device. Collective, once a set.
+
+        Returns:
+            The group, None on a rank that is not in it.
+        """
+        return self._get("gloo", ranks)
+
+    def devices(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """A group of ranks over the world's backend, connected. Collective, once a set.
+
+        Returns:
+            The group, None on a rank that is not in it.
+        """
+        return self._get(None, ranks, connect)
+
+    def _get(
+        self,
+        backend: str | None,
+        ranks: Sequence[int],
+        prepare: Callable[[dist.ProcessGroup], None] = lambda group: None,
+    ) -> dist.ProcessGroup | None:
+        key = backend, tuple(sorted(ranks))
+        if key not in self._groups:
+            group = dist.new_group(list(key[1]), backend=backend)
+            inherit_timeout(group)
+            self._groups[key] = group if isinstance(group, dist.ProcessGroup) else None
+            if isinstance(group, dist.ProcessGroup):
+                prepare(group)
+        return self._groups[key]
+
+    def before_destroy(self, finish: Callable[[], None]) -> None:
+        """Have ``finish`` called before the groups go: a send may still be under way."""
+        self._before_destroy.append(finish)
+
+    def destroy(self) -> None:
+        """Give all groups back."""
+        for finish in self._before_destroy:
+            finish()
+        for group in self._groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._groups.clear()
+        self._before_destroy.clear()
+
+
+_of_grid: WeakKeyDictionary[Any, ExtraGroups] = WeakKeyDictionary()
+
+
+def connect(group: dist.ProcessGroup) -> None:
+    """Have all ranks of a group meet once, before two of them send to each other.
+
+    NCCL sets a group up at its first operation and waits for all of its ranks there, also where
+    only two of them send; the others might wait for a message from those two just then.
+    """
+    dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
