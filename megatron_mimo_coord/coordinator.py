@@ -435,6 +435,7 @@ class MultiModuleCoordinator:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
+        self._pending_assignments.begin_pass()
         with self._finalizer.no_sync():
             yield
 
