@@ -1,6 +1,6 @@
 """The schedule's ``p2p_communicator``: Megatron's, with links that never stop the device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         config: the language model's config.
         module_output_ndim: dims of each module's output.
         assignments: the model's, which the bridges take.
+
+    Attributes:
+        after_backward: called when a backward pass has run, on every rank alike, also where there
+            is no gradient to send.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         assignments: PendingAssignments,
     ) -> None:
         self._grids = {n: ModuleGrid.of(n, grid) for n, grid in module_to_grid_map.items()}
+        self.after_backward: Callable[[], None] = lambda: None
         self._assignments = assignments
         self._extra_groups = ExtraGroups.of(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
@@ -163,6 +168,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
 
     def send_backward(self, grad_dict: Tensors, is_first_stage: bool = False) -> None:
         """Send the gradients of what was received back."""
+        self.after_backward()
         for link in self._incoming:
             link.send_backward(grad_dict[link.name])
 
@@ -179,6 +185,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self, grad_dict: Tensors, tensor_shape: Any = None, is_first_stage: bool = False
     ) -> dict[str, torch.Tensor]:
         """Both, in one batch a link."""
+        self.after_backward()
         return {
             link.name: link.send_backward_recv_forward(grad_dict[link.name])
             for link in self._incoming
