@@ -19,6 +19,7 @@ from megatron_mimo_coord.layout import (
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.layout.toml_file import LayoutFile
+from megatron_mimo_coord.training.checkpoint_folder import whole_steps
 
 VISION = "vision"
 HEADS = 4  # of attention, in either module
@@ -311,7 +312,7 @@ def checkpoint_problems(options: argparse.Namespace) -> list[str]:
         problems.append("--save-interval has no meaning without --save; give that a folder")
     if save and save.exists() and not save.is_dir():
         problems.append(f"--save {save} is not a folder; give one that is, or a new name")
-    if save and not goes_on and checkpoint.newest(save):
+    if save and not goes_on and whole_steps(save):
         problems.append(
             f"--save {save} already has checkpoints; add --load {save} to go on from the newest, "
             f"or give another folder"
@@ -321,14 +322,8 @@ def checkpoint_problems(options: argparse.Namespace) -> list[str]:
             f"--max-restarts starts the same command again, which must then go on from its own "
             f"checkpoints: add --load {save}"
         )
-    found = checkpoint.newest(load) if load else None
-    if found:
-        problems += checkpoint.differences(found, options)
-        if found.step > options.steps:
-            problems.append(
-                f"--steps is {options.steps}, but the checkpoint {found.path} has more of them "
-                f"behind it; raise --steps, or give another --load"
-            )
+    if load and whole_steps(load):
+        problems += checkpoint.problems(load, options)
     elif load and not goes_on:
         problems.append(
             f"--load {load} has no whole checkpoint; give a folder that has, or the same one as "

@@ -10,7 +10,6 @@ from typing import Any
 import checkpoint
 import torch
 import torch.distributed as dist
-import training_state
 from attrs import frozen
 from digits import (
     END,
@@ -29,7 +28,7 @@ from digits import (
 )
 from job import stop_ranks
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.optimizer import MimoOptimizer, get_mimo_optimizer
+from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
@@ -65,20 +64,18 @@ class Trainer:
         infra = MegatronMIMOInfra.build(modules)
         model = build_model(shape, infra.module_to_grid_map, infra.pg_collections, options.seed)
         coordinator = MultiModuleCoordinator(infra, model)
-        optimizer = get_mimo_optimizer(
-            model,
+        optimizer = coordinator.build_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=options.lr,
                 adam_beta2=0.95,  # a short training has no time to remember longer
                 clip_grad=1.0,
                 use_distributed_optimizer=options.distributed_optimizer,
-            ),
+            )
         )
         config = get_model_config(model)
         coordinator.attach(config, optimizer)
         communicator = coordinator.build_pipeline_communicator(config)
-        training_state.start_adam(optimizer)
         return cls(model, infra, coordinator, communicator, optimizer, options.micro_batch_size)
 
     def destroy(self) -> None:
@@ -247,6 +244,7 @@ def train(
     batches = training_batches(learn, options.micro_batch_size, options.seed)
     batches = islice(batches, done * num_microbatches, None)
     start = time.perf_counter()
+    saved = None
     for step in range(done + 1, options.steps + 1):
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
@@ -265,21 +263,15 @@ def train(
         )
         # Only now has the caller logged this step, which a training that goes on from here skips.
         if options.save and (step % options.save_interval == 0 or step == options.steps):
-            save_checkpoint(trainer, step, options)
-
-
-def save_checkpoint(trainer: Trainer, step: int, options: Namespace) -> None:
-    """Add a checkpoint to the folder of ``--save``, whole or not at all. Collective."""
-    is_first = dist.get_rank() == 0
-    path = checkpoint.unfinished(options.save, step)
-    if is_first:
-        checkpoint.begin(options.save, step)
-    dist.barrier()
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} was made, but not here: --save needs a shared folder")
-    training_state.save(trainer.model, trainer.optimizer, path)
-    if is_first:
-        checkpoint.finish(options.save, step, checkpoint.settings(options))
+            saved = trainer.coordinator.save_checkpoint(
+                options.save,
+                trainer.optimizer,
+                step=step,
+                extra={"settings": checkpoint.settings(options)},
+                background=True,
+            )
+    if saved:
+        saved.wait()
 
 
 def learning_rate(step: int, options: Namespace) -> float:

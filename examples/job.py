@@ -1,7 +1,6 @@
-"""How a script joins the other ranks of its torchrun job, agrees with them, and leaves them."""
+"""How a script joins the other ranks of its torchrun job, and leaves them."""
 
 import os
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,13 +22,6 @@ def start_ranks() -> None:
         # torchrun starts ranks again with the same store: apart from where lost ones left addresses
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-
-
-def from_first_rank(value: Any) -> Any:
-    """The first rank's value, on every rank. Collective."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def stop_ranks() -> None:

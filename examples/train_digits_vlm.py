@@ -15,8 +15,9 @@ import time
 import warnings
 from collections.abc import Iterator
 
-import checkpoint
 from digits_options import HEADS, parallelism, parse_options, what_is_wrong
+
+from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, claim
 
 HIDDEN = 64  # of either module
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
@@ -27,7 +28,7 @@ def main() -> None:
     with first_rank_speaks():
         options = parse_options(__doc__)
         problems = what_is_wrong(options)
-        if not problems and IS_MAIN and options.save and not checkpoint.claim(options.save):
+        if not problems and IS_MAIN and options.save and not claim(options.save):
             problems = (
                 f"another training writes into --save {options.save}; end it (its torchrun may be "
                 f"gone already), or give another folder"
@@ -38,23 +39,21 @@ def main() -> None:
     with quiet():  # heavy imports wait until the options are known to be good
         import digits
         import digits_report
-        import training_state
         from digits_trainer import Trainer, model_shape, train
-        from job import from_first_rank, start_ranks
+        from job import start_ranks
 
         start_ranks()
         trainer = Trainer.build(parallelism(options), model_shape(options, HIDDEN, HEADS), options)
-    found = from_first_rank(checkpoint.newest(options.load)) if options.load else None
-    if found:
-        training_state.load(trainer.model, trainer.optimizer, found.path)
-    done = found.step if found else 0
+    done = 0
+    if options.load:
+        done, _ = trainer.coordinator.load_checkpoint(options.load, trainer.optimizer)
     learn, held_out = digits.load()
     steps = train(trainer, learn, held_out, options, done)
     if IS_MAIN:
         print(trainer.coordinator.describe(options.micro_batch_size))
         print(f"{len(learn.digits)} images to learn from, {len(held_out.digits)} held out")
-        if found:
-            print(f"goes on after step {done}, from {found.path}")
+        if done:
+            print(f"goes on after step {done}, from {checkpoint_path(options.load, done)}")
         elif options.load:
             print(f"no whole checkpoint in {options.load}: starts from the beginning")
         print()

@@ -12,6 +12,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import (
     MultiModuleProcessGroupCollection,
     ProcessGroupCollection,
@@ -27,7 +29,6 @@ from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientShares
-from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.gradients.token_count import TokenCount
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
@@ -49,6 +50,13 @@ from megatron_mimo_coord.metrics.timeline_recording import (
     gpus_of_a_node,
     steps_to_record,
 )
+from megatron_mimo_coord.training.checkpoints import (
+    Checkpoints,
+    CheckpointSave,
+    LoadedCheckpoint,
+)
+from megatron_mimo_coord.training.evaluation import evaluation_mode
+from megatron_mimo_coord.training.optimizer import build_optimizer
 from megatron_mimo_coord.training.schedule_hooks import install_hooks
 from megatron_mimo_coord.world.device import world_device
 
@@ -99,12 +107,11 @@ class MultiModuleCoordinator:
         self._config: ModelParallelConfig | None = None
         self._optimizer: Any = None
         self._communicators: list[PipelineCommunicator] = []
-        self._step = StepState.shared(model, job.model, job.ddps.values())
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
             TokenCount(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
-            self._step,
         )
+        self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now)
         if job.rank == 0:
             logger.info("%s", self.describe())
 
@@ -193,11 +200,29 @@ class MultiModuleCoordinator:
             )
         install_hooks(config, self._hooks_for(optimizer))
         self._config = self._finalizer.config = config
-        self._step.attached(config, self.finalize_model_grads)
         self._optimizer = optimizer
-        if optimizer is not None:
-            FiniteSteps.of(optimizer)
-            self._step.watch(optimizer)
+        FiniteSteps.of(optimizer)
+
+    def build_optimizer(self, optimizer_config: OptimizerConfig) -> MimoOptimizer:
+        """Make Megatron's ``MimoOptimizer``, also where ranks hold different numbers of modules.
+
+        Collective: every rank calls it, once, before :meth:`attach`.
+
+        Args:
+            optimizer_config: settings of every module's optimizer.
+
+        Raises:
+            ValueError: ranks were given different settings, or they do not fit a module's DDP; on
+                every rank alike.
+
+        Example:
+            >>> from megatron.core.optimizer import OptimizerConfig
+            >>> optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3))
+            >>> coordinator.attach(model.config, optimizer)
+            >>> optimizer.step()
+            (True, 0.0, None)
+        """
+        return build_optimizer(self._job, optimizer_config)
 
     def build_pipeline_communicator(self, config: ModelParallelConfig) -> PipelineCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
@@ -230,16 +255,11 @@ class MultiModuleCoordinator:
             getattr(infra, "module_output_ndim", None) or default_output_ndim(self._grids),
             self._pending_assignments,
         )
-        communicator.after_backward = self._step.count_backward
         self._communicators.append(communicator)
         return communicator
 
     def zero_grad_buffer(self) -> None:
-        """Set the gradients of every module on this rank to zero, before a step.
-
-        Raises:
-            RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run.
-        """
+        """Set the gradients of every module on this rank to zero, before a step."""
         self._finalizer.zero_grad_buffer()
 
     def data_parallel_slice(self, micro_batch_size: int, module_name: str | None = None) -> slice:
@@ -325,13 +345,11 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: a value is neither a number nor a pair; on every rank.
-            RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run.
 
         Example:
             >>> coordinator.reduce_losses([{"loss": (6.0, 2.0)}, {"loss": (6.0, 4.0)}])
             {'loss': 2.0}
         """
-        self._step.check_finalized(if_begun=False)
         language = self._grids[LANGUAGE]
         reports = language.is_on_last_stage(self._job.rank)
         return reduce_losses(
@@ -350,16 +368,11 @@ class MultiModuleCoordinator:
             For each module of the job, a tensor without dims on this rank's device, in fp32. The
             loss scale is taken out.
 
-        Raises:
-            RuntimeError: ``finalize_model_grads`` did not run since gradients were accumulated, or
-                ``optimizer.step()`` has clipped them.
-
         Example:
             >>> norms = coordinator.grad_norms()
             >>> {name: float(norm) for name, norm in norms.items()}
             {'vision': 0.0, 'language': 0.0}
         """
-        self._step.check_norms()
         scale = torch.ones((), device=self._device)
         scale_loss = self._config and self._config.grad_scale_func
         return self._shares.norms(scale if scale_loss is None else scale_loss(scale))
@@ -433,6 +446,101 @@ class MultiModuleCoordinator:
             flops_per_sample=flops_per_sample,
         )
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Between any two steps, run the schedule with ``forward_only=True`` inside. Collective.
+
+        The whole model evaluates and nothing has a gradient; there is nothing to finalize. The
+        weights are those of the last ``optimizer.step()``, with ``overlap_param_gather`` too.
+        Afterwards every part of the model is in the mode that it was in, and images that were
+        assigned for the next step are still.
+
+        Example:
+            >>> with coordinator.evaluation():
+            ...     model.training, torch.is_grad_enabled()
+            (False, False)
+            >>> model.training
+            True
+        """
+        self._finalizer.gather_params_now()
+        with self._pending_assignments.set_aside(), evaluation_mode(self._job.model):
+            yield
+
+    def save_checkpoint(
+        self,
+        folder: Path | str,
+        optimizer: MimoOptimizer | None,
+        *,
+        step: int,
+        extra: Mapping[str, Any] | None = None,
+        keep: int = 2,
+        background: bool = False,
+    ) -> CheckpointSave:
+        """Save the training between two steps, whole or not at all. Collective.
+
+        Holds every module's weights, the optimizer's state, each rank's random states, and
+        ``extra``. However the job ends, the checkpoints that :meth:`load_checkpoint` finds are
+        whole, and on disk. A save begins with the end of the one before.
+
+        Args:
+            folder: on a file system that all ranks share; made if there is none. The checkpoint
+                becomes ``step-00000050`` in it. One training at a time writes into a folder.
+            optimizer: what :meth:`build_optimizer` made; None saves the weights alone.
+            step: optimizer steps that were taken, more than at the save before.
+            extra: what else the trainer needs, the same on every rank, such as a scheduler's
+                ``state_dict()``: dicts, lists, tuples, strings, numbers, booleans, None, tensors.
+            keep: how many checkpoints the folder keeps.
+            background: return once the state is copied to host memory, and write meanwhile. It
+                takes host memory for the weights and optimizer state of this rank.
+
+        Returns:
+            What was saved: ``path``, and ``wait()``, collective, which returns once a checkpoint
+            that is written in the background is whole. A trainer that ends waits too.
+
+        Raises:
+            ValueError: ranks were given different things, the folder is another training's or has
+                a later step, ``extra`` holds something else, a file could not be written, or the
+                save before in the background failed; on every rank.
+
+        Example:
+            >>> saved = coordinator.save_checkpoint(folder, None, step=50, extra={"lr": 1e-3})
+            >>> saved.path.name
+            'step-00000050'
+            >>> coordinator.load_checkpoint(folder, None)
+            LoadedCheckpoint(step=50, extra={'lr': 0.001})
+        """
+        return self._checkpoints.save(
+            folder, optimizer, step=step, extra=extra, keep=keep, background=background
+        )
+
+    def load_checkpoint(
+        self, folder: Path | str, optimizer: MimoOptimizer | None
+    ) -> LoadedCheckpoint:
+        """Go on from the newest checkpoint in a folder, of this layout or another. Collective.
+
+        A trainer may always call it, after :meth:`attach` and before the first step: without a
+        checkpoint it leaves everything as it is, logs a warning, and returns step 0. Random states
+        are restored on the layout that they were saved on. Before anything is overwritten, all
+        files are read and compared with the digests that were written with them.
+
+        Args:
+            folder: what :meth:`save_checkpoint` was given.
+            optimizer: what :meth:`build_optimizer` made; None loads the weights alone.
+
+        Returns:
+            ``step`` and ``extra``, as they were saved; 0 and ``{}`` if there is no checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is damaged, of another model, of another series of
+                Megatron-Core, or not this package's; says what differs, on every rank.
+
+        Example:
+            >>> step, extra = coordinator.load_checkpoint("nowhere", None)
+            >>> step, extra
+            (0, {})
+        """
+        return self._checkpoints.load(folder, optimizer)
+
     def describe(self, micro_batch_size: int | None = None) -> str:
         """The layout as text, the same on every rank: print it before the first step.
 
@@ -453,7 +561,6 @@ class MultiModuleCoordinator:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
-        self._pending_assignments.begin_pass()
         with self._finalizer.no_sync():
             yield
 
@@ -497,8 +604,7 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: ``num_tokens`` is missing and the loss is per token, or the reverse.
-            RuntimeError: called twice in a step, or outside of one, or ``zero_grad_buffer`` was not
-                called since the last one.
+            RuntimeError: called twice in a step, or outside of one.
         """
         self._finalizer.finalize(num_tokens, bool(force_all_reduce))
 

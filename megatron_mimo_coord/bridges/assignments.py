@@ -1,7 +1,8 @@
 """Assignments of images that were made and whose microbatch has not run yet, in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,8 +21,6 @@ class PendingAssignments:
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[ImageAssignment]] = {}
-        self._watchers: dict[str, list[Callable[[ImageAssignment], None]]] = {}
-        self.passes = 0
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "PendingAssignments":
@@ -35,22 +34,12 @@ class PendingAssignments:
         for name in encoders:
             self._queues.setdefault(name, deque())
 
-    def watch(self, encoder: str, given: Callable[[ImageAssignment], None]) -> None:
-        """Have ``given`` called with each assignment of an encoder that is put in."""
-        self._watchers.setdefault(encoder, []).append(given)
-
-    def begin_pass(self) -> None:
-        """The schedule begins: messages count microbatches from 0."""
-        self.passes += 1
-
     def put(self, assignment: ImageAssignment) -> None:
         """The next microbatch's.
 
         Raises:
             RuntimeError: none was taken out for very long.
         """
-        for given in self._watchers.get(assignment.module, ()):
-            given(assignment)
         queue = self._queues.get(assignment.module)
         if queue is None:
             return
@@ -65,6 +54,19 @@ class PendingAssignments:
         """What will be taken next, if anything."""
         queue = self._queues.get(encoder)
         return queue[0] if queue else None
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, other microbatches run than those that these assignments were made for."""
+        waiting = {name: list(queue) for name, queue in self._queues.items()}
+        for queue in self._queues.values():
+            queue.clear()
+        try:
+            yield
+        finally:
+            for name, queue in self._queues.items():
+                queue.clear()
+                queue.extend(waiting.get(name, ()))
 
     def take(self, encoder: str) -> ImageAssignment | None:
         """That of the microbatch which runs now; None if its images stay with their slices."""

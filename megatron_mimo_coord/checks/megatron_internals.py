@@ -173,4 +173,23 @@ INTERNALS = (
         "bridges/colocated.py",
         "activations between modules on the same ranks",
     ),
+    Internal(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
+        "_get_model_param_range_map _get_main_param_and_optimizer_states "
+        "_set_main_param_and_optimizer_states",
+        "training/training_state.py",
+        "checkpoints of the distributed optimizer, without gathering it",
+    ),
+    Internal(
+        "megatron.core.optimizer.optimizer",
+        "param_group_identifier_keys",
+        "training/training_state.py",
+        "finding a parameter group of a checkpoint",
+    ),
+    Internal(
+        "torch.distributed.checkpoint.filesystem",
+        "_StorageInfo",
+        "training/checkpoint_tensors.py",
+        "checkpoints that Megatron's own load reads",
+    ),
 )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
@@ -62,6 +63,16 @@ class OrderedReduction:
         for group in reversed(self._groups) if self._gathers else ():
             if not group.param_gather_dispatched:
                 group.start_param_sync()
+
+    def gather_params_now(self) -> None:
+        """Wait until this rank's parameters are those of the last update, which come late.
+
+        Megatron gathers them once a step, from the first forward after ``zero_grad_buffer``; who
+        reads them before sees those of other replicas as they were. Collective in the module.
+        """
+        if self._gathers:
+            with torch.no_grad():
+                self._ddp.start_param_sync(force_sync=True)
 
     def launch(self) -> None:
         """Launch every reduction that backward did not; collect parameters that it did not use."""

@@ -47,22 +47,28 @@ class RankFacts:
         ]
 
 
-def check_consistency(make_facts: Callable[[], RankFacts]) -> list[int]:
-    """:func:`agree`, on a statement that may be impossible to make: then all ranks hear why."""
+CANNOT_START = "this job cannot start"
+
+
+def check_consistency(
+    make_facts: Callable[[], RankFacts], headline: str = CANNOT_START
+) -> list[int]:
+    """:func:`compare`, on a statement that may be impossible to make: then all ranks hear why."""
     try:
         statement = make_facts()
     except Exception as error:  # raised again: this is only so that nobody waits for this rank
         with suppress(ValueError):
-            compare(RankFacts({}, {}, [f"{type(error).__name__}: {error}"]))
+            compare(RankFacts({}, {}, [f"{type(error).__name__}: {error}"]), headline)
         raise
-    return compare(statement)
+    return compare(statement, headline)
 
 
-def compare(statement: RankFacts) -> list[int]:
+def compare(statement: RankFacts, headline: str = CANNOT_START) -> list[int]:
     """Compare this rank's statement with those of all ranks. Collective over the world.
 
     Args:
         statement: what this rank was given.
+        headline: how the error begins.
 
     Returns:
         The flags of every rank.
@@ -80,7 +86,7 @@ def compare(statement: RankFacts) -> list[int]:
     sets_of_modules = {row[3] for row in rows}
     if any(row[0] for row in rows) or len(jobs) > 1 or len(modules) > len(sets_of_modules):
         statements = _exchange(statement)
-        raise_problems("this job cannot start", disagreements(statements))
+        raise_problems(headline, disagreements(statements))
         raise AssertionError("digests differ, but what they were made of does not")
     return [row[6] for row in rows]
 

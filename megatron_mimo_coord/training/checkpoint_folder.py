@@ -1,0 +1,223 @@
+"""Which checkpoints a folder holds. Each is there whole or not at all, however its writers end.
+
+    step-00000050                   whole: every file was on disk before it was given this name
+    step-00000100.1f3a.unfinished   being written, or left behind by ranks that were killed
+
+Nothing here needs torch, so that options can be checked before it is imported.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+_NAME = "step-" + "[0-9]" * 8
+_UNFINISHED = ".unfinished"
+# What other software leaves in a folder of checkpoints, or in a single one.
+_FOREIGN = ("latest_checkpointed_iteration.txt", "iter_*", ".metadata", "metadata.json", "*.distcp")
+
+_claimed: dict[tuple[int, int], int] = {}
+"""Folders that this process writes into, and the open files that say so to others."""
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """After which steps there are whole checkpoints, oldest first; none if there is no folder.
+
+    Example:
+        >>> whole_steps(Path("nowhere"))
+        []
+    """
+    return sorted(int(path.name.removeprefix("step-")) for path in Path(folder).glob(_NAME))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the whole checkpoint of a step is.
+
+    Example:
+        >>> checkpoint_path(Path("saved"), 50).name
+        'step-00000050'
+    """
+    return Path(folder) / f"step-{step:08}"
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names of what looks like checkpoints, or the inside of one, but not like ours."""
+    return sorted({path.name for name in _FOREIGN for path in Path(folder).glob(name)})
+
+
+@frozen
+class Manifest:
+    """What a whole checkpoint says of itself.
+
+    Args:
+        path: the checkpoint.
+        content: the step, who wrote it, what of the training, and every file with its digest.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read what :func:`finish` wrote.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        try:
+            document = json.loads((path / MANIFEST).read_text())
+            content, digest = document["content"], document["sha256"]
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} has no {MANIFEST}: it is no checkpoint of this package"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path / MANIFEST} is damaged: it cannot be read") from None
+        if digest != _digest(content):
+            raise ValueError(f"{path / MANIFEST} is damaged: it is not as it was written")
+        return cls(path, content)
+
+
+def damages(manifest: Manifest, rank: int = 0, world_size: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint.
+
+    Args:
+        manifest: of the checkpoint.
+        rank: this rank, which reads its share of the files.
+        world_size: ranks that share them.
+    """
+    found = []
+    files: dict[str, Any] = manifest.content["files"]
+    for name in sorted(files)[rank::world_size]:
+        path, expected = manifest.path / name, files[name]
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            found.append(
+                f"{path} is damaged: it has {path.stat().st_size} bytes, not {expected['bytes']}"
+            )
+        elif describe_file(path) != expected:
+            found.append(f"{path} is damaged: its bytes are not those that were written")
+    return found
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and digest of a file, as a manifest lists it."""
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def claim(folder: Path) -> bool:
+    """Whether this process may write there: a folder has one training at a time.
+
+    Ranks whose torchrun was killed train on for a while, and would write what a new start writes.
+    Makes the folder if there is none.
+
+    Example:
+        >>> claim(Path(folder) / "saved")
+        True
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    status = os.fstat(handle)
+    identity = (status.st_dev, status.st_ino)
+    if identity in _claimed:
+        os.close(handle)
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s): see that one training writes there", folder, error
+        )
+    _claimed[identity] = handle  # open, and so claimed, as long as this process lives
+    return True
+
+
+def unfinished_path(folder: Path, step: int, attempt: int) -> Path:
+    """Where the ranks write the checkpoint of a step.
+
+    Args:
+        folder: of the checkpoints.
+        step: of the checkpoint.
+        attempt: a number that no other attempt has: ranks that outlive their job may still write.
+    """
+    path = checkpoint_path(folder, step)
+    return path.with_name(f"{path.name}.{attempt:x}{_UNFINISHED}")
+
+
+def begin(folder: Path, step: int, attempt: int) -> Path:
+    """Make the folder that all ranks then write into; one rank does this for all."""
+    for leftover in Path(folder).glob(f"step-*{_UNFINISHED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path = unfinished_path(folder, step, attempt)
+    path.mkdir()
+    return path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all, even if the machine stops."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def finish(path: Path, content: dict[str, Any], keep: int) -> Path:
+    """Declare whole what all ranks have written, by one rename; then delete what is too old.
+
+    Args:
+        path: where the ranks have written, each file already on disk.
+        content: what the manifest says, its files included.
+        keep: how many whole checkpoints stay.
+
+    Returns:
+        The whole checkpoint.
+    """
+    document = {"content": content, "sha256": _digest(content)}
+    write_durably(path / MANIFEST, json.dumps(document))
+    sync_folder(path)
+    whole = path.rename(path.with_name(path.name.partition(".")[0]))
+    sync_folder(whole.parent)
+    for step in whole_steps(whole.parent)[:-keep]:
+        _delete(checkpoint_path(whole.parent, step))
+    return whole
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _delete(path: Path) -> None:
+    """A checkpoint that is deleted in part is not whole: it loses that name first."""
+    shutil.rmtree(path.rename(path.with_name(path.name + _UNFINISHED)))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

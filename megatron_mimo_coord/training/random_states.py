@@ -1,0 +1,63 @@
+"""The states of the random number generators of a rank, as JSON, and back."""
+
+import base64
+import random
+import sys
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's, PyTorch's and Megatron's generators on this rank.
+
+    Example:
+        >>> before = random_states()
+        >>> drawn = random.random(), torch.rand(())
+        >>> restore_random_states(before)
+        >>> (random.random(), torch.rand(())) == drawn
+        True
+    """
+    version, integers, gauss = random.getstate()
+    found: dict[str, Any] = {
+        "python": [version, list(integers), gauss],
+        "torch": _text(torch.get_rng_state()),
+        "megatron": {
+            name: _text(state.get_state() if isinstance(state, torch.Generator) else state)
+            for name, state in get_cuda_rng_tracker().get_states().items()
+        },
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = _text(torch.cuda.get_rng_state())
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy"] = [name, keys.tolist(), *rest]
+    return found
+
+
+def restore_random_states(saved: dict[str, Any]) -> None:
+    """Go on drawing from where :func:`random_states` was called."""
+    version, integers, gauss = saved["python"]
+    random.setstate((version, tuple(integers), gauss))
+    torch.set_rng_state(_bytes(saved["torch"]))
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    for name, text in saved["megatron"].items():
+        if isinstance(states.get(name), torch.Generator):
+            states[name].set_state(_bytes(text))
+        else:
+            states[name] = _bytes(text)
+    tracker.set_states(states)
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
+    if "numpy" in saved and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(saved["numpy"]))
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8, device="cpu")
