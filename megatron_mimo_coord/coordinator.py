@@ -29,6 +29,7 @@ from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientShares
+from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.gradients.token_count import TokenCount
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
@@ -107,9 +108,11 @@ class MultiModuleCoordinator:
         self._config: ModelParallelConfig | None = None
         self._optimizer: Any = None
         self._communicators: list[PipelineCommunicator] = []
+        self._step = StepState.shared(model, job.model, job.ddps.values())
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
             TokenCount(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
+            self._step,
         )
         self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now)
         if job.rank == 0:
@@ -200,8 +203,11 @@ class MultiModuleCoordinator:
             )
         install_hooks(config, self._hooks_for(optimizer))
         self._config = self._finalizer.config = config
+        self._step.attached(config, self.finalize_model_grads)
         self._optimizer = optimizer
-        FiniteSteps.of(optimizer)
+        if optimizer is not None:
+            FiniteSteps.of(optimizer)
+            self._step.watch(optimizer)
 
     def build_optimizer(self, optimizer_config: OptimizerConfig) -> MimoOptimizer:
         """Make Megatron's ``MimoOptimizer``, also where ranks hold different numbers of modules.
@@ -255,11 +261,16 @@ class MultiModuleCoordinator:
             getattr(infra, "module_output_ndim", None) or default_output_ndim(self._grids),
             self._pending_assignments,
         )
+        communicator.after_backward = self._step.count_backward
         self._communicators.append(communicator)
         return communicator
 
     def zero_grad_buffer(self) -> None:
-        """Set the gradients of every module on this rank to zero, before a step."""
+        """Set the gradients of every module on this rank to zero, before a step.
+
+        Raises:
+            RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run.
+        """
         self._finalizer.zero_grad_buffer()
 
     def data_parallel_slice(self, micro_batch_size: int, module_name: str | None = None) -> slice:
@@ -345,11 +356,13 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: a value is neither a number nor a pair; on every rank.
+            RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run.
 
         Example:
             >>> coordinator.reduce_losses([{"loss": (6.0, 2.0)}, {"loss": (6.0, 4.0)}])
             {'loss': 2.0}
         """
+        self._step.check_finalized(if_begun=False)
         language = self._grids[LANGUAGE]
         reports = language.is_on_last_stage(self._job.rank)
         return reduce_losses(
@@ -368,11 +381,16 @@ class MultiModuleCoordinator:
             For each module of the job, a tensor without dims on this rank's device, in fp32. The
             loss scale is taken out.
 
+        Raises:
+            RuntimeError: ``finalize_model_grads`` did not run since gradients were accumulated, or
+                ``optimizer.step()`` has clipped them.
+
         Example:
             >>> norms = coordinator.grad_norms()
             >>> {name: float(norm) for name, norm in norms.items()}
             {'vision': 0.0, 'language': 0.0}
         """
+        self._step.check_norms()
         scale = torch.ones((), device=self._device)
         scale_loss = self._config and self._config.grad_scale_func
         return self._shares.norms(scale if scale_loss is None else scale_loss(scale))
@@ -561,6 +579,7 @@ class MultiModuleCoordinator:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
+        self._pending_assignments.begin_pass()
         with self._finalizer.no_sync():
             yield
 
@@ -604,7 +623,8 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: ``num_tokens`` is missing and the loss is per token, or the reverse.
-            RuntimeError: called twice in a step, or outside of one.
+            RuntimeError: called twice in a step, or outside of one, or ``zero_grad_buffer`` was not
+                called since the last one.
         """
         self._finalizer.finalize(num_tokens, bool(force_all_reduce))
 

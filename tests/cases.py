@@ -68,6 +68,7 @@ class Case:
         plain_path: scale gradients after the reduction, as if Megatron's buckets had changed.
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
+        assign: assign images in every microbatch (1), in every second one (2), or never (0).
         evaluate: run the schedule forward_only, on the next step's data, before each step.
         seed: of the data.
     """
@@ -91,6 +92,7 @@ class Case:
     plain_path: bool = False
     no_optimizer: bool = False
     megatron_communicator: bool = False
+    assign: int = 0
     evaluate: bool = False
     seed: int = 0
 
@@ -160,6 +162,7 @@ class Case:
 class Microbatch:
     """All samples of a microbatch."""
 
+    index: int
     tokens: torch.Tensor
     mask: torch.Tensor
     images: dict[str, torch.Tensor]
@@ -189,7 +192,7 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
         name: torch.randn((sum(counts[name]), PATCHES, PATCH_DIM), generator=generator)
         for name in case.encoders
     }
-    return Microbatch(tokens, mask.float(), images, counts)
+    return Microbatch(microbatch, tokens, mask.float(), images, counts)
 
 
 def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
@@ -348,8 +351,8 @@ def _forward_step(
     samples = coordinator.data_parallel_slice(size, text)
     inputs = {}
     for name in case.encoders:
+        images = _images(case, coordinator, microbatch, name)
         if name in here:
-            images = microbatch.images_of(name, coordinator.data_parallel_slice(size, name))
             inputs[name] = {"images": images} if len(images) else None
     tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
     output, mask = model(
@@ -360,6 +363,28 @@ def _forward_step(
         modality_inputs=inputs,
     )
     return output, partial(_loss, mask)
+
+
+def _images(
+    case: Case, coordinator: MultiModuleCoordinator, microbatch: Microbatch, name: str
+) -> torch.Tensor:
+    """What an encoder on this rank is fed."""
+    counts = microbatch.counts[name]
+    if case.assign and microbatch.index % case.assign == 0:
+        # The language model's ranks call it too: they check that their samples are the encoder's.
+        assignment = coordinator.assign_images(
+            name,
+            [[PATCHES] * count for count in counts],
+            costs=[
+                [1 + (sample + image) % 3 for image in range(c)] for sample, c in enumerate(counts)
+            ],
+            sample_ids=range(len(counts)),
+        )
+        first = [sum(counts[:sample]) for sample in range(len(counts))]
+        return microbatch.images[name][[first[s] + image for s, image in assignment.local]]
+    if name not in coordinator.gradient_scaling_factors:
+        return microbatch.images[name][:0]
+    return microbatch.images_of(name, coordinator.data_parallel_slice(case.micro_batch_size, name))
 
 
 def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:

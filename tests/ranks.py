@@ -187,6 +187,8 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
 
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="megatron_mimo_coord")
+    # Megatron's distributed optimizer looks for it on its shards, which views of weights are.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ["WORLD_SIZE"] = str(size)
     # The file stays open: whoever waits for this rank may ask where it hangs.

@@ -1,7 +1,7 @@
 """Assignments of images that were made and whose microbatch has not run yet, in order."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,8 @@ class PendingAssignments:
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[ImageAssignment]] = {}
+        self._watchers: dict[str, list[Callable[[ImageAssignment], None]]] = {}
+        self.passes = 0
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "PendingAssignments":
@@ -34,12 +36,22 @@ class PendingAssignments:
         for name in encoders:
             self._queues.setdefault(name, deque())
 
+    def watch(self, encoder: str, given: Callable[[ImageAssignment], None]) -> None:
+        """Have ``given`` called with each assignment of an encoder that is put in."""
+        self._watchers.setdefault(encoder, []).append(given)
+
+    def begin_pass(self) -> None:
+        """The schedule begins: messages count microbatches from 0."""
+        self.passes += 1
+
     def put(self, assignment: ImageAssignment) -> None:
         """The next microbatch's.
 
         Raises:
             RuntimeError: none was taken out for very long.
         """
+        for given in self._watchers.get(assignment.module, ()):
+            given(assignment)
         queue = self._queues.get(assignment.module)
         if queue is None:
             return

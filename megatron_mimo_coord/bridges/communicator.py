@@ -1,6 +1,6 @@
 """The schedule's ``p2p_communicator``: Megatron's, with links that never stop the device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import HostMessages
-from megatron_mimo_coord.bridges.links import Groups, Incoming, Outgoing
+from megatron_mimo_coord.bridges.links import Groups, Incoming, Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
+from megatron_mimo_coord.bridges.sample_check import SampleCheck
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, stages_behind
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
 
@@ -36,6 +37,10 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         config: the language model's config.
         module_output_ndim: dims of each module's output.
         assignments: the model's, which the bridges take.
+
+    Attributes:
+        after_backward: called when a backward pass has run, on every rank alike, also where there
+            is no gradient to send.
     """
 
     def __init__(
@@ -47,10 +52,12 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         assignments: PendingAssignments,
     ) -> None:
         self._grids = {n: ModuleGrid.of(n, grid) for n, grid in module_to_grid_map.items()}
+        self.after_backward: Callable[[], None] = lambda: None
         self._assignments = assignments
         self._extra_groups = ExtraGroups.of(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
         self._outgoing: list[Outgoing] = []
+        self._checks: dict[str, SampleCheck] = {}
         super().__init__(
             dict(module_to_grid_map),
             {name: list(targets) for name, targets in topology.items()},
@@ -86,13 +93,12 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             connect(devices)
             groups = Groups(devices, HostMessages(hosts))
             stage = stages.index(self.current_rank)
-            options: Any = {"dtype": self.config.pipeline_dtype, "dim": 0}
             if stage > 0:
                 ends = Ends(((stages[stage - 1],),), ((self.current_rank,),))
-                self._incoming.append(Incoming(name, ends, self.current_rank, groups, **options))
+                self._receive_over(name, ends, groups)
             if stage + 1 < len(stages):
                 ends = Ends(((self.current_rank,),), ((stages[stage + 1],),))
-                self._outgoing.append(Outgoing(name, ends, self.current_rank, groups, **options))
+                self._send_over(name, ends, groups, StageOutgoing)
 
     def _link_modules(self, source: str, target: str) -> None:
         """The last stage of one module with the first stage of another."""
@@ -102,17 +108,30 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         if hosts is None or devices is None:
             return
         groups = Groups(devices, HostMessages(hosts))
-        is_flat = self.module_output_ndim.get(source, 3) == 2
-        options: Any = {
-            "dtype": self.config.pipeline_dtype,
-            "dim": 0 if is_flat else DIM_MAPPING["b"],
-            "assignments": self._assignments,
-        }
         if self.current_rank in self._grids[source].ranks:
-            self._assignments.open([source])
-            self._outgoing.append(Outgoing(source, ends, self.current_rank, groups, **options))
+            self._send_over(source, ends, groups, Outgoing)
         else:
-            self._incoming.append(Incoming(source, ends, self.current_rank, groups, **options))
+            self._receive_over(source, ends, groups)
+
+    def _receive_over(self, name: str, ends: Ends, groups: Groups) -> None:
+        check = None
+        if name != LANGUAGE:
+            check = self._checks[name] = SampleCheck(name, self.current_rank)
+            self._assignments.watch(name, check.given)
+        link = Incoming(name, ends, self.current_rank, groups, check=check, **self._options(name))
+        self._incoming.append(link)
+
+    def _send_over(self, name: str, ends: Ends, groups: Groups, kind: type[Outgoing]) -> None:
+        options = self._options(name)
+        if name != LANGUAGE:
+            self._assignments.open([name])
+            options |= {"assignments": self._assignments, "check": self._checks.get(name)}
+        self._outgoing.append(kind(name, ends, self.current_rank, groups, **options))
+
+    def _options(self, name: str) -> dict[str, Any]:
+        is_flat = name == LANGUAGE or self.module_output_ndim.get(name, 3) == 2
+        dim = 0 if is_flat else DIM_MAPPING["b"]
+        return {"dtype": self.config.pipeline_dtype, "dim": dim}
 
     def destroy(self) -> None:
         """Give the groups of the links back; ``MegatronMIMOInfra.destroy`` does it as well."""
@@ -149,6 +168,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
 
     def send_backward(self, grad_dict: Tensors, is_first_stage: bool = False) -> None:
         """Send the gradients of what was received back."""
+        self.after_backward()
         for link in self._incoming:
             link.send_backward(grad_dict[link.name])
 
@@ -165,6 +185,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self, grad_dict: Tensors, tensor_shape: Any = None, is_first_stage: bool = False
     ) -> dict[str, torch.Tensor]:
         """Both, in one batch a link."""
+        self.after_backward()
         return {
             link.name: link.send_backward_recv_forward(grad_dict[link.name])
             for link in self._incoming

@@ -24,23 +24,23 @@ class Header:
         dtype: of the tensor.
         shape: of the tensor that the message holds; if it has no elements, no message follows.
         wants_gradient: whether the sender waits for the gradient.
-        runs: with an assignment, for each run of neighboring rows of the message (first row in
-            the receiver's tensor, number of rows).
-        total_rows: with an assignment, rows of the receiver's tensor.
-        senders: with an assignment, data-parallel ranks that have rows for the receiver.
-        digests: with an assignment, its digest of each sample.
-        assigned: whether there is an assignment.
+        digests: of each sample of the microbatch, if its images were assigned.
+        routed: whether the rows of the message go where an assignment says. Then:
+        runs: for each run of neighboring rows of the message (first row in the receiver's tensor,
+            number of rows).
+        total_rows: rows of the receiver's tensor.
+        senders: data-parallel ranks that have rows for the receiver.
     """
 
     microbatch: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     wants_gradient: bool
-    assigned: bool = False
+    digests: tuple[int, ...] = ()
+    routed: bool = False
     runs: tuple[tuple[int, int], ...] = ()
     total_rows: int = 0
     senders: tuple[int, ...] = ()
-    digests: tuple[int, ...] = ()
 
     def pack(self) -> list[int]:
         """The header as integers."""
@@ -50,7 +50,7 @@ class Header:
             self.microbatch,
             DTYPES.index(self.dtype),
             self.wants_gradient,
-            self.assigned,
+            self.routed,
             self.total_rows,
             *map(len, lists),
             *(number for each in lists for number in each),
@@ -59,7 +59,7 @@ class Header:
     @classmethod
     def unpack(cls, numbers: Sequence[int]) -> "Header":
         """The header that was packed."""
-        microbatch, dtype, wants_gradient, assigned, total_rows, *rest = numbers
+        microbatch, dtype, wants_gradient, routed, total_rows, *rest = numbers
         lengths, behind = rest[:4], iter(rest[4:])
         shape, runs, senders, digests = (tuple(islice(behind, length)) for length in lengths)
         return cls(
@@ -67,7 +67,7 @@ class Header:
             dtype=DTYPES[dtype],
             shape=shape,
             wants_gradient=bool(wants_gradient),
-            assigned=bool(assigned),
+            routed=bool(routed),
             runs=tuple(zip(runs[::2], runs[1::2], strict=True)),
             total_rows=total_rows,
             senders=senders,
@@ -117,5 +117,12 @@ class HostMessages:
 
     def _receive(self, rank: int, length: int) -> list[int]:
         message = torch.empty(length, dtype=torch.int64, device="cpu")
-        dist.recv(message, src=rank, group=self._group)
+        try:
+            dist.recv(message, src=rank, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} expected rank {rank} to say what it sends, in vain: look "
+                f"for its error, or whether it runs another number of microbatches, or was left "
+                f"out of an assign_images call"
+            ) from error
         return message.tolist()

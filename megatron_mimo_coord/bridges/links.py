@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from attrs import field, frozen
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import Header, HostMessages
 from megatron_mimo_coord.bridges.routes import Delivery, Ends, Run, assigned, in_turn, pairs
+from megatron_mimo_coord.bridges.sample_check import SampleCheck, refuse_other_samples
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 
 
@@ -160,6 +162,7 @@ class Outgoing(_End):
         dtype: in which tensors travel.
         dim: along which the output is cut if it goes to several.
         assignments: where the module's assignments wait, if its images can be assigned.
+        check: of what this rank receives of the module, if it does.
     """
 
     def __init__(
@@ -171,12 +174,14 @@ class Outgoing(_End):
         dtype: torch.dtype,
         dim: int = 0,
         assignments: PendingAssignments | None = None,
+        check: SampleCheck | None = None,
     ) -> None:
         super().__init__(name, ends, rank, groups, dtype, dim)
         self._dp, self._lane = place(rank, ends.sources)
         self._turn = ends.targets_in_turn(self._dp)
         self._assignments = assignments
-        self._microbatch = 0
+        self._check = check
+        self._pass = self._microbatch = 0
         # Outputs whose gradients are to come. The schedule keeps an output until its backward; one
         # that is gone was sent in a forward_only pass, and nothing will come for it.
         self._sent: deque[_Sent] = deque()
@@ -201,7 +206,7 @@ class Outgoing(_End):
 
     def _forward(self, output: torch.Tensor) -> Ops:
         self.finish()
-        assignment = self._assignments.take(self.name) if self._assignments else None
+        assignment = self._next_assignment()
         deliveries = self._deliveries(output, assignment)
         tensor = output.detach().to(self._dtype)  # its own storage, should output be freed
         ops: Ops = []
@@ -215,11 +220,11 @@ class Outgoing(_End):
                 dtype=self._dtype,
                 shape=tuple(shape),
                 wants_gradient=output.requires_grad,
-                assigned=assignment is not None,
+                digests=() if assignment is None else assignment.sample_digests,
+                routed=delivery.routed,
                 runs=delivery.runs,
                 total_rows=delivery.total_rows,
                 senders=delivery.senders,
-                digests=() if assignment is None else assignment.sample_digests,
             ).pack()
             travels = delivery.rows > 0 and tensor.numel() > 0
             message = part.cut(tensor, self._dim) if travels else None
@@ -230,11 +235,45 @@ class Outgoing(_End):
                     ops.append(self._send(message, lanes[lane]))
             if travels:
                 parts.append(part)
+        if assignment is not None:
+            self._agree(assignment)
         self._microbatch += 1
         self._remember(
             output, Whole(tuple(tensor.shape), self._dim, tuple(parts), dtype=self._dtype)
         )
         return ops
+
+    def _next_assignment(self) -> ImageAssignment | None:
+        if self._assignments is None:
+            return None
+        if self._pass != self._assignments.passes:
+            self._pass, self._microbatch = self._assignments.passes, 0
+        assignment = self._assignments.take(self.name)
+        if assignment is None and self._check is not None:
+            self._check.given_none()
+        return assignment
+
+    def _agree(self, assignment: ImageAssignment) -> None:
+        """Compare with the data-parallel ranks on both sides: each one checks the one before.
+
+        If ranks were given different numbers, one of them would wait for what the other does not
+        mean to send.
+        """
+        number = len(self._ends.sources)
+        if number == 1:
+            return
+        digests = assignment.sample_digests
+        owners = crc32(repr(assignment.owners).encode())
+        before = self._ends.sources[(self._dp - 1) % number][self._lane]
+        behind = self._ends.sources[(self._dp + 1) % number][self._lane]
+        self._groups.hosts.send(behind, [owners, *digests])
+        their_owners, *theirs = self._groups.hosts.receive(before)
+        refuse_other_samples(self.name, self._microbatch, (before, theirs), (self._rank, digests))
+        if their_owners != owners:
+            raise RuntimeError(
+                f"microbatch {self._microbatch}: ranks {before} and {self._rank} deal out images "
+                f"of {self.name} differently: call assign_images with the same costs on both"
+            )
 
     def _deliveries(
         self, output: torch.Tensor, assignment: ImageAssignment | None
@@ -292,6 +331,15 @@ class Outgoing(_End):
         return ops, whole
 
 
+class StageOutgoing(Outgoing):
+    """Sends the whole output of one stage to the next."""
+
+    def _deliveries(
+        self, output: torch.Tensor, assignment: ImageAssignment | None
+    ) -> Sequence[Delivery]:
+        return [Delivery(0, 0, output.shape[self._dim])]
+
+
 class Incoming(_End):
     """Receives a module's output, and sends its gradient back.
 
@@ -302,7 +350,7 @@ class Incoming(_End):
         groups: device and host group of the link.
         dtype: in which tensors travel.
         dim: along which the output is cut if it comes from several.
-        assignments: where this rank's assignments of the module are compared with the sender's.
+        check: compares the samples with those that this rank was given.
     """
 
     def __init__(
@@ -313,12 +361,12 @@ class Incoming(_End):
         groups: Groups,
         dtype: torch.dtype,
         dim: int = 0,
-        assignments: PendingAssignments | None = None,
+        check: SampleCheck | None = None,
     ) -> None:
         super().__init__(name, ends, rank, groups, dtype, dim)
         self._dp, self._lane = place(rank, ends.targets)
         self._turn = ends.sources_in_turn(self._dp)
-        self._assignments = assignments
+        self._check = check
         # Of the microbatches whose backward has run and whose gradient is to be sent. Put there by
         # backward itself: a forward_only pass leaves nothing behind.
         self._to_return: deque[Whole] = deque()
@@ -349,6 +397,8 @@ class Incoming(_End):
         for peer in first.senders:
             if peer not in headers:
                 headers[peer] = self._header(peer)
+        if self._check is not None:
+            self._compare(headers)
         whole = self._whole(headers)
         buffers, join = whole.buffers()
         ops = [
@@ -368,6 +418,19 @@ class Incoming(_End):
             )
         return header
 
+    def _compare(self, headers: dict[int, Header]) -> None:
+        """The senders with each other, and with what this rank was given."""
+        assert self._check is not None
+        (peer, first), *others = headers.items()
+        for other, header in others:
+            refuse_other_samples(
+                self.name,
+                first.microbatch,
+                (self._source(peer), first.digests),
+                (self._source(other), header.digests),
+            )
+        self._check.arrived(self._source(peer), first)
+
     def _source(self, peer: int) -> int:
         lanes = self._ends.sources[peer]
         return lanes[self._lane % len(lanes)]
@@ -378,7 +441,7 @@ class Incoming(_End):
         first = headers[peers[0]]
         shape = list(first.shape)
         rows = [headers[peer].shape[self._dim] for peer in peers]
-        if first.assigned:
+        if first.routed:
             shape[self._dim] = first.total_rows
             runs = [headers[peer].runs for peer in peers]
         else:

@@ -87,6 +87,7 @@ class Delivery:
     Args:
         target: data-parallel rank of the target.
         start, rows: which rows of the source's output.
+        routed: whether they go where an assignment says. Then:
         runs: where they go, as (first row in the target's tensor, number of rows).
         total_rows: rows of the target's tensor, from all sources.
         senders: data-parallel ranks of all sources that have rows for this target.
@@ -95,6 +96,7 @@ class Delivery:
     target: int
     start: int
     rows: int
+    routed: bool = False
     runs: tuple[Run, ...] = ()
     total_rows: int = 0
     senders: tuple[int, ...] = ()
@@ -138,7 +140,9 @@ def assigned(assignment: ImageAssignment, source: int, targets: int) -> list[Del
                         extend(runs, row, count)
                 row += count
         rows = sum(count for _, count in runs)
-        deliveries.append(Delivery(target, start, rows, tuple(runs), row, tuple(sorted(senders))))
+        deliveries.append(
+            Delivery(target, start, rows, True, tuple(runs), row, tuple(sorted(senders)))
+        )
         start += rows
     return deliveries
 

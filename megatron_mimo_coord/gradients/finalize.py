@@ -7,8 +7,8 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.model_parallel_config import ModelParallelConfig
 
-from megatron_mimo_coord.gradients.buckets import grad_buffers
 from megatron_mimo_coord.gradients.module import ModuleGradients
+from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.gradients.token_count import TokenCount
 from megatron_mimo_coord.metrics.profiler_ranges import named_range
 
@@ -19,22 +19,27 @@ class GradientFinalizer:
     Args:
         modules: the modules on this rank, encoders before the language model.
         token_count: the N of a per-token loss.
+        step: where a step stands.
 
     Attributes:
         config: the config that a coordinator was attached to, whose timers time each module.
     """
 
-    def __init__(self, modules: Sequence[ModuleGradients], token_count: TokenCount) -> None:
+    def __init__(
+        self, modules: Sequence[ModuleGradients], token_count: TokenCount, step: StepState
+    ) -> None:
         self.config: ModelParallelConfig | None = None
         self._modules = modules
         self._token_count = token_count
-        self._grads = [b.grad_data for module in modules for b in grad_buffers(module.ddp)]
-        # No step has begun: as far as finalize can see, the last one is over.
-        self._finalized: list[int] | None = self._versions()
+        self._step = step
 
     def zero_grad_buffer(self) -> None:
-        """Set the gradients of every module to zero, before a step."""
-        self._finalized = None
+        """Set the gradients of every module to zero, before a step.
+
+        Raises:
+            RuntimeError: they were accumulated, and nobody has finalized them.
+        """
+        self._step.check_finalized(if_begun=False)
         for module in self._modules:
             module.ddp.zero_grad_buffer()
             for param in module.ddp.params_with_grad:
@@ -44,8 +49,7 @@ class GradientFinalizer:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate."""
-        if torch.is_grad_enabled():  # else it evaluates, and there will be nothing to finalize
-            self._finalized = None
+        self._step.begin()
         for module in self._modules:
             module.reduction.begin()
         with ExitStack() as stack:
@@ -78,9 +82,10 @@ class GradientFinalizer:
 
         Raises:
             ValueError: ``num_tokens`` is missing and the loss is per token, or the reverse.
-            RuntimeError: called twice in a step, or outside of one.
+            RuntimeError: called twice in a step, or outside of one, or for gradients that were not
+                zeroed since they were last finalized.
         """
-        self._refuse_outside_a_step()
+        self._step.check_finalize()
         with named_range("finalize_model_grads"):
             counting = self._token_count.start(num_tokens)
             for module in self._modules:
@@ -100,21 +105,7 @@ class GradientFinalizer:
                 everything = module.reduction.reduces_everything(force_all_reduce)
                 module.scaling.apply(inverse_tokens, everything)
                 module.reduction.end(force_all_reduce)
-        self._finalized = self._versions()
-
-    def _versions(self) -> list[int]:
-        """PyTorch's count of the writes to each gradient buffer: backward's, zeroing, scaling."""
-        return [grads._version for grads in self._grads]
-
-    def _refuse_outside_a_step(self) -> None:
-        """No gradient came since the last time, and the schedule has not begun another step."""
-        if self._finalized == self._versions():
-            raise RuntimeError(
-                "finalize_model_grads was called outside a step, or a second time in one step, "
-                "which would reduce the gradients twice: call it once after the last backward, and "
-                "zero_grad_buffer() before the next step (the schedule calls it; do not call it "
-                "yourself as well)"
-            )
+        self._step.finalized()
 
     @contextmanager
     def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:

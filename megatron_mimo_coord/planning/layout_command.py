@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from attrs import asdict, field, frozen
 
-from megatron_mimo_coord import __version__
+import megatron_mimo_coord
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor, pack
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.description import headline, summarize, table
@@ -100,7 +100,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("layout", type=Path, metavar="FILE", help="the layout, as TOML")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {megatron_mimo_coord.__version__}"
+    )
     batch = parser.add_argument_group("the batch, to see what each rank reads; else as in FILE")
     for name, what in (
         ("global", "samples in an optimizer step, over all ranks"),

@@ -1,0 +1,153 @@
+"""Lines that a trainer forgets: each is told at once, on every rank, with the cure."""
+
+from copy import copy
+from typing import Any
+
+import pytest
+from cases import Case, built
+from layouts import COLOCATED, FAN_IN, OVERLAP, PER_TOKEN, SHARDED
+from ranks import world
+
+SKEWED = {"vision": (((1, 1, 0, 0), (1, 1, 1, 1)),)}
+
+
+class Trainer:
+    """A trainer whose lines a test can leave out."""
+
+    def __init__(self, case: Case, clip_grad: float = 1.0) -> None:
+        from megatron.core.models.mimo.optimizer import get_mimo_optimizer
+        from megatron.core.optimizer import OptimizerConfig
+
+        self.case = case
+        self.infra, self.model, self.coordinator = built(case)
+        self.optimizer = get_mimo_optimizer(
+            self.model,
+            OptimizerConfig(
+                optimizer="adam",
+                lr=0.01,
+                clip_grad=clip_grad,
+                use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
+            ),
+        )
+        self.communicator = self.coordinator.build_pipeline_communicator(self.model.config)
+
+    def schedule(self, **options: Any) -> Any:
+        from functools import partial
+
+        from cases import _data, _forward_step
+        from megatron.core.pipeline_parallel.schedules import (
+            forward_backward_pipelining_without_interleaving,
+        )
+
+        options = {
+            "forward_step_func": partial(_forward_step, self.case, self.coordinator)
+        } | options
+        return forward_backward_pipelining_without_interleaving(
+            data_iterator=_data(self.case, 0),
+            model=[self.model],
+            num_microbatches=self.case.num_microbatches,
+            seq_length=self.case.sequence,
+            micro_batch_size=self.case.micro_batch_size,
+            p2p_communicator=self.communicator,
+            pg_collection=self.coordinator.schedule_pg_collection,
+            **options,
+        )
+
+    def step(self) -> None:
+        """Nothing is left out."""
+        self.optimizer.zero_grad()
+        self.coordinator.zero_grad_buffer()
+        self.coordinator.reduce_losses(self.schedule())
+        self.coordinator.grad_norms()
+        assert self.optimizer.step()[0]
+
+    def end(self) -> None:
+        self.model.destroy()
+        self.infra.destroy()
+
+
+def said_by(call: Any, *args: Any) -> str:
+    try:
+        call(*args)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _unattached(case: Case, on_a_copy: bool) -> list[str]:
+    """What is said by whatever a trainer calls next, and by a right step afterwards."""
+    trainer = Trainer(case)
+    coordinator = trainer.coordinator
+    if on_a_copy:
+        coordinator.attach(copy(trainer.model.config), trainer.optimizer)
+    coordinator.zero_grad_buffer()
+    losses = trainer.schedule()
+    said = [
+        said_by(coordinator.reduce_losses, losses),
+        said_by(coordinator.grad_norms),
+        said_by(coordinator.zero_grad_buffer),
+    ]
+    if on_a_copy:
+        said.append(said_by(trainer.optimizer.step))
+    trainer.end()
+    return said
+
+
+@pytest.mark.parametrize("on_a_copy", [False, True], ids=["forgotten", "copy"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, images=SKEWED, ddp={**OVERLAP, **SHARDED}, per_token=PER_TOKEN),
+        Case(modules=COLOCATED),
+    ],
+    ids=["overlap", "colocated"],
+)
+def test_attach_forgotten_or_on_a_copy(case, on_a_copy):
+    for said in world(case.world_size).run("test_traps:_unattached", case, on_a_copy):
+        assert len(said) == 3 + on_a_copy
+        for text in said:
+            assert "gradients were accumulated, but finalize_model_grads did not run" in text
+            assert ("no copy of it" if on_a_copy else "call coordinator.attach(") in text
+
+
+def _forgotten_lines(case: Case) -> dict[str, str]:
+    """What is said of lines that are forgotten or in another order; right steps go before."""
+    import torch
+
+    trainer = Trainer(case)
+    coordinator = trainer.coordinator
+    coordinator.attach(trainer.model.config, trainer.optimizer)
+    trainer.step()
+    said = {"norms after the step": said_by(coordinator.grad_norms)}
+    trainer.schedule(forward_only=True)  # with gradients on, as a trainer may do
+    coordinator.reduce_losses([])
+    trainer.step()
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    said["not zeroed"] = said_by(trainer.schedule)
+    after = list(trainer.model.parameters())
+    assert all(map(torch.equal, before, after))
+    trainer.step()
+    trainer.optimizer.zero_grad()
+    said["zeroed by the optimizer alone"] = said_by(trainer.schedule)
+    for ddp, _ in coordinator.module_to_grid_tuples:
+        ddp.zero_grad_buffer()  # as Megatron's own training loop does
+    trainer.schedule()
+    assert trainer.optimizer.step()[0]
+    trainer.end()
+    return said
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, images=SKEWED, ddp={**OVERLAP, **SHARDED}, per_token=PER_TOKEN),
+        Case(modules=COLOCATED),
+    ],
+    ids=["overlap", "colocated"],
+)
+def test_lines_forgotten_in_a_step(case):
+    for said in world(case.world_size).run("test_traps:_forgotten_lines", case):
+        assert "grad_norms() was called after optimizer.step()" in said.pop("norms after the step")
+        assert len(said) == 2
+        for text in said.values():
+            assert "zero_grad_buffer() was not called" in text
