@@ -106,29 +106,33 @@ class Place:
 
     def go_on(self) -> "list[Place]":
         """Do all that can be done; returns the places that waited for it."""
-        now, ends, released = self.now, self.ends, []
-        for task in self.tasks[len(ends) :]:
-            if not task.messages:
-                now += task.seconds
-                ends.append(now)
-                continue
-            if not self._is_there:
-                self._is_there = True
-                for mine, _, _ in task.messages:
-                    mine.append(now)
-                    if mine.waiting is not None:
-                        released.append(mine.waiting)
-                        mine.waiting = None
-            over = now
-            for mine, other, seconds in task.messages:
-                index = len(mine) - 1
-                if index >= len(other):
-                    other.waiting = self
-                    return released
-                over = max(over, (now if now > other[index] else other[index]) + seconds)
+        now, tasks, ends = self.now, self.tasks, self.ends
+        released: list[Place] = []
+        while len(ends) < len(tasks):
+            task = tasks[len(ends)]
+            over = now + task.seconds
+            messages = task.messages
+            if messages:
+                if not self._is_there:
+                    self._is_there = True
+                    for mine, _, _ in messages:
+                        mine.append(now)
+                        if mine.waiting is not None:
+                            released.append(mine.waiting)
+                            mine.waiting = None
+                for mine, other, seconds in messages:
+                    index = len(mine) - 1
+                    if index >= len(other):
+                        other.waiting = self
+                        return released
+                    begun = other[index]
+                    if begun < now:
+                        begun = now
+                    if begun + seconds > over:
+                        over = begun + seconds
+                self._is_there = False
             now = over
             ends.append(now)
-            self._is_there = False
         return released
 
     def wait_until(self, time: float) -> None:
