@@ -30,7 +30,7 @@ from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientShares
 from megatron_mimo_coord.gradients.step_state import StepState
-from megatron_mimo_coord.gradients.token_count import TokenCount
+from megatron_mimo_coord.gradients.token_count import TokenCount, holds_a_distinct_count
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
     Infra,
@@ -347,15 +347,19 @@ class MultiModuleCoordinator:
         )
 
     def reduce_losses(self, losses: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Average what the schedule returned, to the same map on every rank. Collective.
+        """Average what the schedule returned, to the same dict on every rank. Collective.
+
+        One collective of numbers, and no wait: the dict waits for the device when a rank first
+        looks at it. Ranks that do not look do not wait.
 
         Args:
             losses: the schedule's return value: a map a microbatch on the last stage, empty
                 elsewhere. A value is a number, averaged over microbatches and replicas, or a pair
-                (sum, weight), of which sum of sums / sum of weights is reported.
+                (sum, weight), of which sum of sums / sum of weights is reported. Up to 64 names.
 
         Raises:
-            ValueError: a value is neither a number nor a pair; on every rank.
+            ValueError: a value is neither a number nor a pair, or ranks report different names: at
+                once on the rank that reports it, elsewhere when the dict is looked at.
             RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run.
 
         Example:
@@ -363,12 +367,11 @@ class MultiModuleCoordinator:
             {'loss': 2.0}
         """
         self._step.check_finalized(if_begun=False)
-        language = self._grids[LANGUAGE]
-        reports = language.is_on_last_stage(self._job.rank)
+        language, rank = self._grids[LANGUAGE], self._job.rank
         return reduce_losses(
             losses,
-            group=self._modules[LANGUAGE].ddp.dp_cp_group if reports else None,
-            source=language.rank_at(pp=language.dim("pp") - 1),
+            reports=language.is_on_last_stage(rank),
+            counts=holds_a_distinct_count(language, rank),
         )
 
     def grad_norms(self) -> dict[str, torch.Tensor]:

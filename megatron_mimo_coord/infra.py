@@ -1,10 +1,11 @@
 """Grids and process groups of every module, made once and given back whole."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
-from attrs import frozen
+from attrs import asdict, frozen
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,7 +30,7 @@ from megatron_mimo_coord.layout.problems import (
 )
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 from megatron_mimo_coord.world.groups import ExtraGroups
-from megatron_mimo_coord.world.timeouts import inherit_timeout
+from megatron_mimo_coord.world.timeouts import world_timeout
 
 EXPERT_VIEW = "expert"
 """The view that Megatron's ``get_mimo_optimizer`` looks up its expert groups in."""
@@ -127,8 +128,9 @@ class MegatronMIMOInfra:
             name: HyperCommGrid(list(grid.shape), list(DIM_NAMES), rank_offset=grid.rank_offset)
             for name, grid in grids.items()
         }
+        timeout = world_timeout()
         pg_collections = {
-            name: _create_groups(name, grid, modules[name])
+            name: _create_groups(name, grid, modules[name], timeout)
             for name, grid in module_to_grid_map.items()
         }
         return cls(
@@ -186,12 +188,21 @@ def as_infra(given: Infra | GridsAndGroups) -> Infra:
 
 def _statement(modules: Any, topology: Any, module_output_ndim: Any) -> RankFacts:
     """What ``MegatronMIMOInfra.build`` was given, and all that is wrong with it."""
-    facts = {"topology": topology, "module_output_ndim": module_output_ndim}
+    facts = {**topology_facts(topology), "module_output_ndim": module_output_ndim}
     problems = _problems(modules, topology, module_output_ndim)
     if isinstance(modules, Mapping):
-        facts |= {f"module {name}": module for name, module in modules.items()}
+        for name, module in modules.items():
+            sizes = asdict(module) if isinstance(module, ModuleParallelism) else {"sizes": module}
+            facts |= {f"{name}: {field}": value for field, value in sizes.items()}
         facts["the modules"] = ", ".join(map(str, modules))
     return RankFacts({name: str(value) for name, value in facts.items()}, {}, problems)
+
+
+def topology_facts(topology: Any) -> dict[str, str]:
+    """What ranks must agree about in a topology, module by module."""
+    if not isinstance(topology, Mapping):
+        return {"topology": str(topology)}
+    return {f"{name}: topology": str(targets) for name, targets in topology.items()}
 
 
 def _problems(modules: Any, topology: Any, module_output_ndim: Any) -> list[Problem]:
@@ -221,7 +232,7 @@ def default_output_ndim(names: Mapping[str, object]) -> dict[str, int]:
 
 
 def _create_groups(
-    name: str, grid: HyperCommGrid, module: ModuleParallelism
+    name: str, grid: HyperCommGrid, module: ModuleParallelism, timeout: timedelta | None
 ) -> ProcessGroupCollection | None:
     """Make every group of a grid, in one order on every rank, and collect those of this rank."""
     grid.register_view(
@@ -245,12 +256,14 @@ def _create_groups(
         "tp_ep": ["expt_tp", "ep"],
         "tp_ep_pp": ["expt_tp", "ep", "pp"],
     }
-    groups: dict[str, Any] = {key: grid.create_pg(dims) for key, dims in dense.items()}
-    groups |= {key: grid.create_pg(dims, view=EXPERT_VIEW) for key, dims in expert.items()}
+    groups: dict[str, Any] = {
+        key: grid.create_pg(dims, timeout=timeout) for key, dims in dense.items()
+    }
+    groups |= {
+        key: grid.create_pg(dims, view=EXPERT_VIEW, timeout=timeout) for key, dims in expert.items()
+    }
     if name == LANGUAGE:
-        groups |= _create_embedding_groups(grid)
-    for group in groups.values():
-        inherit_timeout(group)
+        groups |= _create_embedding_groups(grid, timeout)
     if not grid.is_current_rank_in_grid():
         return None
     return ProcessGroupCollection(
@@ -258,7 +271,7 @@ def _create_groups(
     )
 
 
-def _create_embedding_groups(grid: HyperCommGrid) -> dict[str, Any]:
+def _create_embedding_groups(grid: HyperCommGrid, timeout: timedelta | None) -> dict[str, Any]:
     """First and last stage share tied word embeddings; the first has the position embeddings."""
     groups = {}
     for stages in grid.get_rank_enum("pp"):
@@ -266,7 +279,7 @@ def _create_embedding_groups(grid: HyperCommGrid) -> dict[str, Any]:
             ("embd", sorted({stages[0], stages[-1]})),
             ("pos_embd", [stages[0]]),
         ):
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout)
             if dist.get_rank() in ranks:
                 groups[key] = group
     return groups

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from cases import Case, built
-from layouts import COLOCATED, FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
+from layouts import COLOCATED, FAN_IN, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
 from megatron_mimo_coord.layout import default_topology, pack
@@ -265,10 +265,10 @@ def _refused(case: Case, fault: str) -> None:
         ("wrapped twice", "go to the buffers of another DDP"),
         ("lacking", "the model has no such module here"),
         ("groups", "no process groups for module 'language'"),
-        ("topology", "ranks disagree about topology"),
-        ("language flag", "ranks disagree about calculate_per_token_loss"),
-        ("ddp", "ranks disagree about vision: overlap_grad_reduce: rank 0 has True; rank 1 has"),
-        ("version", "ranks disagree about megatron-core version: rank 0 has 0.0"),
+        ("topology", "language: topology: rank 1 has nothing, ranks 0, 2 have []"),
+        ("language flag", "calculate_per_token_loss of the language model: rank 2 has True, "),
+        ("ddp", "vision: overlap_grad_reduce: rank 0 has True, rank 1 has False"),
+        ("version", "megatron-core version: rank 0 has 0.0, ranks 1, 2 have"),
     ],
 )
 def test_a_fault_on_one_rank_is_said_on_every_rank(fault, message):
@@ -288,14 +288,14 @@ def _refused_grids(vision: tuple, language: tuple) -> None:
 
     from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
 
-    names = ["tp", "cp", "dp", "pp"]
+    names = ["tp", "cp", "dp", "pp", "gtp_remat"]
     fine = MegatronMIMOInfra.build({"language": ModuleParallelism(data_parallel_size=4)})
     case = Case(modules={"language": ModuleParallelism(data_parallel_size=4)})
     model = vlm.build_model(case.shape(), fine.module_to_grid_map, fine.pg_collections)
     infra = SimpleNamespace(
         module_to_grid_map={
-            "vision": HyperCommGrid(list(vision[0]), names, vision[1]),
-            "language": HyperCommGrid(list(language[0]), names, language[1]),
+            "vision": HyperCommGrid(list(vision[0]), names[: len(vision[0])], vision[1]),
+            "language": HyperCommGrid(list(language[0]), names[: len(language[0])], language[1]),
         },
         pg_collections=fine.pg_collections,
         topology={"vision": ["language"], "language": []},
@@ -313,6 +313,7 @@ def _refused_grids(vision: tuple, language: tuple) -> None:
         (((1, 1, 1, 1), 0), ((1, 1, 2, 1), 1), "rank 3 of 4 is in no module"),
         (((1, 1, 2, 2), 0), ((1, 1, 2, 2), 0), "runs colocated modules without a pipeline"),
         (((1, 1, 3, 1), 0), ((1, 1, 2, 1), 2), "overlap in part"),
+        (((1, 1, 2, 1), 0), ((1, 1, 1, 1, 2), 2), "has a dim gtp_remat of size 2, of which nobody"),
     ],
 )
 def test_layouts_that_megatron_cannot_run_are_refused(vision, language, message):
@@ -406,15 +407,18 @@ def _disagree(fault: str) -> None:
     [
         (
             "sizes",
-            "ranks disagree about module vision: ranks 0, 2 have ModuleParallelism(",
-            "ranks disagree about module vision: ranks 0, 2 have vision (ranks 0-1: TP 1 x CP 1 x "
-            "DP 2 x PP 1); rank 1 has vision (ranks 0-1: TP 2 x CP 1 x DP 1 x PP 1)",
+            "vision: data_parallel_size: rank 1 has 1, ranks 0, 2 have 2\n",
+            "vision: tensor_model_parallel_size: rank 1 has 2, ranks 0, 2 have 1\n",
         ),
-        ("offsets", "rank_offset=0", "rank 1 has language (ranks 0: TP 1"),
+        (
+            "offsets",
+            "language: rank_offset: rank 1 has 0, ranks 0, 2 have None",
+            "language: rank_offset: rank 1 has 0, ranks 0, 2 have 2",
+        ),
         (
             "modules",
-            "ranks disagree about module audio: ranks 0, 2 have nothing; rank 1 has Modu",
-            "ranks disagree about the modules: ranks 0, 2 have vision, language; rank 1 has",
+            "the modules: rank 1 has vision, audio, language, ranks 0, 2 have vision, language",
+            "the modules: rank 1 has vision, language, audio, ranks 0, 2 have vision, language",
         ),
     ],
 )
@@ -570,40 +574,3 @@ def _finalize_with_embedding_groups() -> bool:
 
 def test_encoders_may_have_embedding_groups():
     assert all(on_ranks("_finalize_with_embedding_groups"))
-
-
-def _reduce(losses: list, size: int) -> dict[str, float]:
-    import torch
-
-    infra, _, coordinator = built(
-        Case(modules={name: LAYOUTS["fan-out"][name] for name in ("vision", "language")})
-    )
-    here = torch.distributed.get_rank()
-    try:
-        return coordinator.reduce_losses(losses[here])
-    finally:
-        infra.destroy()
-
-
-def test_losses_are_the_same_on_every_rank():
-    # rank 0 is vision, ranks 1 and 2 are the two replicas of the language model
-    losses = [
-        [],
-        [{"pair": [6.0, 2.0], "number": 1.0}, {"pair": [0.0, 0.0], "number": 2.0}],
-        [{"number": 3.0, "pair": [1.0, 5.0]}, {"number": 6.0, "only here": 5.0}],
-    ]
-    for answer in on_ranks("_reduce", losses, 3):
-        assert answer == {"pair": 1.0, "number": 3.0, "only here": 5.0}
-
-
-def test_a_loss_that_cannot_be_averaged_is_refused_on_every_rank():
-    answers, errors = world(3).try_run(
-        "test_coordinator:_reduce", [[], [{"loss": [1.0, 2.0, 3.0]}], [{"loss": 1.0}]], 3
-    )
-    assert not answers
-    assert all("loss 'loss' has 3 values" in text for _, text in errors.values())
-
-
-def test_no_tokens_are_a_loss_of_zero():
-    losses = [[], [{"loss": [0.0, 0.0]}], [{"loss": [0.0, 0.0]}]]
-    assert on_ranks("_reduce", losses, 3) == [{"loss": 0.0}] * 3

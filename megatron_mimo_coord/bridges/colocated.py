@@ -29,8 +29,7 @@ class _Exchange:
         self._input_ids: torch.Tensor | None = None
         model.register_forward_pre_hook(self._remember_text, with_kwargs=True)
         model._apply_colocated_comms = self._between_modules
-        for bridge in model.colocated_comms.values():
-            inherit_timeout(bridge.gather_pg)
+        inherit_timeout(*(bridge.gather_pg for bridge in model.colocated_comms.values()))
 
     def _remember_text(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -45,6 +44,9 @@ class _Exchange:
                 continue  # equal DP; or no rank of this group's samples has an image
             if tokens is None:
                 tokens = self._model._empty_encoder_output(name)
+            # What Megatron makes in place of tokens has this dtype, and so must all ranks' tokens,
+            # whatever Float16Module made of an encoder's output; the text's embeddings have it too.
+            tokens = tokens.to(self._model.config.params_dtype)
             count = len(tokens) if bridge.is_fan_in() else self._tokens_in_text(name)
             sizes = _sizes(count, bridge.gather_pg, tokens.device)
             embeddings[name] = _ExchangeTokens.apply(tokens, bridge, sizes)

@@ -19,7 +19,7 @@ from megatron_mimo_coord.checks.modules import (
     module_problems_here,
     unwrap_mimo_model,
 )
-from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra
+from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
@@ -74,8 +74,7 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     read |= {"infra": infra, "model": mimo_model, "grids": grids}
     read |= {"ddps": ddps, "per_token": per_token}
 
-    topology = infra.topology
-    problems: list[str] = [*layout_problems(grids, topology, dist.get_world_size())]
+    problems: list[str] = [*layout_problems(grids, infra.topology, dist.get_world_size())]
     for name in here:
         problems += module_problems_here(mimo_model, infra, grids[name])
     problems += internals_problems(ddps.values())
@@ -83,9 +82,13 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
         job={
             "megatron-core version": megatron_version,
             "the modules": ", ".join(grids),
-            "topology": str(dict(topology) if isinstance(topology, Mapping) else topology),
+            **topology_facts(infra.topology),
             "calculate_per_token_loss of the language model": str(per_token),
-            **{f"module {name}": str(grid) for name, grid in grids.items()},
+            **{
+                f"{name}: {field}": value
+                for name, grid in grids.items()
+                for field, value in grid.fields().items()
+            },
         },
         modules={name: ddp_facts(ddp) for name, ddp in ddps.items()},
         problems=problems,

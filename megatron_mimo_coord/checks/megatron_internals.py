@@ -144,8 +144,7 @@ INTERNALS = (
     ),
     Internal(
         f"{_PIPELINE}.bridge_communicator.BridgeCommunicator",
-        "_communicate_shapes _split_tensor_at_batch_dim _get_or_create_broadcast_pg "
-        "_get_or_create_bridge_pg",
+        "_communicate_shapes _split_tensor_at_batch_dim",
         "bridges/communicator.py",
         "activations between modules on disjoint ranks",
     ),

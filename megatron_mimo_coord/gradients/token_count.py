@@ -21,7 +21,7 @@ class TokenCount:
     ) -> None:
         self._per_token = per_token
         self._is_needed_here = per_token and rank in language.ranks
-        self._is_counted_here = per_token and _holds_a_distinct_count(language, rank)
+        self._is_counted_here = per_token and holds_a_distinct_count(language, rank)
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def start(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
@@ -53,7 +53,7 @@ class TokenCount:
         return self._tokens.clamp(min=1).reciprocal()
 
 
-def _holds_a_distinct_count(language: ModuleGrid, rank: int) -> bool:
+def holds_a_distinct_count(language: ModuleGrid, rank: int) -> bool:
     """Ranks that differ in more than DP and CP hold the same count: one speaks for all."""
     return language.is_on_last_stage(rank) and all(
         language.coordinate(rank, dim) == 0

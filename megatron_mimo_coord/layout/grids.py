@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from megatron_mimo_coord.layout.parallelism import DIM_NAMES, ModuleParallelism
+from megatron_mimo_coord.layout.parallelism import DIM_NAMES, SIZE_FIELDS, ModuleParallelism
 
 LANGUAGE = "language"
 """Name of the language model in every map; Megatron's ``MIMO_LANGUAGE_MODULE_KEY``."""
@@ -68,6 +68,22 @@ class ModuleGrid:
     def replicas(self) -> int:
         """R_m = DP x CP, the group that Megatron's DDP reduces the module over."""
         return self.dim("dp") * self.dim("cp")
+
+    @property
+    def unknown_dims(self) -> list[str]:
+        """Dims larger than 1 of which nobody knows whether their ranks share their samples."""
+        return [name for name in self.dim_names if name not in SIZE_FIELDS and self.dim(name) > 1]
+
+    def fields(self) -> dict[str, str]:
+        """All that ranks must agree about, under the names of ``ModuleParallelism``.
+
+        Example:
+            >>> ModuleGrid("language", (2, 4), ("tp", "dp")).fields()["data_parallel_size"]
+            '4'
+        """
+        sizes = {SIZE_FIELDS.get(name, name): str(self.dim(name)) for name in self.dim_names}
+        order = {"order of the dims": "-".join(self.dim_names)}
+        return {**sizes, **order, "rank_offset": str(self.rank_offset)}
 
     def coordinate(self, rank: int, dim: str) -> int:
         """Index of a global rank along ``dim``; the rank must be in the grid."""

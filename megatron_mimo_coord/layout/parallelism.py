@@ -9,7 +9,18 @@ from attrs import Attribute, Converter, field, frozen
 # expert factorization share their pipeline groups whatever the other sizes are.
 DIM_NAMES = ("tp", "cp", "dp", "pp")
 EXPERT_DIM_NAMES = ("expt_tp", "ep", "expt_dp", "pp")
+SIZE_FIELDS = {
+    "tp": "tensor_model_parallel_size",
+    "cp": "context_parallel_size",
+    "dp": "data_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+}
+"""The field of :class:`ModuleParallelism` that gives a dim's size.
 
+A grid that someone else made may have ``ep``, too, whose ranks read the same samples, as those of
+``tp`` do. What other dims would mean for samples and gradients nobody knows.
+"""
 
 MAX_RANKS = 2**31
 """No job has more: a larger number is a slip of the pen."""

@@ -17,7 +17,12 @@ from megatron_mimo_coord.layout.grids import (
     ranks_taken,
     span,
 )
-from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, shown
+from megatron_mimo_coord.layout.parallelism import (
+    SIZE_FIELDS,
+    ModuleParallelism,
+    is_count,
+    shown,
+)
 
 NAME = re.compile("[A-Za-z0-9_-]+")  # TOML takes these without quotes, PyTorch takes no dots
 
@@ -118,6 +123,15 @@ launch fewer ranks
         is_given = world_size is not None
         size = world_size if world_size is not None else ranks_taken(grids.values())
         problems += coverage_problems(ranks_of, size, is_given)
+    problems += [
+        Problem(
+            f"module {grid} has a dim {dim} of size {grid.dim(dim)}, of which nobody here knows "
+            f"whether its ranks read the same samples: build the grid of {', '.join(SIZE_FIELDS)}",
+            (grid.name, ""),
+        )
+        for grid in grids.values()
+        for dim in grid.unknown_dims
+    ]
     problems += _sharing_problems(list(grids.values()))
     problems += _topology_problems(grids, topology)
     for name, grid in grids.items():

@@ -95,42 +95,60 @@ def disagreements(statements: Sequence[RankFacts]) -> list[str]:
     """Each problem that a rank found and each fact that ranks disagree about, with the ranks.
 
     Example:
-        >>> here, there = RankFacts({"TP": "1"}, {}), RankFacts({"TP": "2"}, {})
+        >>> here, there = RankFacts({"vision: tp": "1"}, {}), RankFacts({"vision: tp": "2"}, {})
         >>> disagreements([here, here, there])
-        ['ranks disagree about TP: ranks 0, 1 have 1; rank 2 has 2']
+        ['vision: tp: rank 2 has 2, ranks 0, 1 have 1']
     """
     found: dict[str, list[int]] = {}
+    for rank, statement in enumerate(statements):
+        for problem in statement.problems:
+            found.setdefault(problem, []).append(rank)
+    everyone = len(statements)
+    problems = [
+        problem if len(ranks) == everyone else f"{problem} (says {_ranks(ranks)})"
+        for problem, ranks in found.items()
+    ]
+    for fact, ranks_by_value in _values(statements).items():
+        if len(ranks_by_value) > 1:
+            fewest_first = sorted(ranks_by_value.items(), key=lambda item: len(item[1]))
+            sides = ", ".join(
+                f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
+                for value, ranks in fewest_first
+            )
+            problems.append(f"{fact}: {sides}")
+    return problems
+
+
+def _values(statements: Sequence[RankFacts]) -> dict[str, dict[str, list[int]]]:
+    """For each fact, each value of it and the ranks that have it."""
     values: dict[str, dict[str, list[int]]] = {}
-    of_job = {fact for statement in statements for fact in statement.job}
+    of_job = sorted({fact for statement in statements for fact in statement.job})
     of_modules: dict[str, set[str]] = {}
     for statement in statements:
         for name, facts in statement.modules.items():
             of_modules.setdefault(name, set()).update(facts)
     for rank, statement in enumerate(statements):
-        for problem in statement.problems:
-            found.setdefault(problem, []).append(rank)
         if not statement.job and statement.problems:
             continue  # it could not say more
-        said = {fact: statement.job.get(fact, "nothing") for fact in sorted(of_job)}
+        # Of a module that a rank does not know it has no fields: "the modules" says so, once.
+        topics = {_topic(fact) for fact in statement.job}
+        said = {
+            fact: statement.job.get(fact, "nothing")
+            for fact in of_job
+            if fact in statement.job or _topic(fact) in topics or _topic(fact) == fact
+        }
         for name, facts in statement.modules.items():
             said |= {
                 f"{name}: {fact}": facts.get(fact, "nothing") for fact in sorted(of_modules[name])
             }
         for fact, value in said.items():
             values.setdefault(fact, {}).setdefault(value, []).append(rank)
-    everyone = len(statements)
-    problems = [
-        problem if len(ranks) == everyone else f"{problem} (says {_ranks(ranks)})"
-        for problem, ranks in found.items()
-    ]
-    for fact, ranks_by_value in values.items():
-        if len(ranks_by_value) > 1:
-            sides = "; ".join(
-                f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
-                for value, ranks in ranks_by_value.items()
-            )
-            problems.append(f"ranks disagree about {fact}: {sides}")
-    return problems
+    return values
+
+
+def _topic(fact: str) -> str:
+    """The module that a fact is about, or the fact itself."""
+    return fact.partition(": ")[0]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -1,13 +1,16 @@
 """Process groups beside those of a grid: made once for a set of ranks, given back with the grid."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
-from megatron_mimo_coord.world.timeouts import inherit_timeout
+from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.timeouts import world_timeout
 
 
 class ExtraGroups:
@@ -50,12 +53,16 @@ class ExtraGroups:
     ) -> dist.ProcessGroup | None:
         key = backend, tuple(sorted(ranks))
         if key not in self._groups:
-            group = dist.new_group(list(key[1]), backend=backend)
-            inherit_timeout(group)
+            group = dist.new_group(list(key[1]), timeout=self._timeout, backend=backend)
             self._groups[key] = group if isinstance(group, dist.ProcessGroup) else None
             if isinstance(group, dist.ProcessGroup):
                 prepare(group)
         return self._groups[key]
+
+    @cached_property
+    def _timeout(self) -> timedelta | None:
+        """The world's, asked for when the first group is made."""
+        return world_timeout()
 
     def before_destroy(self, finish: Callable[[], None]) -> None:
         """Have ``finish`` called before the groups go: a send may still be under way."""
@@ -81,4 +88,4 @@ def connect(group: dist.ProcessGroup) -> None:
     NCCL sets a group up at its first operation and waits for all of its ranks there, also where
     only two of them send; the others might wait for a message from those two just then.
     """
-    dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+    dist.all_reduce(torch.zeros(1, device=world_device()), group=group)

@@ -25,8 +25,16 @@ def test_ranks_that_agree_have_nothing_to_say(some):
 def test_the_sentence_says_who_has_what():
     here, there = RankFacts({"topology": "a"}, {}), RankFacts({"topology": "b"}, {})
     assert disagreements([here, there, here, here]) == [
-        "ranks disagree about topology: ranks 0, 2, 3 have a; rank 1 has b"
+        "topology: rank 1 has b, ranks 0, 2, 3 have a"
     ]
+
+
+def test_a_module_that_a_rank_does_not_know_is_said_once_and_not_by_field():
+    two = RankFacts({"the modules": "a, b", "a: tp": "1", "b: tp": "1", "b: dp": "2"}, {})
+    one = RankFacts({"the modules": "a", "a: tp": "1"}, {})
+    assert disagreements([two, one]) == ["the modules: rank 0 has a, b, rank 1 has a"]
+    lacking = RankFacts({"the modules": "a, b", "a: tp": "1", "b: tp": "1"}, {})
+    assert disagreements([two, lacking]) == ["b: dp: rank 0 has 2, rank 1 has nothing"]
 
 
 def test_a_problem_of_one_rank_is_told_to_all():
@@ -61,9 +69,9 @@ def test_flags_of_all_ranks_reach_all_ranks():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("job", "ranks disagree about layout: ranks 0, 1, 2 have x; rank 3 has y"),
-        ("module", "ranks disagree about vision: overlap: rank 0 has False; rank 1 has True"),
-        ("number of modules", "ranks disagree about layout: rank 0 has three modules"),
+        ("job", "layout: rank 3 has y, ranks 0, 1, 2 have x"),
+        ("module", "vision: overlap: rank 0 has False, rank 1 has True"),
+        ("number of modules", "layout: rank 0 has three modules"),
         ("problem", "language is not wrapped (says rank 2)"),
     ],
 )
