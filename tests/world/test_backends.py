@@ -65,7 +65,7 @@ def _worlds(store: str) -> list[Any]:
         if lacking:
             del dist.set_timeout
         waits = set()
-        case = Case(modules=COLOCATED if number == 1 else DISJOINT, ddp=OVERLAP, no_optimizer=True)
+        case = Case(modules=COLOCATED if number else DISJOINT, ddp=OVERLAP, no_optimizer=True)
         for _ in train(case):
             groups = [group for group in dist.distributed_c10d._world.pg_map if group.rank() >= 0]
             # A group that has sent messages can start no collective under DETAIL: ask its options.
