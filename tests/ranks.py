@@ -83,7 +83,9 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, size, f"{self._store}/store", rehearse), daemon=True
+                target=_serve,
+                args=(theirs, rank, size, f"{self._store}/store", rehearse),
+                daemon=True,
             )
             process.start()
             theirs.close()
