@@ -16,7 +16,6 @@ from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.bridges.headers import DTYPES
 from megatron_mimo_coord.bridges.statements import HostStatements, Statement, Statements
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
@@ -40,6 +39,7 @@ class _Exchange:
         model._apply_colocated_comms = self._between_modules
         grid = model.mimo_config.module_to_grid_map[LANGUAGE]  # which is that of all ranks
         groups = ExtraGroups.of(grid)
+        inherit_timeout(*(bridge.gather_pg for bridge in model.colocated_comms.values()))
         self._bridges = {
             name: _Bridge(name, bridge, groups)
             for (name, _), bridge in model.colocated_comms.items()
@@ -49,6 +49,7 @@ class _Exchange:
         groups.before_destroy(self._everyone.finish)
         self._pending = PendingAssignments.of(model)
         self._pending.open(self._bridges)
+        self._pass, self._microbatch = 0, -1
 
     def _remember_text(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -57,13 +58,17 @@ class _Exchange:
 
     def _between_modules(self, embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tokens [token, hidden] of each modality, from the encoder's layout to the language's."""
+        microbatch = self._count()
         assignments = {name: self._pending.take(name) for name in self._bridges}
         mine = {
             name: self._statement(bridge, embeddings.get(name), assignments[name])
             for name, bridge in self._bridges.items()
         }
-        self._everyone.send(mine)
-        siblings = {name: bridge.ask_siblings(mine[name]) for name, bridge in self._bridges.items()}
+        self._everyone.send(mine, microbatch)
+        siblings = {
+            name: bridge.ask_siblings(mine[name], microbatch)
+            for name, bridge in self._bridges.items()
+        }
         everyone = self._everyone.read() if any(assignments.values()) else {}
         for name, bridge in self._bridges.items():
             tokens, assignment = embeddings.get(name), assignments[name]
@@ -74,20 +79,28 @@ class _Exchange:
                 continue  # nobody whose tokens could come here has any
             if tokens is None:
                 tokens = self._model._empty_encoder_output(name)
-            tokens = _as_others(tokens, said)
+            # What Megatron makes in place of tokens has this dtype, and so must all ranks' tokens,
+            # whatever Float16Module made of an encoder's output; the text's embeddings have it too.
+            tokens = _as_others(tokens.to(self._model.config.params_dtype), said)
             if assignment is not None:
                 embeddings[name] = _RouteTokens.apply(tokens, bridge.route(assignment))
             else:
                 embeddings[name] = bridge.exchange(tokens, said)
         return embeddings
 
+    def _count(self) -> int:
+        """Number of the microbatch in the schedule's pass."""
+        if self._pass != self._pending.passes:
+            self._pass, self._microbatch = self._pending.passes, -1
+        self._microbatch += 1
+        return self._microbatch
+
     def _statement(
         self, bridge: "_Bridge", tokens: torch.Tensor | None, assignment: ImageAssignment | None
     ) -> Statement:
         statement = Statement(-1)
         if tokens is not None:
-            dtype = DTYPES.index(tokens.dtype)
-            statement = Statement(len(tokens), tokens.requires_grad, dtype)
+            statement = Statement(len(tokens), tokens.requires_grad)
         if assignment is not None:
             # Numbers have the same hash in every process.
             costs = hash(assignment.costs)
@@ -119,7 +132,6 @@ class _Bridge:
         self.name = name
         self.is_fan_out = bridge.is_fan_out()
         self._bridge = bridge
-        inherit_timeout(bridge.gather_pg)
         encoder_dp, language_dp = (
             {rank: dp for rank, (dp, _) in sorted(positions.items())}
             for positions in (bridge.rank_to_src_pos, bridge.rank_to_dest_pos)
@@ -139,11 +151,11 @@ class _Bridge:
         hosts = [groups.hosts(ranks) for ranks in bridge.gather_group_ranks]
         self._siblings = HostStatements(_own(hosts), [name]) if hosts else None
 
-    def ask_siblings(self, mine: Statement) -> Statements:
+    def ask_siblings(self, mine: Statement, microbatch: int) -> Statements:
         """What ranks say with whom tokens are gathered or shared if nothing is assigned."""
         if self._siblings is None:
             return ()
-        self._siblings.send({self.name: mine})
+        self._siblings.send({self.name: mine}, microbatch)
         return self._siblings.read()[self.name]
 
     def exchange(self, tokens: torch.Tensor, siblings: Statements) -> torch.Tensor:
@@ -283,16 +295,11 @@ def _cut(tokens: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> to
 
 
 def _as_others(tokens: torch.Tensor, said: Statements) -> torch.Tensor:
-    """An output without tokens takes its dtype, and whether it wants a gradient, from others'.
-
-    Ranks that disagree would not agree either on what to send, or on whether to return anything.
-    """
-    if len(tokens):
+    """An output without tokens wants a gradient if the others do: all ranks have to return one."""
+    wanted = any(statement.wants_gradient for statement in said)
+    if len(tokens) or tokens.requires_grad is wanted:
         return tokens
-    other = next(statement for statement in said if statement.tokens > 0)
-    if bool(other.wants_gradient) is not tokens.requires_grad:
-        tokens = tokens.detach().requires_grad_(bool(other.wants_gradient))
-    return tokens.to(DTYPES[other.dtype])
+    return tokens.detach().requires_grad_(wanted)
 
 
 def _peers(positions: Mapping[int, tuple[int, int]]) -> list[list[int]]:

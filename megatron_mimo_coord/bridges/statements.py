@@ -25,7 +25,6 @@ class Statement:
     Args:
         tokens: in this rank's output; -1 if the encoder was not fed.
         wants_gradient: whether the output needs one.
-        dtype: of the output, by its place in a list.
         in_text: tokens in this rank's text, where the others have to know; else 0.
         assigned: whether the images were assigned.
         digest: of the assignment's tokens and sample ids.
@@ -34,7 +33,6 @@ class Statement:
 
     tokens: int
     wants_gradient: int = field(default=0, converter=int)
-    dtype: int = 0
     in_text: int = 0
     assigned: int = 0
     digest: int = 0
@@ -58,18 +56,18 @@ class HostStatements:
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._encoders = encoders
-        self._microbatch = 0
+        self._microbatch = -1
         self._unread: deque[tuple[int, dist.Work | None, torch.Tensor, torch.Tensor]] = deque()
 
-    def send(self, mine: Mapping[str, Statement]) -> None:
-        """Tell the other ranks; reads what has come meanwhile.
+    def send(self, mine: Mapping[str, Statement], microbatch: int) -> None:
+        """Tell the other ranks about a microbatch; reads what has come meanwhile.
 
         Raises:
             RuntimeError: for an earlier microbatch, some ranks assigned images and some did not.
         """
         while len(self._unread) == MAX_UNREAD or (self._unread and _is_here(self._unread[0][1])):
             self._read_next()
-        self._microbatch += 1
+        self._microbatch = microbatch
         said = [astuple(mine[name]) for name in self._encoders]
         row = torch.tensor(said, dtype=torch.int64, device="cpu")
         rows = row.new_empty((len(self._ranks) * len(row), WIDTH))
