@@ -7,7 +7,7 @@ from typing import Any
 import cases  # noqa: F401  # its norms take sequence parallelism
 import torch
 import vlm
-from attrs import asdict
+from attrs import asdict, fields_dict
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -86,6 +86,17 @@ def saved(
             found[name] = _saved(module.train(), sizes[name], samples)
     infra.destroy()
     return found
+
+
+def defaults() -> dict[str, Any]:
+    """Megatron's defaults of those of its settings that are sizes."""
+    return {
+        name: setting.default
+        for config in (TransformerConfig, DistributedDataParallelConfig)
+        for name, setting in config.__dataclass_fields__.items()
+        if name in fields_dict(ModuleSizes)
+        and isinstance(setting.default, int | float | str | None)
+    }
 
 
 def _saved(module: Any, sizes: ModuleSizes, samples: int) -> int:

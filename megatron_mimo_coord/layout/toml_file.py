@@ -15,6 +15,7 @@ What is left out has its default, as in Python. Above the tables may stand what 
 """
 
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,35 @@ def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
     layout = LayoutFile.read(path)
     raise_problems(f"{path} cannot run", [layout.located(problem) for problem in layout.problems])
     return layout.modules
+
+
+def layout_text(modules: Mapping[str, ModuleParallelism], job: Mapping[str, Any]) -> str:
+    """What :func:`read_layout` reads: a file with these modules, without what has its default.
+
+    Args:
+        modules: parallel sizes of each module.
+        job: those of ``JOB_FIELDS`` that are known.
+
+    Example:
+        >>> language = ModuleParallelism(data_parallel_size=2)
+        >>> print(layout_text({"language": language}, {"global_batch_size": 8}))
+        global_batch_size = 8
+        <BLANKLINE>
+        [language]
+        data_parallel_size = 2
+        <BLANKLINE>
+    """
+    parts = ["".join(f"{field} = {value}\n" for field, value in job.items())]
+    for name, module in modules.items():
+        default = ModuleParallelism(tensor_model_parallel_size=module.tensor_model_parallel_size)
+        lines = [f"[{name}]\n"]
+        for field in FIELDS:
+            value = getattr(module, field)
+            usual = 1 if field == "tensor_model_parallel_size" else getattr(default, field)
+            if value != usual:
+                lines.append(f"{field} = {value}\n")
+        parts.append("".join(lines))
+    return "\n".join(filter(None, parts))
 
 
 @define(slots=False)

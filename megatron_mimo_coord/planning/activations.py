@@ -15,11 +15,13 @@ copies of their own, as unfused ones in 16 bits do, are not in it.
 """
 
 from collections.abc import Mapping
+from functools import cache
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.parameters import stage_layers
 
 MASK = 1  # bytes a number of a dropout mask
 ROUTING = 40  # bytes a token and expert: its place in the order of experts, twice, and its weight
@@ -71,19 +73,31 @@ def stage_activations(
         362560.0
     """
     tokens = sizes.tokens(samples, at_most=True) / parallelism.context_parallel_size
+    alike = evolve(
+        parallelism,
+        context_parallel_size=1,
+        data_parallel_size=parallelism.expert_tensor_parallel_size,
+        expert_model_parallel_size=1,
+        rank_offset=None,
+    )
+    saved, working = _of_a_token(sizes, alike, stage)
+    return Activations(tokens * saved, tokens * working)
+
+
+@cache
+def _of_a_token(
+    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int
+) -> tuple[float, float]:
+    """(saved, working) of a stage, whatever the replicas."""
     stages = parallelism.pipeline_model_parallel_size
-    layers = sizes.num_layers // stages
-    kept = [
-        layer_bytes(sizes, parallelism, layer)
-        for layer in range(stage * layers, (stage + 1) * layers)
-    ]
+    kept = [layer_bytes(sizes, parallelism, layer) for layer in stage_layers(sizes, stages, stage)]
     saved, working = _recomputed(sizes, parallelism, kept)
     if stage == 0:
         saved += _embedding(sizes, parallelism)
     if stage == stages - 1:
         output, loss = _output(sizes, parallelism)
         saved, working = saved + output, max(working, loss)
-    return Activations(tokens * saved, tokens * working)
+    return saved, working
 
 
 def layer_bytes(sizes: ModuleSizes, parallelism: ModuleParallelism, layer: int) -> dict[str, float]:

@@ -5,7 +5,6 @@ Neither torch nor Megatron-Core is imported. Installed as ``mimo-layout``.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,15 @@ from megatron_mimo_coord.layout.problems import Problem, idle_ranks
 from megatron_mimo_coord.layout.suggestions import Change, in_words, suggestions
 from megatron_mimo_coord.layout.toml_file import LayoutFile
 from megatron_mimo_coord.planning.drawing import Block, to_svg
+from megatron_mimo_coord.planning.terminal import (
+    STDOUT,
+    answer,
+    drawn,
+    need_rich,
+    positive,
+    print_tables,
+    write_file,
+)
 
 EXAMPLE = """\
 a layout file has a table for each module, with the fields of ModuleParallelism:
@@ -40,23 +48,12 @@ exit code 0 if the layout can run, 2 if it cannot, 1 if the answer cannot be wri
 
 
 BATCH_SIZES = ("global_batch_size", "micro_batch_size")
-STDOUT = Path("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check a layout and show it, as the command line wants it."""
     options = parse(arguments)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        try:
-            look(options)
-        finally:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
-        if not isinstance(error, BrokenPipeError):  # whoever read it has seen enough
-            print(f"the answer cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    answer(lambda: look(options))
 
 
 def look(options: argparse.Namespace) -> None:
@@ -80,7 +77,7 @@ def look(options: argparse.Namespace) -> None:
         num_microbatches=global_batch_size and global_batch_size // micro_batch_size,
     )
     if options.svg:
-        draw(grids, options.svg)
+        write_file("--svg", options.svg, to_svg(grids))
     if options.svg == STDOUT:
         return
     if options.json:
@@ -133,13 +130,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.svg and options.svg.resolve() == options.layout.resolve():
         parser.error(f"--svg {options.svg} is the layout itself: give another file")
     return options
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
 
 
 def given(options: argparse.Namespace) -> dict[str, int | bool]:
@@ -249,49 +239,10 @@ def stage_ranks(grid: ModuleGrid) -> list[list[int]]:
     return [[first, first + length - 1] for first in grid.ranks[::length]]
 
 
-def draw(grids: dict[str, ModuleGrid], path: Path) -> None:
-    """Write the picture."""
-    if path == STDOUT:
-        sys.stdout.write(to_svg(grids))
-        return
-    try:
-        path.write_text(to_svg(grids), encoding="utf-8")
-    except OSError as error:
-        print(
-            f"--svg {path} cannot be written: {error.strerror}; give another file", file=sys.stderr
-        )
-        sys.exit(2)
-
-
 def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
-    """Numbers and a picture in the terminal, as wide as they are: a rank cut off is no use."""
-    try:
-        from rich import box
-        from rich.columns import Columns
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        print(
-            "the tables are drawn by rich, which is not installed: pip install rich (this "
-            "package's extra 'cli'), or ask for --json",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-
-    def drawn(titles: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
-        result = Table(
-            title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD
-        )
-        for name in titles:
-            result.add_column(Text(name), no_wrap=True)
-        for row in rows:
-            result.add_row(*map(Text, row))
-        return result
-
-    console = Console(highlight=False)
+    """Numbers and a picture in the terminal."""
+    need_rich()
     titles, *rows = table(summary)
-    numbers = drawn(titles, rows)
     pictures = [
         drawn(
             ["", *block.stages],
@@ -300,10 +251,4 @@ def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
         )
         for block in map(Block.of, grids.values())
     ]
-    unlimited = console.options.update(width=10_000)
-    widths = [console.measure(part, options=unlimited).maximum for part in (numbers, *pictures)]
-    least = console.width if console.is_terminal else 120
-    console.size = max(least, *widths), console.height
-    console.print(headline(summary), soft_wrap=True, markup=False)
-    console.print(numbers)
-    console.print(Columns(pictures))
+    print_tables(headline(summary), drawn(titles, rows), beside=pictures)

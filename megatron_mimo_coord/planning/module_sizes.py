@@ -73,7 +73,7 @@ def _optional(default: Any) -> Any:
     return field(default=default, validator=_count(optional=True))
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, cache_hash=True)
 class ModuleSizes:
     """The sizes of a module, with the names and the defaults of Megatron-Core.
 

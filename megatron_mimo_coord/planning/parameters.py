@@ -1,6 +1,7 @@
 """The parameters of each rank of a module, as Megatron's layers register them."""
 
 from collections.abc import Iterator
+from functools import cache
 
 from attrs import frozen
 
@@ -53,9 +54,8 @@ def _stage(
     is_first, is_last = stage == 0, stage == stages - 1
     if is_first:
         yield from _inputs(sizes, parallelism)
-    layers = sizes.num_layers // stages
-    for layer in range(stage * layers, (stage + 1) * layers):
-        yield from _layer(sizes, parallelism, layer)
+    for layer in stage_layers(sizes, stages, stage):
+        yield from _layer(sizes, _shards(parallelism), sizes.has_experts(layer))
     if is_last:
         yield from _norm(sizes, sizes.hidden_size)
         yield from _outputs(sizes, parallelism, language_hidden_size)
@@ -105,8 +105,32 @@ def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
         yield Parameter(width)
 
 
-def _layer(sizes: ModuleSizes, parallelism: ModuleParallelism, layer: int) -> Iterator[Parameter]:
-    hidden, tp = sizes.hidden_size, parallelism.tensor_model_parallel_size
+Shards = tuple[int, int, int]
+"""TP, TP of an expert, EP: the parallel sizes that a layer's parameters depend on."""
+
+
+def _shards(parallelism: ModuleParallelism) -> Shards:
+    return (
+        parallelism.tensor_model_parallel_size,
+        parallelism.expert_tensor_parallel_size,
+        parallelism.expert_model_parallel_size,
+    )
+
+
+def stage_layers(sizes: ModuleSizes, stages: int, stage: int) -> range:
+    """Indices of a stage's layers in the whole module."""
+    length = sizes.num_layers // stages
+    return range(stage * length, (stage + 1) * length)
+
+
+@cache
+def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> tuple[Parameter, ...]:
+    """The parameters of one layer."""
+    return tuple(_of_layer(sizes, shards, has_experts))
+
+
+def _of_layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
+    hidden, tp = sizes.hidden_size, shards[0]
     yield from _norm(sizes, hidden)
     yield Parameter(sizes.query_size // tp * hidden)
     if sizes.add_bias_linear:
@@ -117,8 +141,8 @@ def _layer(sizes: ModuleSizes, parallelism: ModuleParallelism, layer: int) -> It
         yield from _norm(sizes, sizes.kv_channels)
         yield from _norm(sizes, sizes.kv_channels)
     yield from _norm(sizes, hidden)
-    if sizes.has_experts(layer):
-        yield from _mixture(sizes, parallelism)
+    if has_experts:
+        yield from _mixture(sizes, shards)
     else:
         yield from _mlp(sizes, sizes.ffn_hidden_size // tp)
 
@@ -137,14 +161,60 @@ def _mlp(
         yield Parameter(sizes.hidden_size, is_expert)
 
 
-def _mixture(sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Parameter]:
+def _mixture(sizes: ModuleSizes, shards: Shards) -> Iterator[Parameter]:
     """The router, this rank's experts and the shared expert."""
     assert sizes.num_moe_experts, "only layers with experts come here"
-    tp, expert_tp = parallelism.tensor_model_parallel_size, parallelism.expert_tensor_parallel_size
-    ep = parallelism.expert_model_parallel_size
+    tp, expert_tp, ep = shards
     yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias=sizes.add_bias_linear)
     reduced_apart = ep > 1 or expert_tp != tp
     for _ in range(sizes.num_moe_experts // ep):
         yield from _mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, reduced_apart)
     if sizes.moe_shared_expert_intermediate_size:
         yield from _mlp(sizes, sizes.moe_shared_expert_intermediate_size // tp, bias=False)
+
+
+@frozen
+class Count:
+    """How many numbers a rank's parameters have.
+
+    Args:
+        dense: of parameters that are reduced over all replicas.
+        expert: of those that are reduced over the experts' replicas.
+    """
+
+    dense: int
+    expert: int
+
+
+def count(
+    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
+) -> Count:
+    """How many numbers :func:`stage_parameters` has, without listing them.
+
+    Example:
+        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
+        >>> count(sizes, ModuleParallelism(pipeline_model_parallel_size=2), 1, 64)
+        Count(dense=58304, expert=0)
+    """
+    stages = parallelism.pipeline_model_parallel_size
+    ends: list[Parameter] = []
+    if stage == 0:
+        ends += _inputs(sizes, parallelism)
+    if stage == stages - 1:
+        ends += _norm(sizes, sizes.hidden_size)
+        ends += _outputs(sizes, parallelism, language_hidden_size)
+    layers = stage_layers(sizes, stages, stage)
+    with_experts = sum(map(sizes.has_experts, layers))
+    dense, expert = sum(each.numel for each in ends), 0
+    for number, has_experts in ((with_experts, True), (len(layers) - with_experts, False)):
+        if number:
+            one = _count_layer(sizes, _shards(parallelism), has_experts)
+            dense, expert = dense + number * one.dense, expert + number * one.expert
+    return Count(dense, expert)
+
+
+@cache
+def _count_layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Count:
+    layer = _layer(sizes, shards, has_experts)
+    expert = sum(each.numel for each in layer if each.is_expert)
+    return Count(sum(each.numel for each in layer) - expert, expert)

@@ -1,0 +1,172 @@
+"""Where no layout fits: which comes closest, and what it lacks."""
+
+from collections.abc import Iterator, Mapping
+from math import inf
+
+from attrs import evolve, field, frozen
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+from megatron_mimo_coord.planning.choices import Room, choices, side_by_side
+from megatron_mimo_coord.planning.memory import StageMemory
+from megatron_mimo_coord.planning.search import Proposal, Task, cost, least_memory
+
+MOST_GPUS = 2**16  # that are looked at for how many would do
+GB = 1e9
+
+Options = list[tuple[float, ModuleParallelism]]
+"""(least bytes on a rank, sizes) of each way to lay out a module."""
+
+
+@frozen
+class Closest:
+    """What comes closest to fitting.
+
+    Args:
+        layout: with the least memory on its fullest rank; None if GPUs do not suffice for any.
+        reasons: what it lacks, and how many GPUs would do.
+    """
+
+    layout: Proposal | None
+    reasons: list[str] = field(factory=list)
+
+
+def closest(task: Task) -> Closest:
+    """The layout that comes closest, where none fits."""
+    options = _options(task, task.room)
+    layouts = [
+        cost(task, modules, samples)
+        for modules in (_disjoint(task, options), _colocated(options))
+        if modules and (samples := _least_samples(task, modules))
+    ]
+    layout = max(layouts, key=lambda each: each.headroom, default=None)
+    reasons = list(_shortages(layout, task)) if layout else []
+    if not layout:
+        reasons.append(
+            f"no combination of TP, PP and DP that divides the modules and the batch takes "
+            f"{task.room.gpus} GPUs or fewer"
+        )
+    return Closest(layout, [*reasons, *_what_would_do(task)])
+
+
+def _options(task: Task, room: Room) -> dict[str, Options]:
+    return {
+        name: [(least_memory(task, name, choice), choice) for choice in choices(name, sizes, room)]
+        for name, sizes in task.sizes.items()
+    }
+
+
+def _disjoint(task: Task, options: Mapping[str, Options]) -> dict[str, ModuleParallelism] | None:
+    """Modules on ranks of their own, the fullest of which holds as little as can be."""
+    for limit in sorted({least for found in options.values() for least, _ in found}):
+        chosen = _smallest(options, limit)
+        if chosen and sum(module.size for module in chosen.values()) <= task.room.gpus:
+            return side_by_side(chosen, task.room.gpus_per_node)
+    return None
+
+
+def _smallest(options: Mapping[str, Options], limit: float) -> dict[str, ModuleParallelism] | None:
+    """The fewest ranks of each module on which it holds no more than a limit.
+
+    A DP of 1 goes with any other; with one replica a module takes the fewest ranks, unless only
+    sharding its optimizer brings it below the limit, and then the others follow it.
+    """
+    chosen = {}
+    for name, found in options.items():
+        fit = [choice for least, choice in found if least <= limit]
+        if not fit:
+            return None
+        chosen[name] = min(fit, key=lambda choice: (choice.size, choice.data_parallel_size))
+    replicas = chosen[LANGUAGE].data_parallel_size
+    for module in chosen.values():
+        dp = module.data_parallel_size
+        if max(dp, replicas) % min(dp, replicas):
+            return None
+    return chosen
+
+
+def _colocated(options: Mapping[str, Options]) -> dict[str, ModuleParallelism] | None:
+    """Modules on the same ranks, which hold as little as can be."""
+    if len(options) == 1:
+        return None
+    best, least = None, inf
+    languages = [each for each in options[LANGUAGE] if each[1].pipeline_model_parallel_size == 1]
+    for held, language in languages:
+        total, chosen = held, {LANGUAGE: language}
+        for name, found in options.items():
+            if name == LANGUAGE:
+                continue
+            fit = [
+                each
+                for each in found
+                if each[1].size == language.size
+                and each[1].pipeline_model_parallel_size == 1
+                and _divide(each[1].data_parallel_size, language.data_parallel_size)
+            ]
+            if not fit:
+                break
+            more, chosen[name] = min(fit, key=lambda each: each[0])
+            total += more
+        else:
+            if total < least:
+                best, least = chosen, total
+    return best and {name: evolve(best[name], rank_offset=0) for name in options}
+
+
+def _divide(left: int, right: int) -> bool:
+    return max(left, right) % min(left, right) == 0
+
+
+def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int | None:
+    """The smallest microbatch that all replicas of a layout can share."""
+    if task.micro_batch_size:
+        samples = [task.micro_batch_size]
+    else:
+        samples = [max(module.data_parallel_size for module in modules.values())]
+    replicas = [module.data_parallel_size for module in modules.values()]
+    fit = [each for each in samples if not any(each % dp for dp in replicas)]
+    return fit[0] if fit else None
+
+
+def _shortages(layout: Proposal, task: Task) -> Iterator[str]:
+    """What a rank of each module lacks."""
+    sizes = ", ".join(
+        f"{name} TP {module.shape[0]} x PP {module.shape[3]} x DP {module.shape[2]}"
+        for name, module in layout.modules.items()
+    )
+    yield f"closest is {sizes}, with {layout.micro_batch_size} samples a microbatch"
+    for name in layout.modules:
+        held, stage = max(
+            (total, stage)
+            for (module, stage), total in layout.rank_memory.items()
+            if module == name
+        )
+        if held > task.memory_bytes:
+            yield (
+                f"{name} stage {stage} needs {held / GB:.1f} GB of {task.memory_bytes / GB:.1f} GB "
+                f"a GPU: {_parts(layout.memory[name, stage])}"
+            )
+
+
+def _parts(held: StageMemory) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations", "working", "messages")
+    return ", ".join(f"{part} {getattr(held, part) / GB:.1f}" for part in parts)
+
+
+def _what_would_do(task: Task) -> Iterator[str]:
+    """The fewest GPUs on which each module fits, if that many are enough."""
+    room = evolve(task.room, gpus=MOST_GPUS)
+    for name, found in _options(task, room).items():
+        fit = [choice for least, choice in found if least <= task.memory_bytes]
+        if not fit:
+            fullest = min(least for least, _ in found) if found else inf
+            yield (
+                f"{name} fits on no number of GPUs: its fullest rank holds {fullest / GB:.1f} GB "
+                f"at least; recompute activations, use the distributed optimizer, or rent GPUs "
+                f"with more memory"
+            )
+            return
+    chosen = _smallest(_options(task, room), task.memory_bytes)
+    if chosen:
+        ranks = sum(module.size for module in chosen.values())
+        nodes = -(-ranks // task.room.gpus_per_node)
+        yield f"{nodes * task.room.gpus_per_node} GPUs may do: each module fits by itself"

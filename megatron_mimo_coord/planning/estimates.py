@@ -1,0 +1,197 @@
+"""Costs of a module whose seconds nobody has measured: floating-point operations from its sizes."""
+
+from functools import cache
+
+from attrs import frozen
+
+from megatron_mimo_coord.layout import ModuleParallelism
+from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.parameters import count
+
+OPTIMIZER_TRAFFIC = 28
+"""Bytes that Adam reads and writes for each parameter: its gradient once, the parameter's master
+copy and both moments twice, all in fp32."""
+
+
+ASSUMPTIONS = (
+    "a backward pass takes two forward passes; every shape computes at the same rate",
+    "tensor-parallel ranks wait for four sums of hidden states a layer; nothing else overlaps",
+    "every encoder rank gets as many images; stages share layers equally, embedding and output "
+    "layer come on top of the first and the last",
+)
+"""What an estimate rests on, for a user to read."""
+
+
+@frozen(kw_only=True)
+class Accelerator:
+    """How fast a GPU is, not at its peak but in training.
+
+    Args:
+        flops_per_second: floating-point operations, achieved.
+        memory_bytes_per_second: of its memory, which bounds the optimizer.
+    """
+
+    flops_per_second: float = 400e12
+    memory_bytes_per_second: float = 2e12
+
+
+@frozen
+class LayerFlops:
+    """Floating-point operations of a sample's forward pass, by where they are computed.
+
+    Args:
+        before: embedding of patches, on the first stage.
+        layers: all transformer layers.
+        after: output layer or projection, on the last stage.
+    """
+
+    before: float
+    layers: float
+    after: float
+
+    @property
+    def total(self) -> float:
+        """All of a sample's forward pass."""
+        return self.before + self.layers + self.after
+
+
+@cache
+def forward_flops(sizes: ModuleSizes, language_hidden_size: int) -> LayerFlops:
+    """Floating-point operations of the forward pass of a sample.
+
+    Two for each weight of a matrix and token, and 4 s q a token for attention over s tokens with
+    queries of width q, half of that where it is causal and blocks above the diagonal are left out
+    (Kaplan et al. 2020, arXiv 2001.08361, table 1; Korthikanti et al. 2022, arXiv 2205.05198,
+    appendix A).
+
+    Example:
+        >>> sizes = ModuleSizes(
+        ...     num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128, seq_length=32
+        ... )
+        >>> forward_flops(sizes, 64)
+        LayerFlops(before=0.0, layers=6553600.0, after=524288.0)
+    """
+    hidden = sizes.hidden_size
+    projections = hidden * (2 * sizes.query_size + 2 * sizes.key_size)
+    weights = sum(projections + _mlp_weights(sizes, layer) for layer in range(sizes.num_layers))
+    causal = sizes.is_language and sizes.has_flash_attention
+    attention = sizes.num_layers * 4 * sizes.sequence * sizes.query_size / (2 if causal else 1)
+    tokens = sizes.tokens(1)
+    if sizes.vocab_size is not None:
+        return LayerFlops(
+            before=0.0,
+            layers=tokens * (2 * weights + attention),
+            after=2.0 * tokens * hidden * sizes.vocab_size,
+        )
+    merged = tokens * sizes.output_tokens / sizes.sequence
+    if sizes.projection_hidden_size:
+        projection = (sizes.merged_size + language_hidden_size) * sizes.projection_hidden_size
+    else:
+        projection = sizes.merged_size * language_hidden_size
+    return LayerFlops(
+        before=2.0 * tokens * hidden * (sizes.patch_size or 0),
+        layers=tokens * (2 * weights + attention),
+        after=2.0 * merged * projection,
+    )
+
+
+def _mlp_weights(sizes: ModuleSizes, layer: int) -> int:
+    """Weights that a token meets in the MLP of a layer."""
+    matrices = sizes.hidden_size * (sizes.fc1_outputs + 1)
+    if not sizes.has_experts(layer):
+        return matrices * sizes.ffn_hidden_size
+    assert sizes.num_moe_experts, "only layers with experts come here"
+    shared = sizes.moe_shared_expert_intermediate_size or 0
+    router = sizes.hidden_size * sizes.num_moe_experts
+    return matrices * (sizes.moe_router_topk * sizes.moe_ffn_hidden_size + shared) + router
+
+
+def estimated_costs(
+    sizes: ModuleSizes,
+    parallelism: ModuleParallelism,
+    language_hidden_size: int,
+    accelerator: Accelerator,
+    cluster: Cluster,
+) -> ModuleCosts:
+    """Costs of a module in a layout, from its sizes.
+
+    Assumed are: a backward pass of two forwards; the accelerator's rate whatever the shapes;
+    tensor-parallel ranks that wait for four sums of hidden states a layer (Shoeybi et al. 2019,
+    arXiv 1909.08053); an optimizer that memory bounds; images that each rank gets equally many of.
+
+    Args:
+        sizes: of the module.
+        parallelism: how it is laid out.
+        language_hidden_size: what an encoder projects to.
+        accelerator: how fast a rank computes.
+        cluster: how fast ranks reach each other.
+    """
+    flops = forward_flops(sizes, language_hidden_size)
+    forward = flops.total / accelerator.flops_per_second
+    stages, width = parallelism.pipeline_model_parallel_size, sizes.bytes_per_number
+    shares = [flops.layers / stages] * stages
+    shares[0] += flops.before
+    shares[-1] += flops.after
+    parameters = _reduced_parameters(sizes, parallelism, language_hidden_size)
+    hidden = sizes.tokens(1) * sizes.hidden_size * width
+    message = hidden
+    if sizes.sequence_parallel:
+        message /= parallelism.tensor_model_parallel_size
+    output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
+    recomputed = _recomputed(sizes, flops) / accelerator.flops_per_second
+    return ModuleCosts(
+        forward_seconds_per_sample=forward,
+        backward_seconds_per_sample=2 * forward + recomputed,
+        output_bytes_per_sample=0.0 if sizes.is_language else output,
+        activation_bytes_per_sample=message,
+        gradient_bytes=parameters * (4 if sizes.grad_reduce_in_fp32 else width),
+        optimizer_seconds=parameters * OPTIMIZER_TRAFFIC / accelerator.memory_bytes_per_second,
+        tensor_parallel_efficiency=_efficiency(
+            3 * forward, 4 * sizes.num_layers, hidden, parallelism, cluster
+        ),
+        frozen=sizes.frozen,
+        recompute=sizes.recompute_granularity == "full",
+        layers_per_stage=shares,
+    )
+
+
+def _reduced_parameters(
+    sizes: ModuleSizes, parallelism: ModuleParallelism, language_hidden_size: int
+) -> int:
+    """Parameters of a rank of each stage, times TP: what is there to reduce and to update."""
+    counts = [
+        count(sizes, parallelism, stage, language_hidden_size)
+        for stage in range(parallelism.pipeline_model_parallel_size)
+    ]
+    tp = parallelism.tensor_model_parallel_size
+    return tp * sum(each.dense + each.expert for each in counts)
+
+
+def _efficiency(
+    seconds: float,
+    sums: int,
+    summed_bytes: float,
+    parallelism: ModuleParallelism,
+    cluster: Cluster,
+) -> float:
+    """Part of their time that tensor-parallel ranks compute, the rest being sums over them."""
+    tp = parallelism.tensor_model_parallel_size
+    if tp == 1 or not seconds:
+        return 1.0
+    waiting = sums * cluster.reduction_seconds(range(tp), summed_bytes)
+    return seconds / tp / (seconds / tp + waiting)
+
+
+def _recomputed(sizes: ModuleSizes, flops: LayerFlops) -> float:
+    """Operations that selective recomputation adds to a sample's backward pass."""
+    if sizes.recompute_granularity != "selective":
+        return 0.0
+    tokens, added = sizes.tokens(1), 0.0
+    if "core_attn" in sizes.recompute_modules:
+        added += tokens * sizes.num_layers * 4 * sizes.sequence * sizes.query_size
+    for layer in range(sizes.num_layers):
+        part = "moe" if sizes.has_experts(layer) else "mlp"
+        if part in sizes.recompute_modules:
+            added += 2 * tokens * _mlp_weights(sizes, layer)
+    return min(added, flops.layers)

@@ -1,0 +1,106 @@
+"""Proposals as tables and as JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from attrs import asdict
+
+from megatron_mimo_coord.planning.choices import Room
+from megatron_mimo_coord.planning.memory import StageMemory
+from megatron_mimo_coord.planning.search import Proposal
+
+GB = 1e9
+PARTS = ("weights", "gradients", "optimizer", "activations", "working", "messages")
+
+
+def headline(room: Room, count: int, is_given: bool) -> str:
+    """What was asked, in a line."""
+    nodes = f"{room.gpus:,} GPUs, {room.gpus_per_node} a node; {room.global_batch_size:,} samples"
+    if is_given:
+        return f"{nodes} a step; the layout as given"
+    return f"{nodes} a step; the {'best layout' if count == 1 else f'{count} best layouts'}"
+
+
+def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
+    """A row for each layout, below a row of titles."""
+    names = list(proposals[0].modules)
+    has_experts = any(
+        module.expert_model_parallel_size > 1
+        for proposal in proposals
+        for module in proposal.modules.values()
+    )
+    sizes = "TP PP DP EP" if has_experts else "TP PP DP"
+    titles = ["", *(f"{name} {sizes}" for name in names), "micro batch", "step s", "samples/s"]
+    titles += ["per GPU", "GPUs", "empty", *(f"{name} idle" for name in names)]
+    waiting = len(names) > 1
+    titles += [f"{name} waits" for name in names] if waiting else []
+    titles += ["headroom GB"]
+    table = [titles]
+    for index, each in enumerate(proposals, 1):
+        row = [str(index)]
+        for module in each.modules.values():
+            tp, _, dp, pp = module.shape
+            shape = [tp, pp, dp, *([module.expert_model_parallel_size] if has_experts else [])]
+            row.append(" ".join(f"{number:>2}" for number in shape))
+        row += [f"{each.micro_batch_size}", f"{each.timeline.seconds:.4g}"]
+        row += [f"{each.samples_per_second:.4g}"]
+        row += [f"{each.samples_per_second / each.allocated:.4g}", f"{each.allocated}"]
+        row += [str(each.allocated - each.ranks)]
+        row += [f"{each.idle(name):.0%}" for name in names]
+        row += [f"{each.waiting(name):.0%}" for name in names] if waiting else []
+        row += [f"{each.headroom / GB:.1f}"]
+        table.append(row)
+    return table
+
+
+def memory_rows(proposal: Proposal) -> list[list[str]]:
+    """A row for each stage, below a row of titles; stages that hold the same share a row."""
+    table = [["", "stage", "in flight", *PARTS, "total"]]
+    for name in proposal.modules:
+        stages = [held for (module, _), held in proposal.memory.items() if module == name]
+        first = 0
+        for stage, held in enumerate(stages):
+            if stage + 1 < len(stages) and _shown(stages[stage + 1]) == _shown(held):
+                continue
+            label = f"{first}" if first == stage else f"{first}-{stage}"
+            table.append([name, label, *_shown(held)])
+            first = stage + 1
+    return table
+
+
+def _shown(held: StageMemory) -> list[str]:
+    numbers = [getattr(held, part) for part in PARTS] + [held.total]
+    return [str(held.microbatches), *(f"{number / GB:.2f}" for number in numbers)]
+
+
+def as_json(proposal: Proposal) -> dict[str, Any]:
+    """A proposal in types that JSON knows: seconds, bytes and shares."""
+    return {
+        "step_seconds": proposal.timeline.seconds,
+        "samples_per_second": proposal.samples_per_second,
+        "samples_per_second_per_allocated_gpu": proposal.samples_per_second / proposal.allocated,
+        "gpus": proposal.ranks,
+        "allocated_gpus": proposal.allocated,
+        "empty_gpus": proposal.allocated - proposal.ranks,
+        "micro_batch_size": proposal.micro_batch_size,
+        "num_microbatches": proposal.num_microbatches,
+        "headroom_bytes": proposal.headroom,
+        "modules": {
+            name: {
+                **asdict(module),
+                "idle": proposal.idle(name),
+                "waiting": proposal.waiting(name),
+                "stages": [
+                    {
+                        **asdict(held),
+                        "total": held.total,
+                        "rank_total": proposal.rank_memory[key],
+                        **asdict(proposal.timeline.stages[key]),
+                    }
+                    for key, held in proposal.memory.items()
+                    if key[0] == name
+                ],
+            }
+            for name, module in proposal.modules.items()
+        },
+    }

@@ -1,0 +1,132 @@
+"""What keeps a module's sizes from fitting together, or from being divided among ranks."""
+
+from collections.abc import Iterator, Mapping
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+from megatron_mimo_coord.layout.problems import Problem
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+
+
+def size_problems(sizes: Mapping[str, ModuleSizes]) -> list[Problem]:
+    """What does not fit together, module by module.
+
+    Example:
+        >>> encoder = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4)
+        >>> for problem in size_problems({"vision": encoder}):
+        ...     print(problem)
+        vision has no tokens_per_image; write how many tokens an image has inside it
+    """
+    return [problem for name, module in sizes.items() for problem in _of_module(name, module)]
+
+
+def _of_module(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
+    if name == LANGUAGE:
+        for field, what in (
+            ("vocab_size", "words it knows"),
+            ("seq_length", "tokens a sample has"),
+        ):
+            if getattr(sizes, field) is None:
+                yield Problem(f"{name} has no {field}; write how many {what}", (name, field))
+    else:
+        yield from _of_encoder(name, sizes)
+    if sizes.num_attention_heads % sizes.num_query_groups:
+        yield Problem(
+            f"{name} has {sizes.num_attention_heads} attention heads, which "
+            f"{sizes.num_query_groups} query groups do not divide; change one of the two",
+            (name, "num_query_groups"),
+        )
+    experts = sizes.num_moe_experts
+    if experts is not None and sizes.moe_router_topk > experts:
+        yield Problem(
+            f"{name} sends each token to {sizes.moe_router_topk} of {experts} experts; lower "
+            f"moe_router_topk",
+            (name, "moe_router_topk"),
+        )
+    pattern = sizes.moe_layer_freq
+    if not isinstance(pattern, int) and len(pattern) != sizes.num_layers:
+        yield Problem(
+            f"moe_layer_freq lists {len(pattern)} layers, but {name} has {sizes.num_layers}; list "
+            f"each layer",
+            (name, "moe_layer_freq"),
+        )
+    if sizes.recompute_granularity == "full" and sizes.recompute_method is None:
+        yield Problem(
+            f'{name} recomputes whole layers; write recompute_method = "uniform" or "block"',
+            (name, "recompute_granularity"),
+        )
+
+
+def _of_encoder(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
+    if sizes.vocab_size is not None:
+        yield Problem(
+            f"{name} has a vocabulary, but only the language model reads words; leave it out, or "
+            f"call the module {LANGUAGE}",
+            (name, "vocab_size"),
+        )
+    elif sizes.tokens_per_image is None:
+        yield Problem(
+            f"{name} has no tokens_per_image; write how many tokens an image has inside it",
+            (name, "tokens_per_image"),
+        )
+    elif sizes.tokens_per_image % sizes.output_tokens:
+        yield Problem(
+            f"{name} makes {sizes.output_tokens} tokens out of {sizes.tokens_per_image}, not a "
+            f"whole number of each; choose output_tokens_per_image so that it divides "
+            f"tokens_per_image",
+            (name, "output_tokens_per_image"),
+        )
+
+
+def sharding_problems(
+    name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
+) -> list[Problem]:
+    """What keeps ranks from sharing a module equally, as Megatron does.
+
+    Example:
+        >>> sizes = ModuleSizes(num_layers=2, hidden_size=96, num_attention_heads=6)
+        >>> for problem in sharding_problems(
+        ...     "vision", sizes, ModuleParallelism(tensor_model_parallel_size=4)
+        ... ):
+        ...     print(problem)
+        vision has num_attention_heads 6, which tensor_model_parallel_size 4 does not divide
+        vision has num_query_groups 6, of which tensor_model_parallel_size 4 is neither a divisor \
+nor a multiple
+    """
+    return list(_sharding(name, sizes, parallelism))
+
+
+def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Problem]:
+    tp, expert_tp = "tensor_model_parallel_size", "expert_tensor_parallel_size"
+    shares = [("num_layers", sizes.num_layers, "pipeline_model_parallel_size")]
+    shares += [("num_attention_heads", sizes.num_attention_heads, tp)]
+    if sizes.num_moe_experts is None or not isinstance(sizes.moe_layer_freq, int):
+        shares += [("ffn_hidden_size", sizes.ffn_hidden_size, tp)]
+    if sizes.vocab_size is not None:
+        shares += [("vocab_size", sizes.vocab_size, tp)]
+    if sizes.sequence_parallel:
+        field = "seq_length" if sizes.is_language else "tokens_per_image"
+        shares += [(field, sizes.sequence, tp)]
+    if sizes.num_moe_experts is not None:
+        shares += [("num_moe_experts", sizes.num_moe_experts, "expert_model_parallel_size")]
+        shares += [("moe_ffn_hidden_size", sizes.moe_ffn_hidden_size, expert_tp)]
+        if sizes.moe_shared_expert_intermediate_size:
+            shared = sizes.moe_shared_expert_intermediate_size
+            shares += [("moe_shared_expert_intermediate_size", shared, tp)]
+    for size, number, field in shares:
+        ranks = getattr(parallelism, field)
+        if number % ranks:
+            yield Problem(
+                f"{name} has {size} {number}, which {field} {ranks} does not divide", (name, field)
+            )
+    groups, ranks = sizes.num_query_groups, parallelism.tensor_model_parallel_size
+    if groups % ranks and ranks % groups:
+        yield Problem(
+            f"{name} has num_query_groups {groups}, of which {tp} {ranks} is neither a divisor nor "
+            f"a multiple",
+            (name, tp),
+        )
+    if sizes.num_moe_experts is not None and ranks > 1 and not sizes.sequence_parallel:
+        yield Problem(
+            f"{name} has experts and {tp} {ranks}, with which Megatron wants sequence_parallel",
+            (name, tp),
+        )

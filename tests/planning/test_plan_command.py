@@ -1,0 +1,254 @@
+"""The command that proposes layouts: what it shows, writes and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from attrs import NOTHING, fields_dict
+from ranks import world
+
+from megatron_mimo_coord import read_layout
+from megatron_mimo_coord.planning import layout_command
+from megatron_mimo_coord.planning import plan_command as command
+from megatron_mimo_coord.planning.model_file import read_model
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+MODEL = """\
+params_dtype = "bf16"
+use_distributed_optimizer = true
+[vision]
+num_layers = 4
+hidden_size = 256
+num_attention_heads = 4
+patch_size = 588
+tokens_per_image = 64
+[language]
+num_layers = 4
+hidden_size = 512
+num_attention_heads = 8
+vocab_size = 1024
+seq_length = 128
+"""
+ASKED = ("--gpus", "8", "--gpus-per-node", "4", "--global-batch-size", "12")
+COSTS = """\
+[vision]
+forward_seconds_per_sample = 0.5
+backward_seconds_per_sample = 1.5
+[language]
+forward_seconds_per_sample = 1
+backward_seconds_per_sample = 2
+"""
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch, capsys):
+    """Run the command on a model; what it exits with, and its two outputs."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(model: str, *options: str, **files: str) -> tuple[int, str, str]:
+        Path("model.toml").write_text(model)
+        for name, text in files.items():
+            Path(f"{name}.toml").write_text(text)
+        try:
+            command.main(["model.toml", *options])
+        except SystemExit as end:
+            return (end.code, *capsys.readouterr())
+        return (0, *capsys.readouterr())
+
+    return ask
+
+
+def test_layouts_are_listed_with_their_numbers(ask):
+    code, shown, complaints = ask(MODEL, *ASKED)
+    assert (code, complaints) == (0, "")
+    assert "8 GPUs, 4 a node; 12 samples a step; the 10 best layouts" in shown
+    for title in (
+        "vision TP PP DP",
+        "step s",
+        "samples/s",
+        "empty",
+        "language idle",
+        "headroom GB",
+    ):
+        assert title in shown
+    for assumed in ("a GPU achieves 400 TFLOP/s", "Korthikanti", "1F1B"):
+        assert assumed in shown
+
+
+def test_json_says_the_same(ask):
+    found = json.loads(ask(MODEL, *ASKED, "--json")[1])
+    times = [proposal["step_seconds"] for proposal in found["proposals"]]
+    assert times == sorted(times)
+    assert found["problems"] == [] and found["assumptions"]
+    for proposal in found["proposals"]:
+        assert proposal["samples_per_second"] == pytest.approx(12 / proposal["step_seconds"])
+        assert proposal["allocated_gpus"] == 4 * -(-proposal["gpus"] // 4)
+        assert proposal["empty_gpus"] == proposal["allocated_gpus"] - proposal["gpus"]
+        for module in proposal["modules"].values():
+            for stage in module["stages"]:
+                parts = ("weights", "gradients", "optimizer", "activations", "working", "messages")
+                assert stage["total"] == pytest.approx(sum(stage[part] for part in parts))
+                assert stage["rank_total"] <= 76e9 - proposal["headroom_bytes"]
+
+
+def test_what_is_written_runs_and_costs_the_same(ask, tmp_path, capsys):
+    files = ("--write", "best.toml", "--trace", "step.json", "--svg", "step.svg")
+    best = json.loads(ask(MODEL, *ASKED, *files, "--json")[1])["proposals"][0]
+    layout = read_layout("best.toml")
+    for name, module in layout.items():
+        assert module.data_parallel_size == best["modules"][name]["data_parallel_size"]
+        assert module.rank_offset == best["modules"][name]["rank_offset"]
+    layout_command.main(["best.toml", "--json"])
+    assert json.loads(capsys.readouterr().out)["ranks"] == best["gpus"]
+    again = json.loads(
+        ask(MODEL, "--layout", "best.toml", "--gpus", "8", "--gpus-per-node", "4", "--json")[1]
+    )
+    assert again["proposals"][0]["step_seconds"] == best["step_seconds"]
+    events = json.loads(Path("step.json").read_text())["traceEvents"]
+    assert max(event.get("ts", 0) + event.get("dur", 0) for event in events) == pytest.approx(
+        1e6 * best["step_seconds"]
+    )
+    assert ElementTree.parse("step.svg").getroot().tag.endswith("svg")
+
+
+def test_measured_costs_replace_estimates(ask):
+    options = (*ASKED, "--costs", "costs.toml", "--json", "--count", "1")
+    (best,) = json.loads(ask(MODEL, *options, costs=COSTS)[1])["proposals"]
+    work = 12 * (0.5 + 1.5 + 1 + 2) / 8  # of which DP 12 would leave no GPU without any
+    assert work <= best["step_seconds"] < 1.4 * work
+
+
+def test_the_batch_may_stand_in_the_layout(ask):
+    layout = "global_batch_size = 8\nmicro_batch_size = 4\n[vision]\n[language]\n"
+    code, shown, _ = ask(MODEL, "--layout", "layout.toml", layout=layout)
+    assert code == 0
+    assert "2 GPUs, 8 a node; 8 samples a step; the layout as given" in shown
+    known = json.loads(ask(MODEL, "--layout", "layout.toml", "--json", layout=layout)[1])
+    assert known["proposals"][0]["num_microbatches"] == 2
+
+
+def test_what_is_closest_and_why(ask):
+    code, shown, complaints = ask(MODEL, *ASKED, "--memory", "20MB", "--reserve", "1MB")
+    assert (code, shown) == (2, "")
+    assert "no layout fits into 8 GPUs of 20MB:\n  - closest is vision TP" in complaints
+    assert "language stage 0 needs" in complaints
+    assert "weights" in complaints
+    _, shown, _ = ask(MODEL, *ASKED, "--memory", "20MB", "--reserve", "1MB", "--json")
+    found = json.loads(shown)
+    assert found["proposals"] == []
+    assert found["closest"]["headroom_bytes"] < 0
+
+
+def test_all_problems_are_listed_with_their_places(ask):
+    model = """\
+hiden_size = 3
+[vision]
+num_layers = 0
+hidden_size = 256
+num_attention_heads = 4
+[language]
+hidden_size = 512
+num_attention_heads = "8"
+"""
+    layout = "micro_batch_size = 3\n[vision]\ndata_parallel_size = 2\n[language]\nfoo = 1\n"
+    costs = "[audio]\nforward_seconds_per_sample = -1\n"
+    files = ("--layout", "layout.toml", "--costs", "costs.toml", "--reserve", "90GB")
+    code, shown, complaints = ask(model, *files, layout=layout, costs=costs)
+    assert (code, shown) == (2, "")
+    for part in (
+        "model.toml:1 hiden_size: there is no size 'hiden_size'; did you mean hidden_size?",
+        "model.toml:3 [vision] num_layers: num_layers must be a whole number, 1 or more",
+        "model.toml:8 [language] num_attention_heads: num_attention_heads must be a whole number",
+        "model.toml:6 [language]: language has no num_layers",
+        "layout.toml:5 [language] foo: there is no size 'foo'",
+        "costs.toml:2 [audio] forward_seconds_per_sample",
+        "--reserve 90GB leaves nothing of --memory 80GB",
+    ):
+        assert part in complaints
+    known = json.loads(ask(model, *files, "--json", layout=layout, costs=costs)[1])
+    assert known["problems"][0]["places"] == [{"module": "", "field": "hiden_size", "line": 1}]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (MODEL.replace("language", "Language"), ASKED, "there is no module named 'language'"),
+        ("[language\n", ASKED, "model.toml is not TOML"),
+        (MODEL + "seq_length = 1\n", ASKED, "model.toml is not TOML"),
+        (MODEL.replace("seq_length = 128", ""), ASKED, "model.toml:9 [language] seq_length: language has no seq_length"),
+        (MODEL.replace("tokens_per_image = 64", ""), ASKED, "vision has no tokens_per_image"),
+        (MODEL.replace("tokens_per_image = 64", "tokens_per_image = 64\nvocab_size = 3"), ASKED, "only the language model reads words"),
+        (MODEL + "num_query_groups = 3\n", ASKED, "model.toml:15 [language] num_query_groups: language has 8 attention heads, which 3"),
+        (MODEL + "moe_layer_freq = [1, 0]\n", ASKED, "moe_layer_freq lists 2 layers, but language has 4"),
+        (MODEL + 'recompute_granularity = "full"\n', ASKED, 'write recompute_method = "uniform"'),
+        (MODEL, ("--gpus", "6", "--gpus-per-node", "4", "--global-batch-size", "8"), "--gpus 6 is no whole number of nodes of 4; give 4 or 8"),
+        (MODEL, ("--gpus", "8"), "--global-batch-size is needed"),
+        (MODEL, (*ASKED, "--micro-batch-size", "5"), "global_batch_size 12 is not a multiple of micro_batch_size 5"),
+        (MODEL, (*ASKED, "--memory", "80"), "must be a size such as 80GB or 80GiB, not '80'"),
+        (MODEL, (*ASKED, "--flops", "0"), "must be a number above 0"),
+        (MODEL, (*ASKED, "--write", "model.toml"), "--write model.toml is the model too"),
+        (MODEL, (*ASKED, "--svg", "nowhere/x.svg"), "--svg nowhere/x.svg cannot be written"),
+        (MODEL, (*ASKED, "--costs", "none.toml"), "none.toml cannot be read: No such file"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_exit_code_2(ask, model, options, message):
+    code, shown, complaints = ask(model, *options)
+    assert (code, shown) == (2, "")
+    assert message in complaints
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("[vision]\n[language]\ntensor_model_parallel_size = 3\n", "layout.toml:3 [language] tensor_model_parallel_size: language has num_attention_heads 8, which tensor_model_parallel_size 3 does not divide"),
+        ("[vision]\npipeline_model_parallel_size = 3\n[language]\n", "layout.toml:2 [vision] pipeline_model_parallel_size: vision has num_layers 4"),
+        ("[vision]\ndata_parallel_size = 5\n[language]\n", "layout.toml:2 [vision] data_parallel_size: global_batch_size 12 is not divisible by the DP 5"),
+        ("[language]\n", "the layout has no module vision, which the model has"),
+        ("[vision]\n[audio]\n[language]\n", "layout.toml:2 [audio]: the model has no module audio"),
+        ("[vision]\ndata_parallel_size = 12\n[language]\n", "the layout takes 13 ranks, but --gpus is 8"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_does_not_fit_the_model(ask, layout, message):
+    options = (*ASKED, "--micro-batch-size", "12", "--layout", "layout.toml")
+    code, shown, complaints = ask(MODEL, *options, layout=layout)
+    assert (code, shown) == (2, "")
+    assert message in complaints
+
+
+def test_names_and_defaults_are_megatrons():
+    worked_out = {"ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size"}
+    spelled = {"attention_backend", "params_dtype", "recompute_modules"}
+    needed = {name for name, field in fields_dict(ModuleSizes).items() if field.default is NOTHING}
+    (theirs,) = world(1).run("megatron_memory:defaults")
+    compared = theirs.keys() - worked_out - spelled - needed
+    assert len(compared) > 20
+    for name in compared:
+        assert fields_dict(ModuleSizes)[name].default == theirs[name], name
+
+
+def test_the_example_is_a_model(capsys):
+    assert set(read_model(EXAMPLES / "vlm_7b.toml")) == {"vision", "language"}
+
+
+def test_it_starts_without_torch(tmp_path):
+    code = (
+        "import sys; from megatron_mimo_coord.planning.plan_command import main; "
+        f"main([{str(EXAMPLES / 'vlm_7b.toml')!r}, '--gpus', '16', '--global-batch-size', '16', '--json']); "
+        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'megatron', 'numpy', 'rich')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_rich_it_says_what_to_install(ask, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    code, _, complaints = ask(MODEL, *ASKED)
+    assert code == 2
+    assert "pip install rich" in complaints
+    assert ask(MODEL, *ASKED, "--json")[0] == 0

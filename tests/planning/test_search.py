@@ -1,0 +1,190 @@
+"""The search returns what brute force over every layout finds; its bounds are below every step."""
+
+from collections.abc import Iterator
+from itertools import permutations, product
+from math import inf
+
+import pytest
+from attrs import evolve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import parallel
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, default_topology, pack
+from megatron_mimo_coord.layout.batch import batch_problems
+from megatron_mimo_coord.layout.problems import layout_problems
+from megatron_mimo_coord.planning import Cluster, ModuleCosts, simulate_step
+from megatron_mimo_coord.planning.choices import Room
+from megatron_mimo_coord.planning.memory import layout_memory, rank_totals
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.search import Search, Task, cost, propose
+from megatron_mimo_coord.planning.size_problems import sharding_problems
+
+VISION = ModuleSizes(
+    num_layers=2, hidden_size=16, num_attention_heads=2, tokens_per_image=4, patch_size=12
+)
+WORDS = ModuleSizes(
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    vocab_size=64,
+    seq_length=16,
+    use_distributed_optimizer=True,
+)
+
+times = st.sampled_from([0.0, 0.001, 0.01, 0.013, 0.1])
+costs = st.builds(
+    ModuleCosts,
+    forward_seconds_per_sample=st.sampled_from([0.001, 0.01, 0.017, 0.1]),
+    backward_seconds_per_sample=st.sampled_from([0.002, 0.02, 0.05, 0.2]),
+    output_bytes_per_sample=st.sampled_from([0.0, 1.0, 50.0]),
+    activation_bytes_per_sample=st.sampled_from([0.0, 1.0, 50.0]),
+    gradient_bytes=st.sampled_from([0.0, 100.0]),
+    optimizer_seconds=times,
+    tensor_parallel_efficiency=st.sampled_from([1.0, 0.7]),
+    frozen=st.booleans(),
+    recompute=st.booleans(),
+    imbalance=st.sampled_from([1.0, 1.5]),
+)
+clusters = st.builds(
+    Cluster,
+    ranks_per_node=st.sampled_from([2, 4]),
+    node_latency_seconds=st.sampled_from([0.0, 0.001]),
+    node_bytes_per_second=st.sampled_from([inf, 1e4]),
+    network_latency_seconds=st.sampled_from([0.0, 0.002]),
+    network_bytes_per_second=st.sampled_from([inf, 2e3]),
+)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Task:
+    names = draw(
+        st.sampled_from([(LANGUAGE,), ("vision", LANGUAGE), ("vision", "audio", LANGUAGE)])
+    )
+    known = {name: draw(costs) for name in names}
+    gpus = draw(st.integers(2, 7)) if len(names) < 3 else 4
+    return Task(
+        sizes={name: WORDS if name == LANGUAGE else VISION for name in names},
+        room=Room(gpus, draw(st.sampled_from([2, 4])), draw(st.sampled_from([4, 6]))),
+        memory_bytes=draw(st.sampled_from([1e9, 2.0e6, 0.8e6])),
+        costs=lambda name, _: known[name],
+        cluster=draw(clusters),
+    )
+
+
+def every_layout(task: Task) -> Iterator[tuple[dict[str, ModuleParallelism], int]]:
+    """Every layout that runs and fits, found by trying all numbers."""
+    gpus, batch = task.room.gpus, task.room.global_batch_size
+    numbers = range(1, gpus + 1)
+    every = [
+        parallel(tp, pp, dp)
+        for tp, pp, dp in product(numbers, repeat=3)
+        if tp * pp * dp <= gpus and task.room.gpus_per_node % tp == 0
+    ]
+    for chosen in product(every, repeat=len(task.sizes)):
+        modules = dict(zip(task.sizes, chosen, strict=True))
+        if any(sharding_problems(name, task.sizes[name], modules[name]) for name in modules):
+            continue
+        placed = [_placed(modules, order) for order in permutations(modules)]
+        whole = (each for each in placed if _keeps_tp_whole(each))
+        together = {name: evolve(module, rank_offset=0) for name, module in modules.items()}
+        for layout in filter(None, (next(whole, None), together if len(modules) > 1 else None)):
+            grids = pack(layout)
+            ranks = max(grid.ranks.stop for grid in grids.values())
+            if ranks > gpus or layout_problems(grids, default_topology(grids), ranks):
+                continue
+            for samples in range(1, batch + 1):
+                if not batch_problems(grids.values(), batch, samples) and _fits(
+                    task, layout, samples
+                ):
+                    yield layout, samples
+
+
+def _placed(modules, order):
+    offsets, offset = {}, 0
+    for name in order:
+        offsets[name], offset = offset, offset + modules[name].size
+    return {name: evolve(module, rank_offset=offsets[name]) for name, module in modules.items()}
+
+
+def _keeps_tp_whole(layout):
+    return all(
+        module.rank_offset % module.tensor_model_parallel_size == 0 for module in layout.values()
+    )
+
+
+def _fits(task, layout, samples):
+    memory = layout_memory(
+        layout,
+        task.sizes,
+        micro_batch_size=samples,
+        num_microbatches=task.room.global_batch_size // samples,
+    )
+    return max(rank_totals(pack(layout), memory).values()) <= task.memory_bytes
+
+
+def seconds(task, layout, samples):
+    return simulate_step(
+        layout,
+        {name: task.costs(name, module) for name, module in layout.items()},
+        micro_batch_size=samples,
+        num_microbatches=task.room.global_batch_size // samples,
+        cluster=task.cluster,
+        distributed_optimizer=task.distributed_optimizer,
+    ).seconds
+
+
+@settings(max_examples=30)
+@given(tasks())
+def test_nothing_better_is_lost(task):
+    best: dict[tuple, float] = {}
+    for layout, samples in every_layout(task):
+        key = tuple(layout.values())
+        best[key] = min(best.get(key, inf), seconds(task, layout, samples))
+    expected = sorted(best.values())[:4]
+    found = [proposal.timeline.seconds for proposal in propose(task, 4)]
+    assert found == pytest.approx(expected)
+
+
+@settings(max_examples=60)
+@given(tasks())
+def test_no_step_is_shorter_than_its_bound(task):
+    for candidate in Search(task).candidates(inf):
+        layout = candidate.modules(task.room.gpus_per_node)
+        if layout:
+            took = seconds(task, layout, candidate.micro_batch_size)
+            assert candidate.bound <= took * (1 + 1e-9), (layout, candidate.micro_batch_size)
+
+
+def test_few_layouts_are_simulated(monkeypatch):
+    """Counted, not timed: 1,024 GPUs have hundreds of thousands of layouts and microbatches."""
+    import megatron_mimo_coord.planning.search as search
+    from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs
+
+    vision = ModuleSizes(
+        num_layers=24, hidden_size=1024, num_attention_heads=16, tokens_per_image=576
+    )
+    words = ModuleSizes(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        vocab_size=128_000,
+        seq_length=4096,
+        params_dtype="bf16",
+        use_distributed_optimizer=True,
+    )
+    sizes = {"vision": vision, LANGUAGE: words}
+    cluster = Cluster(ranks_per_node=8, node_bytes_per_second=300e9, network_bytes_per_second=40e9)
+    task = Task(
+        sizes=sizes,
+        room=Room(1024, 8, 2048),
+        memory_bytes=80e9,
+        costs=lambda name, module: estimated_costs(
+            sizes[name], module, 4096, Accelerator(), cluster
+        ),
+        cluster=cluster,
+    )
+    simulated = []
+    monkeypatch.setattr(search, "cost", lambda *args: simulated.append(args) or cost(*args))
+    assert len(propose(task, 10)) == 10
+    assert 10 <= len(simulated) < 100
