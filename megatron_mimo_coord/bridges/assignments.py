@@ -1,11 +1,12 @@
 """Assignments of images that were made and whose microbatch has not run yet, in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from megatron_mimo_coord.bridges.sample_check import SampleCheck
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 
 # More microbatches than a step has: a trainer may deal out all of a step's at its beginning.
@@ -21,7 +22,7 @@ class PendingAssignments:
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[ImageAssignment]] = {}
-        self._watchers: dict[str, list[Callable[[ImageAssignment], None]]] = {}
+        self._checks: dict[str, list[SampleCheck]] = {}
         self.passes = 0
 
     @classmethod
@@ -36,9 +37,9 @@ class PendingAssignments:
         for name in encoders:
             self._queues.setdefault(name, deque())
 
-    def watch(self, encoder: str, given: Callable[[ImageAssignment], None]) -> None:
-        """Have ``given`` called with each assignment of an encoder that is put in."""
-        self._watchers.setdefault(encoder, []).append(given)
+    def compare(self, encoder: str, check: SampleCheck) -> None:
+        """From now on a check is told of each of this encoder's assignments."""
+        self._checks.setdefault(encoder, []).append(check)
 
     def begin_pass(self) -> None:
         """The schedule begins: messages count microbatches from 0."""
@@ -50,8 +51,8 @@ class PendingAssignments:
         Raises:
             RuntimeError: none was taken out for very long.
         """
-        for given in self._watchers.get(assignment.module, ()):
-            given(assignment)
+        for check in self._checks.get(assignment.module, ()):
+            check.given(assignment)
         queue = self._queues.get(assignment.module)
         if queue is None:
             return
@@ -73,9 +74,13 @@ class PendingAssignments:
         waiting = {name: list(queue) for name, queue in self._queues.items()}
         for queue in self._queues.values():
             queue.clear()
+        checks = [check for each in self._checks.values() for check in each]
+        before = [check.set_aside() for check in checks]
         try:
             yield
         finally:
+            for check, given in zip(checks, before, strict=True):
+                check.put_back(given)
             for name, queue in self._queues.items():
                 queue.clear()
                 queue.extend(waiting.get(name, ()))

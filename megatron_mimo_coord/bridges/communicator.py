@@ -117,7 +117,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         check = None
         if name != LANGUAGE:
             check = self._checks[name] = SampleCheck(name, self.current_rank)
-            self._assignments.watch(name, check.given)
+            self._assignments.compare(name, check)
         link = Incoming(name, ends, self.current_rank, groups, check=check, **self._options(name))
         self._incoming.append(link)
 

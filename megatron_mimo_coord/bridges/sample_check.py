@@ -41,6 +41,16 @@ class SampleCheck:
         else:
             self._compare(assignment)
 
+    def set_aside(self) -> deque[ImageAssignment]:
+        """Other microbatches run for a while: what this rank was given for those that wait."""
+        self._arrived = None
+        given, self._given = self._given, deque()
+        return given
+
+    def put_back(self, given: deque[ImageAssignment]) -> None:
+        """Those microbatches run now."""
+        self._arrived, self._given = None, given
+
     def given_none(self) -> None:
         """This rank sends on without an assignment: the one before it must have had none either."""
         if self._arrived is not None:

@@ -1,5 +1,6 @@
 """Process groups beside those of a grid: made once for a set of ranks, given back with the grid."""
 
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -65,12 +66,15 @@ class ExtraGroups:
         return world_timeout()
 
     def before_destroy(self, finish: Callable[[], None]) -> None:
-        """Have ``finish`` called before the groups go: a send may still be under way."""
+        """Have ``finish`` called before the groups go: a send may still be under way.
+
+        After an error it is not: whoever was to take the message may be gone.
+        """
         self._before_destroy.append(finish)
 
     def destroy(self) -> None:
         """Give all groups back."""
-        for finish in self._before_destroy:
+        for finish in self._before_destroy if sys.exception() is None else ():
             finish()
         for group in self._groups.values():
             if group is not None:
