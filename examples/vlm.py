@@ -235,7 +235,7 @@ def build_bare_model(
         ),
         tp_group=language_pg and language_pg.tp,
         cp_group=language_pg and language_pg.cp,
-    ).to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
+    ).cuda()
     for name, module in submodules(model).items():
         draw_by_name(name, module, groups[name], seed)
     return model

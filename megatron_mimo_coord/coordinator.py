@@ -26,7 +26,6 @@ from megatron_mimo_coord.bridges.token_counts import TokenCounts, fan_in_ratios
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
-from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientShares
 from megatron_mimo_coord.gradients.step_state import StepState
@@ -108,7 +107,12 @@ class MultiModuleCoordinator:
         self._config: ModelParallelConfig | None = None
         self._optimizer: Any = None
         self._communicators: list[PipelineCommunicator] = []
-        self._step = StepState.shared(model, job.model, job.ddps.values())
+        self._step = StepState.shared(
+            model,
+            job.model,
+            job.ddps,
+            {name: grid.data_parallel_size for name, grid in job.grids.items()},
+        )
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
             TokenCount(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
@@ -206,7 +210,6 @@ class MultiModuleCoordinator:
         self._step.attached(config, self.finalize_model_grads)
         self._optimizer = optimizer
         if optimizer is not None:
-            FiniteSteps.of(optimizer)
             self._step.watch(optimizer)
 
     def build_optimizer(self, optimizer_config: OptimizerConfig) -> MimoOptimizer:
@@ -336,6 +339,7 @@ class MultiModuleCoordinator:
         grid = encoder_grid(self._grids, module_name)
         assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids)
         self._pending_assignments.put(assignment)
+        self._step.assigned()
         return assignment
 
     def validate_data_loader_contract(

@@ -6,7 +6,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import vlm  # noqa: F401
 
-    import megatron_mimo_coord.cpu
+    import megatron_mimo_coord.cpu.cuda_means_cpu
     from megatron_mimo_coord import MultiModuleCoordinator  # noqa: F401
 
-    list(megatron_mimo_coord.cpu._replacements())
+    list(megatron_mimo_coord.cpu.cuda_means_cpu.replacements())

@@ -31,7 +31,8 @@ TIMEOUT = timedelta(seconds=60)
 # Megatron's distributed optimizer keeps process groups alive, and each group has threads that wake
 # often: a world is replaced before they slow it down.
 RUNS = 12
-_worlds: dict[int, "World"] = {}
+REHEARSE = False  # whether worlds demand what NCCL demands, unless a test says otherwise
+_worlds: dict[tuple[int, bool], "World"] = {}
 
 
 class RankError(AssertionError):
@@ -44,13 +45,14 @@ class RankError(AssertionError):
         )
 
 
-def world(size: int) -> "World":
+def world(size: int, rehearse: bool = REHEARSE) -> "World":
     """The world of this size, started if need be."""
-    if size in _worlds and _worlds[size].runs >= RUNS:
-        _worlds[size].kill()
-    if size not in _worlds or not _worlds[size].is_alive():
-        _worlds[size] = World(size)
-    return _worlds[size]
+    key = size, rehearse
+    if key in _worlds and _worlds[key].runs >= RUNS:
+        _worlds[key].kill()
+    if key not in _worlds or not _worlds[key].is_alive():
+        _worlds[key] = World(size, rehearse)
+    return _worlds[key]
 
 
 @cache
@@ -71,7 +73,7 @@ def _start_forkserver() -> Any:
 class World:
     """``size`` ranks that wait for work."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rehearse: bool = REHEARSE) -> None:
         context = _start_forkserver()
         self.size = size
         self.runs = 0
@@ -81,7 +83,9 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, size, f"{self._store}/store"), daemon=True
+                target=_serve,
+                args=(theirs, rank, size, f"{self._store}/store", rehearse),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -178,7 +182,7 @@ def kill_all() -> None:
         each.kill()
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -> None:
     """The life of a rank."""
     import torch
     import torch.distributed as dist
@@ -186,7 +190,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     from megatron_mimo_coord.cpu import enable_cpu_ranks
 
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("error", module="megatron_mimo_coord")
+    warnings.filterwarnings("error", module=r"megatron_mimo_coord\.(?!cpu\.)")
     # Megatron's distributed optimizer looks for it on its shards, which views of weights are.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -194,9 +198,15 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     # The file stays open: whoever waits for this rank may ask where it hangs.
     faulthandler.register(signal.SIGUSR1, open(f"{Path(store).parent}/stack-{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
-    enable_cpu_ranks()
+    enable_cpu_ranks(rehearse)
+    if rehearse:
+        _finalize_without_host_sync()
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT
+        "nccl" if rehearse else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
     )
     while True:
         try:
@@ -212,3 +222,17 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
         pipe.send(answer)
         if not answer[0] and answer[1][0] != "ValueError":
             return  # as a trainer's rank ends: its peers must not wait for it
+
+
+def _finalize_without_host_sync() -> None:
+    """Have every finalize of a coordinator run inside ``no_host_sync``."""
+    from megatron_mimo_coord import MultiModuleCoordinator
+    from megatron_mimo_coord.cpu import no_host_sync
+
+    original = MultiModuleCoordinator.finalize_model_grads
+
+    def finalize_model_grads(self: Any, *args: Any, **options: Any) -> None:
+        with no_host_sync():
+            original(self, *args, **options)
+
+    MultiModuleCoordinator.finalize_model_grads = finalize_model_grads  # type: ignore[method-assign]

@@ -105,7 +105,7 @@ class GradientFinalizer:
                 everything = module.reduction.reduces_everything(force_all_reduce)
                 module.scaling.apply(inverse_tokens, everything)
                 module.reduction.end(force_all_reduce)
-        self._step.finalized()
+        self._step.finalized(None if counting is None else self._token_count.total)
 
     @contextmanager
     def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:

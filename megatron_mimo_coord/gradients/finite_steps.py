@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
+from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.world.device import world_device
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,11 @@ class FiniteSteps:
 
     Args:
         optimizer: whose ``prepare_grads`` and ``get_grad_norm`` are routed through this object.
+        report: what else the ranks tell each other in the same collective.
     """
 
-    def __init__(self, optimizer: MimoOptimizer) -> None:
+    def __init__(self, optimizer: MimoOptimizer, report: StepReport) -> None:
+        self._report = report
         self._module_infos = dict(sorted(optimizer.module_infos.items()))
         self._norm: float | None = None
         optimizer.prepare_grads = self.prepare_grads
@@ -41,14 +44,21 @@ class FiniteSteps:
             scaler.update = _later
 
     @classmethod
-    def of(cls, optimizer: Any) -> None:
+    def of(cls, optimizer: Any, report: StepReport) -> None:
         """Guard an optimizer, once; one of another class stays as it is."""
-        if isinstance(optimizer, MimoOptimizer) and not hasattr(optimizer, "_mimo_finite_steps"):
-            optimizer._mimo_finite_steps = cls(optimizer)
+        if not isinstance(optimizer, MimoOptimizer):
+            return
+        if not hasattr(optimizer, "_mimo_finite_steps"):
+            optimizer._mimo_finite_steps = cls(optimizer, report)
+        optimizer._mimo_finite_steps._report = report
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """Whether to skip the step. Collective over the world."""
+        """Whether to skip the step. Collective over the world.
+
+        Raises:
+            RuntimeError: the report of the ranks says why these gradients are wrong.
+        """
         squares = self._squares(prepare=True)
         faulty = [name for name, square in squares.items() if math.isinf(square)]
         if faulty and dist.get_rank() == 0:
@@ -79,8 +89,12 @@ class FiniteSteps:
                 for grads in _beside_the_norm(info.optimizer) if prepare else ():
                     squares[index] += 0.0 * torch.stack(torch._foreach_norm(grads)).sum()
         squares.nan_to_num_(nan=math.inf, posinf=math.inf)
-        dist.all_reduce(squares, op=dist.ReduceOp.MAX)
-        return dict(zip(self._module_infos, squares.tolist(), strict=True))
+        numbers = torch.cat((squares, self._report.pack())) if prepare else squares
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        values = numbers.tolist()
+        if prepare:
+            self._report.check(values[len(squares) :], has_gradients=any(values[: len(squares)]))
+        return dict(zip(self._module_infos, values, strict=False))
 
 
 def _beside_the_norm(optimizer: Any) -> Iterator[list[torch.Tensor]]:

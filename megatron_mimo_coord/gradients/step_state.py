@@ -7,7 +7,7 @@ all ranks alike because it looks at what all ranks do alike: one whose batch has
 the schedule's communicator as often as its peers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from types import MethodType
 from typing import Any
@@ -18,6 +18,8 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.gradients.buckets import grad_buffers
+from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
+from megatron_mimo_coord.gradients.step_report import StepReport
 
 _SHARED = "_mimo_step_state"
 """Attribute of a model and of an optimizer: the state that all coordinators of the model share."""
@@ -40,21 +42,29 @@ class StepState:
         model: whose forward passes are counted.
         ddps: the modules on this rank, whose ``zero_grad_buffer`` is routed through this object,
             whoever calls it.
+        report: what the ranks tell each other before an optimizer step.
     """
 
-    def __init__(self, model: MimoModel, ddps: Sequence[DistributedDataParallel]) -> None:
+    def __init__(
+        self, model: MimoModel, ddps: Sequence[DistributedDataParallel], report: StepReport
+    ) -> None:
         self._ddps = ddps
+        self.report = report
         self._configs: list[ModelParallelConfig] = []
         self._attached: list[tuple[ModelParallelConfig, Any]] = []
         self._grads = [buffer.grad_data for ddp in ddps for buffer in grad_buffers(ddp)]
         self._enter(Phase.UNTOUCHED)
         for ddp in ddps:
             ddp.zero_grad_buffer = self._reporting_zeroing(type(ddp).zero_grad_buffer, ddp)
-        self._hook = model.register_forward_pre_hook(self._count_forward)
+        self._hook = model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
 
     @classmethod
     def shared(
-        cls, wrapped: Any, model: MimoModel, ddps: Iterable[DistributedDataParallel]
+        cls,
+        wrapped: Any,
+        model: MimoModel,
+        ddps: Mapping[str, DistributedDataParallel],
+        data_parallel_sizes: Mapping[str, int],
     ) -> "StepState":
         """The one of a model and its DDPs, made when it is first asked for.
 
@@ -62,13 +72,13 @@ class StepState:
             wrapped: what the schedule runs: the model, or a chain of ``.module`` that ends in it.
             model: the model.
             ddps: the modules on this rank.
+            data_parallel_sizes: DP of every module of the job.
         """
-        ddps = list(ddps)
         state: StepState | None = getattr(model, _SHARED, None)
-        if state is None or state._ddps != ddps:
+        if state is None or state._ddps != list(ddps.values()):
             if state is not None:
                 state._hook.remove()
-            state = cls(model, ddps)
+            state = cls(model, list(ddps.values()), StepReport(data_parallel_sizes, list(ddps)))
             setattr(model, _SHARED, state)
         while wrapped is not model:
             state._configs.append(getattr(wrapped, "config", model.config))
@@ -93,12 +103,22 @@ class StepState:
         """The schedule's communicator has seen a backward pass end, on every rank alike."""
         self._backward_passes += 1
 
-    def finalized(self) -> None:
-        """The gradients are those of the one loss."""
+    def assigned(self) -> None:
+        """Images are dealt out by cost: a rank's ``input_ids`` no longer say which it encodes."""
+        self._reads_rows = False
+
+    def finalized(self, num_tokens: torch.Tensor | None) -> None:
+        """The gradients are those of the one loss.
+
+        Args:
+            num_tokens: N that they were divided by, None if the loss is a mean.
+        """
+        self.report.num_tokens = num_tokens
         self._enter(Phase.FINALIZED)
 
     def watch(self, optimizer: Any) -> None:
         """Check the gradients before each step of an optimizer, and remember that it used them."""
+        FiniteSteps.of(optimizer, self.report)
         is_watched = hasattr(optimizer, _SHARED)
         setattr(optimizer, _SHARED, self)
         if hasattr(optimizer, "step") and not is_watched:
@@ -109,9 +129,15 @@ class StepState:
         self._versions = self._current_versions()
         self._forward_passes = self._backward_passes = 0
         self._begun = False
+        self._reads_rows = True
 
-    def _count_forward(self, *_: Any) -> None:
-        self._forward_passes += torch.is_grad_enabled()
+    def _count_forward(self, _: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._forward_passes += 1
+            input_ids = kwargs.get("input_ids", args[0] if args else None)
+            is_packed = kwargs.get("packing_kwargs") is not None
+            has_rows = self._reads_rows and input_ids is not None and not is_packed
+            self.report.rows = len(input_ids) if has_rows else None
 
     def _reporting_zeroing(
         self, zero: Callable[[Any], None], ddp: DistributedDataParallel

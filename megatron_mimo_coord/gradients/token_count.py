@@ -14,6 +14,9 @@ class TokenCount:
         rank: this rank.
         per_token: whether the loss is divided by the number of tokens.
         device: where the backend of the world expects tensors.
+
+    Attributes:
+        total: N, once the sum that :meth:`start` launched is there.
     """
 
     def __init__(
@@ -22,7 +25,7 @@ class TokenCount:
         self._per_token = per_token
         self._is_needed_here = per_token and rank in language.ranks
         self._is_counted_here = per_token and holds_a_distinct_count(language, rank)
-        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
 
     def start(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
         """Launch the sum over the world; None if the loss is a mean.
@@ -43,14 +46,14 @@ class TokenCount:
         if not self._per_token:
             return None
         if self._is_counted_here and num_tokens is not None:
-            self._tokens.copy_(num_tokens.reshape(()))
+            self.total.copy_(num_tokens.reshape(()))
         else:
-            self._tokens.zero_()
-        return dist.all_reduce(self._tokens, async_op=True)
+            self.total.zero_()
+        return dist.all_reduce(self.total, async_op=True)
 
     def reciprocal(self) -> torch.Tensor:
         """1/N, a tensor without dims on the device; 1 where no token counts."""
-        return self._tokens.clamp(min=1).reciprocal()
+        return self.total.clamp(min=1).reciprocal()
 
 
 def holds_a_distinct_count(language: ModuleGrid, rank: int) -> bool:

@@ -76,6 +76,16 @@ class ImageAssignment:
             loads[owner] += cost
         return tuple(loads)
 
+    @cached_property
+    def tokens_of_ranks(self) -> tuple[int, ...]:
+        """Tokens that the encoder makes on each data-parallel rank."""
+        tokens = [0] * self.data_parallel_size
+        for owner, count in zip(
+            chain.from_iterable(self.owners), chain.from_iterable(self.tokens), strict=True
+        ):
+            tokens[owner] += count
+        return tuple(tokens)
+
     @property
     def imbalance(self) -> float:
         """Largest load / mean load; 1.0 if nothing costs anything."""

@@ -1,6 +1,7 @@
 """How long the stages of one layout compute and their messages take: costs, dealt out to ranks."""
 
 from collections.abc import Mapping
+from math import ceil
 
 from attrs import frozen
 
@@ -42,6 +43,10 @@ class Durations:
             receives=self._receives(module, stage),
         )
 
+    def has_backward(self, module: str, stage: int) -> bool:
+        """Whether a stage computes backward: a weight of it learns, or an input of it wants to."""
+        return not self.costs[module].frozen or self._receives(module, stage)
+
     def _receives(self, module: str, stage: int) -> bool:
         """Whether an input of a stage wants a gradient."""
         if stage > 0 or module != LANGUAGE:
@@ -63,14 +68,14 @@ class Durations:
         return max(self.cluster.message_seconds((rank, rank + length), message) for rank in senders)
 
     def over_bridge(self, encoder: str, *, forward: bool) -> float:
-        """A message over a bridge, forward or back, and inside the group of ranks that gets it.
+        """The messages of a microbatch over a bridge, forward or back, all under way at once.
 
-        A rank with several peers sends or receives one part after the other; the leader of a
-        group of TP x CP ranks then hands on what it received.
+        Each of the receiver's TP x CP ranks gets its own copy of what concerns its samples. The
+        end that sends or receives most takes longest.
         """
         source, target = self.grids[encoder], self.grids[LANGUAGE]
         replicas = source.data_parallel_size, target.data_parallel_size
-        parts, peers = max(replicas), max(replicas) // min(replicas)
+        parts = max(replicas)
         message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
         last = source.dim("pp") - 1
         pairs = (
@@ -80,14 +85,12 @@ class Durations:
             )
             for part in range(parts)
         )
-        seconds = peers * max(self.cluster.message_seconds(pair, message) for pair in pairs)
-        receiver, stage = (target, 0) if forward else (source, last)
-        group = receiver.dim("tp") * receiver.dim("cp")
-        if group > 1:
-            received = message * parts / receiver.data_parallel_size
-            leader = receiver.rank_at(pp=stage)
-            seconds += self.cluster.message_seconds((leader, leader + group - 1), received)
-        return seconds
+        sender, receiver = (source, target) if forward else (target, source)
+        lanes = [grid.dim("tp") * grid.dim("cp") for grid in (sender, receiver)]
+        sent = parts // sender.data_parallel_size * ceil(lanes[1] / lanes[0])
+        received = parts // receiver.data_parallel_size
+        messages = max(sent, received) * message
+        return max(self.cluster.message_seconds(pair, messages) for pair in pairs)
 
     def exchange(self, encoder: str) -> float:
         """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.

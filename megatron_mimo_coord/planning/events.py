@@ -1,7 +1,7 @@
 """When things happen that wait for each other: places that compute, and messages between them.
 
-A message is a rendezvous: it begins when sender and receiver are both there, and both go on when it
-is over. So does gloo send, and NCCL whatever does not fit into its buffers.
+A message is on its way from when sender and receiver are both there. So does gloo send, and NCCL
+whatever does not fit into its buffers. Who waits for it to be over is another matter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,20 +65,22 @@ Message = tuple[End, End, float]
 
 @frozen(eq=False)
 class Task:
-    """One thing that a place does: it computes, or it is there for messages until they are over.
+    """One thing that a place does: it computes, or it is there for messages.
 
     Args:
         kind: the kind of ``Span`` that it becomes.
         module: for which module.
         seconds: how long it takes without messages.
-        messages: what it sends and receives at once.
+        posts: what it begins to send and to receive, at once.
+        awaits: of these channels, it waits until the last message it posted is over.
         bridge: the encoder whose bridge the messages pass.
     """
 
     kind: str
     module: str
     seconds: float = 0.0
-    messages: tuple[Message, ...] = ()
+    posts: tuple[Message, ...] = ()
+    awaits: tuple[Message, ...] = ()
     bridge: str | None = None
 
 
@@ -97,7 +99,7 @@ class Place:
     stage: int
     tasks: list[Task] = field(factory=list)
     ends: list[float] = field(factory=list)
-    _is_there: bool = False  # for the messages of the next task
+    _has_posted: bool = False  # what the next task posts
 
     @property
     def now(self) -> float:
@@ -111,26 +113,23 @@ class Place:
         while len(ends) < len(tasks):
             task = tasks[len(ends)]
             over = now + task.seconds
-            messages = task.messages
-            if messages:
-                if not self._is_there:
-                    self._is_there = True
-                    for mine, _, _ in messages:
-                        mine.append(now)
-                        if mine.waiting is not None:
-                            released.append(mine.waiting)
-                            mine.waiting = None
-                for mine, other, seconds in messages:
-                    index = len(mine) - 1
-                    if index >= len(other):
-                        other.waiting = self
-                        return released
-                    begun = other[index]
-                    if begun < now:
-                        begun = now
+            if task.posts and not self._has_posted:
+                self._has_posted = True
+                for mine, _, _ in task.posts:
+                    mine.append(now)
+                    if mine.waiting is not None:
+                        released.append(mine.waiting)
+                        mine.waiting = None
+            for mine, other, seconds in task.awaits:
+                last = len(mine) - 1
+                if last >= len(other):
+                    other.waiting = self
+                    return released
+                if last >= 0:
+                    begun = mine[last] if mine[last] > other[last] else other[last]
                     if begun + seconds > over:
                         over = begun + seconds
-                self._is_there = False
+            self._has_posted = False
             now = over
             ends.append(now)
         return released
@@ -173,7 +172,7 @@ class Place:
                 microbatch = forwards[module] - (forwards[module] > backwards[module])
             forwards[module] += kind == FORWARD
             backwards[module] += kind == BACKWARD
-            if kind != IDLE:
+            if end > start if task.awaits and not task.posts else kind != IDLE:
                 yield Span(kind, module, self.stage, start, end, microbatch, task.bridge)
             start = end
 

@@ -20,20 +20,15 @@ from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems, module_problems, raise_problems
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
-from megatron_mimo_coord.planning.events import Channel, Place, Task, run
+from megatron_mimo_coord.planning.events import Place, Task, run
+from megatron_mimo_coord.planning.links import Link
 from megatron_mimo_coord.planning.schedule import order
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
     FORWARD,
     OPTIMIZER,
-    RECV_BACKWARD,
-    RECV_FORWARD,
     REDUCE,
-    SEND_BACKWARD,
-    SEND_BACKWARD_RECV_FORWARD,
-    SEND_FORWARD,
-    SEND_FORWARD_RECV_BACKWARD,
     Timeline,
 )
 
@@ -109,14 +104,14 @@ def cost_problems(
 
 def _timeline(durations: Durations, num_microbatches: int) -> Timeline:
     """Simulate a step of a layout that runs."""
-    channels = _channels(durations)
+    links = _links(durations)
     places = [
         Place(names, stage)
         for names in _sharing_ranks(durations.grids)
         for stage in range(durations.grids[names[0]].dim("pp"))
     ]
     for place in places:
-        tasks = _tasks(durations, place, channels)
+        tasks = _tasks(durations, place, links)
         warm_up = stages_behind(durations.grids, place.modules[0], place.stage)
         for event in order(num_microbatches, warm_up):
             place.tasks += tasks.get(event, ())
@@ -149,57 +144,52 @@ def _sharing_ranks(grids: Mapping[str, ModuleGrid]) -> list[list[str]]:
     return list(names.values())
 
 
-def _channels(durations: Durations) -> dict[tuple[str, int], tuple[Channel, Channel]]:
-    """(forward, backward) behind each stage of a module that has something behind it."""
-    channels = {}
+def _links(durations: Durations) -> dict[tuple[str, int], Link]:
+    """What is behind each stage of a module that has something behind it."""
+    links = {}
     for name, grid in durations.grids.items():
-        for stage in range(grid.dim("pp") - 1):
-            seconds = durations.between_stages(name, stage)
-            channels[name, stage] = Channel(seconds), Channel(seconds)
-        if name != LANGUAGE and not is_colocated(durations.grids.values()):
-            channels[name, grid.dim("pp") - 1] = (
-                Channel(durations.over_bridge(name, forward=True)),
-                Channel(durations.over_bridge(name, forward=False)),
-            )
-    return channels
+        for stage in range(grid.dim("pp")):
+            forward: float | None = None
+            if stage < grid.dim("pp") - 1:
+                forward = back = durations.between_stages(name, stage)
+                bridge = None
+            elif name != LANGUAGE and not is_colocated(durations.grids.values()):
+                forward = durations.over_bridge(name, forward=True)
+                back = durations.over_bridge(name, forward=False)
+                bridge = name
+            if forward is not None:
+                wanted = durations.has_backward(name, stage)
+                links[name, stage] = Link(forward, back if wanted else None, bridge)
+    return links
 
 
 def _tasks(
-    durations: Durations, place: Place, channels: Mapping[tuple[str, int], tuple[Channel, Channel]]
+    durations: Durations, place: Place, links: Mapping[tuple[str, int], Link]
 ) -> dict[str, list[Task]]:
     """What a place does at each event of the schedule."""
     stage = place.stage
-    tasks = {
-        FORWARD: [Task(FORWARD, name, durations.forward(name, stage)) for name in place.modules],
-        BACKWARD: [Task(BACKWARD, name, durations.backward(name, stage)) for name in place.modules],
-    }
+    forward = [Task(FORWARD, name, durations.forward(name, stage)) for name in place.modules]
+    backward = [  # autograd goes back the way that forward came
+        Task(BACKWARD, name, durations.backward(name, stage))
+        for name in place.modules[:: -1 if is_colocated(durations.grids.values()) else 1]
+        if durations.has_backward(name, stage)
+    ]
     if is_colocated(durations.grids.values()):
-        exchanges = [
-            Task(EXCHANGE, name, durations.exchange(name), bridge=name)
-            for name in place.modules[:-1]
-        ]
-        tasks[FORWARD][-1:-1] = exchanges
-        tasks[BACKWARD] = tasks[BACKWARD][::-1]  # autograd goes back the way that forward came
-        tasks[BACKWARD][1:1] = exchanges[::-1]
+        encoders = place.modules[:-1]
+        exchanges = {
+            name: Task(EXCHANGE, name, durations.exchange(name), bridge=name) for name in encoders
+        }
+        forward[-1:-1] = [exchanges[name] for name in encoders]
+        learning = [task.module for task in backward if task.module in exchanges]
+        backward[1:1] = [exchanges[name] for name in learning]
+    tasks = {FORWARD: forward, BACKWARD: backward}
     for name in place.modules:
-        for source, last in _before(durations.grids, name, stage):
-            ahead, back = channels[source, last]
-            bridge = source if source != name else None
-            for kind, messages in (
-                (RECV_FORWARD, (ahead.receive(),)),
-                (SEND_BACKWARD, (back.send(),)),
-                (SEND_BACKWARD_RECV_FORWARD, (back.send(), ahead.receive())),
-            ):
-                tasks.setdefault(kind, []).append(Task(kind, name, 0.0, messages, bridge))
-        if (name, stage) in channels:
-            ahead, back = channels[name, stage]
-            bridge = name if stage == durations.grids[name].dim("pp") - 1 else None
-            for kind, messages in (
-                (SEND_FORWARD, (ahead.send(),)),
-                (RECV_BACKWARD, (back.receive(),)),
-                (SEND_FORWARD_RECV_BACKWARD, (ahead.send(), back.receive())),
-            ):
-                tasks.setdefault(kind, []).append(Task(kind, name, 0.0, messages, bridge))
+        ends = [links[before].incoming(name) for before in _before(durations.grids, name, stage)]
+        if (name, stage) in links:
+            ends.append(links[name, stage].outgoing(name))
+        for end in ends:
+            for event, messages in end.items():
+                tasks.setdefault(event, []).extend(messages)
     return tasks
 
 

@@ -267,7 +267,7 @@ def cases(draw: st.DrawFn) -> Case:
         second_coordinator=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         plain_path=draw(st.booleans()),
-        assign=0 if colocated else draw(st.integers(0, 2)),
+        assign=draw(st.integers(0, 2)),
         seed=draw(st.integers(0, 99)),
     )
 

@@ -15,7 +15,8 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism
-from megatron_mimo_coord.bridges.communicator import VaryingTokensCommunicator
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated
 
 METHODS = (
@@ -61,11 +62,12 @@ def run_steps(job: SleepingJob, steps: int) -> tuple[float, list[Event]]:
         moe_token_dispatcher_type="alltoall",
         pipeline_dtype=torch.float32,
     )
-    communicator = VaryingTokensCommunicator(
+    communicator = PipelineCommunicator(
         infra.module_to_grid_map,
         dict.fromkeys(grids, ()) if is_colocated(grids.values()) else infra.topology,
         config,
         infra.module_output_ndim,
+        PendingAssignments(),
     )
     events: list[Event] = []
     for name in METHODS:

@@ -166,10 +166,7 @@ def assert_same_order(
     expected = [
         (span.kind, span.module)
         for span in simulated.spans
-        if span.module in names
-        and span.stage == stage
-        and span.kind in ("forward", "backward")
-        and span.end > span.start
+        if span.module in names and span.stage == stage and span.kind in ("forward", "backward")
     ]
     assert computed == expected
 
@@ -217,9 +214,9 @@ def test_every_second_of_a_stage_is_accounted_for(job):
         spans = [span for span in timeline.spans if (span.module, span.stage) == (name, stage)]
         assert all(0 <= span.start <= span.end <= timeline.seconds for span in spans)
         assert all(left.end <= right.start for left, right in pairwise(spans))
-        for kind in ("forward", "backward"):
+        for kind, unit in zip(("forward", "backward"), work[name][stage], strict=True):
             computed = [span.microbatch for span in spans if span.kind == kind]
-            assert computed == list(range(num_microbatches))
+            assert computed == (list(range(num_microbatches)) if unit else [])
     for kind, step in (("forward", 1), ("backward", -1)):  # no stage before the one it waits for
         for name, module in modules.items():
             ends = [
@@ -230,6 +227,8 @@ def test_every_second_of_a_stage_is_accounted_for(job):
                 ]
                 for stage in range(module.pipeline_model_parallel_size)
             ][::step]
+            if kind == "backward" and not ends[-1]:
+                del ends[-1]  # a frozen encoder's first stage has none
             assert all(
                 a <= b for one, other in pairwise(ends) for a, b in zip(one, other, strict=True)
             )
@@ -270,7 +269,7 @@ def test_messages_take_their_time():
     timeline = simulate_step(modules, whole, micro_batch_size=4, num_microbatches=1, cluster=links)
     computing = 2 * 3 + 4 * 3  # each encoder rank has 2 samples, the language model 4
     between_encoder_stages = 3 + 10 * 2 / 10  # ranks 0 and 2
-    over_the_bridge = 2 * (3 + 100 * 2 / 10)  # ranks 2 and 3 to rank 4, one after the other
+    over_the_bridge = 3 + 2 * 100 * 2 / 10  # ranks 2 and 3 to rank 4, at once
     between_language_stages = 0.5 + 30 * 4 / 1000  # ranks 4 and 5
     messages = between_encoder_stages + over_the_bridge + between_language_stages
     assert timeline.seconds == pytest.approx(computing + 2 * messages)

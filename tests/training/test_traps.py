@@ -151,3 +151,53 @@ def test_lines_forgotten_in_a_step(case):
         assert len(said) == 2
         for text in said.values():
             assert "zero_grad_buffer() was not called" in text
+
+
+def _wrong_reports(case: Case, mistake: str) -> str:
+    """What the optimizer's step says of a mistake in the forward step; a right step goes before."""
+    import torch
+    from cases import _forward_step, draw
+
+    trainer = Trainer(case)
+    coordinator, model = trainer.coordinator, trainer.model
+    coordinator.attach(model.config, trainer.optimizer)
+
+    def forward_step(data: Any, model: Any) -> Any:
+        if mistake == "whole input_ids" and "vision" in trainer.infra.participating_modules:
+            whole = draw(case, 0, 0).tokens
+
+            def with_all(**inputs: Any) -> Any:
+                return trainer.model(**inputs | {"input_ids": whole})
+
+            return _forward_step(case, coordinator, data, with_all)
+        output, loss = _forward_step(case, coordinator, data, model)
+        if mistake == "two values":
+            return output, lambda losses: loss(losses)[::2]
+        if mistake == "all masked":
+            return output, lambda losses: (losses.sum() * 0, torch.tensor(0), loss(losses)[2])
+        return output, loss
+
+    trainer.step()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    coordinator.zero_grad_buffer()
+    trainer.schedule(forward_step_func=forward_step)
+    said = said_by(trainer.optimizer.step)
+    assert all(map(torch.equal, before, model.parameters())) or mistake == "all masked"
+    trainer.step()
+    trainer.end()
+    return said
+
+
+REPORTS = {
+    "two values": "no rank reported a number of tokens",
+    "all masked": "",
+    "whole input_ids": "module 'vision' has other samples than the language model: 4 on each of DP 2, where a microbatch has 4 in all",
+}
+
+
+@pytest.mark.parametrize("mistake", REPORTS)
+def test_mistakes_of_a_forward_step(mistake):
+    case = Case(modules=FAN_IN, per_token=PER_TOKEN, ddp=SHARDED)
+    for said in world(3).run("test_traps:_wrong_reports", case, mistake):
+        assert REPORTS[mistake] in said
+        assert bool(said) == bool(REPORTS[mistake])

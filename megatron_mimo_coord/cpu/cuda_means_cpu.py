@@ -1,13 +1,6 @@
-"""Runs Megatron-Core on CPU ranks over gloo: a laptop stands in for a cluster.
-
-Megatron-Core writes ``device="cuda"`` and ``backend="nccl"`` into its own code. On a machine
-without a GPU for each rank, :func:`enable_cpu_ranks` makes those words mean the CPU and gloo, so
-that the real models, schedules, communicators and optimizers run as they are. It is never called
-for you, and nothing else in this package knows about it: on GPUs no line of this file runs.
-"""
+"""What Megatron-Core calls and a CPU lacks: "cuda" means the CPU, "nccl" means gloo."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,43 +8,20 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-_CPU = torch.device("cpu")
-_enabled: list[TorchFunctionMode] = []
+CPU = torch.device("cpu")
 
 
-def enable_cpu_ranks() -> None:
-    """Make this process a CPU rank: "cuda" means the CPU, "nccl" means gloo.
-
-    Call it once, before building any model, and initialise ``torch.distributed`` with gloo. It
-    lasts for the life of the process; calling it again changes nothing.
-
-    Example:
-        >>> enable_cpu_ranks()
-        >>> torch.zeros(2, device="cuda").device
-        device(type='cpu')
-    """
-    if _enabled:
-        return
-    # Compiling takes longer than a laptop run itself, and TorchFunctionMode would break the graphs.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    torch._dynamo.config.disable = True
-    for owner, name, replacement in _replacements():
-        setattr(owner, name, replacement)
-    mode = _CudaMeansCpu()
-    mode.__enter__()
-    _enabled.append(mode)
-
-
-class _CudaMeansCpu(TorchFunctionMode):
+class CudaMeansCpu(TorchFunctionMode):
     """Sends every tensor that asks for a CUDA device to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        """Call ``func`` with the CPU for any CUDA device."""
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return _cuda_type_name(func(*args))
+            return cuda_type_name(func(*args))
         if func is torch.Tensor.to:
             args = tuple(_on_cpu(value) for value in args)
         if kwargs and "device" in kwargs:
@@ -59,19 +29,36 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def inside(mode: TorchFunctionMode, run_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Around autograd's engine: PyTorch leaves a mode while it runs what the mode has let through.
+
+    But backward runs functions of Megatron's, which name devices too.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    return run
+
+
+def means_cuda(value: Any) -> bool:
+    """Whether an argument names a CUDA device: "cuda", "cuda:1", ``torch.device("cuda")``, 0."""
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return value.type == "cuda" if isinstance(value, torch.device) else type(value) is int
+
+
 def _on_cpu(value: Any) -> Any:
-    is_cuda = (isinstance(value, str) and value.startswith("cuda")) or (
-        isinstance(value, torch.device) and value.type == "cuda"
-    )
-    return _CPU if is_cuda else value
+    return CPU if means_cuda(value) else value
 
 
-def _cuda_type_name(name: str) -> str:
+def cuda_type_name(name: str) -> str:
     """Megatron's optimizers recognise parameters by names like ``torch.cuda.FloatTensor``."""
     return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
 
-class _NoStream:
+class NoStream:
     """A stream or event on a device that finishes each operation before it starts the next."""
 
     cuda_stream = 0
@@ -82,26 +69,28 @@ class _NoStream:
 
     wait_stream = wait_event = wait = record = synchronize = _nothing
 
-    def record_event(self, event: "_NoStream | None" = None) -> "_NoStream":
+    def record_event(self, event: "NoStream | None" = None) -> "NoStream":
+        """The event itself."""
         return event or self
 
     def query(self) -> bool:
+        """Everything is done."""
         return True
 
 
-def _replacements() -> Iterator[tuple[Any, str, Any]]:
+def replacements() -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, replacement) of everything that Megatron-Core calls and a CPU lacks."""
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
     from torch.distributed import distributed_c10d
 
-    stream = _NoStream()
-    yield torch.cuda, "current_device", lambda: _CPU
+    stream = NoStream()
+    yield torch.cuda, "current_device", lambda: 0
     yield torch.cuda, "current_stream", lambda device=None: stream
     yield torch.cuda, "default_stream", lambda device=None: stream
     yield torch.cuda, "stream", lambda stream: contextlib.nullcontext()
-    yield torch.cuda, "Stream", _NoStream
-    yield torch.cuda, "Event", _NoStream
+    yield torch.cuda, "Stream", NoStream
+    yield torch.cuda, "Event", NoStream
     for name in ("set_device", "synchronize", "empty_cache"):
         yield torch.cuda, name, lambda *args: None  # each its own: torch looks them up by identity
     yield torch.nn.Module, "cuda", lambda module, device=None: module
@@ -164,6 +153,23 @@ def _over_gloo(new_group: Callable[..., Any]) -> Callable[..., Any]:
     return over_gloo
 
 
+_inside_average: list[bool] = []
+
+
+@contextlib.contextmanager
+def _averaging() -> Iterator[None]:
+    _inside_average.append(True)
+    try:
+        yield
+    finally:
+        _inside_average.pop()
+
+
+def is_average() -> bool:
+    """Whether the sum that is launched now stands for an average."""
+    return bool(_inside_average)
+
+
 def _averaging_all_reduce(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
     """Gloo cannot average: divide first, then sum."""
 
@@ -172,7 +178,8 @@ def _averaging_all_reduce(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if op == dist.ReduceOp.AVG:
             tensor.div_(dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
+            with _averaging():
+                return all_reduce(tensor, group=group, async_op=async_op)
         return all_reduce(tensor, op=op, group=group, async_op=async_op)
 
     return averaging
@@ -188,7 +195,8 @@ def _averaging_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..
     ) -> Any:
         if op == dist.ReduceOp.AVG:
             input = input / dist.get_world_size(group)
-            op = dist.ReduceOp.SUM
+            with _averaging():
+                return reduce_scatter(output, input, group=group, async_op=async_op)
         return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
 
     return averaging

@@ -1,0 +1,169 @@
+"""Which tensors a GPU would hold: made for "cuda", moved there, or computed from such.
+
+On CPU ranks all memory is the host's. A mark on a tensor's storage tells the two apart; views share
+their storage, so they share the mark. PyTorch keeps a storage's Python object for as long as the
+storage lives, so nothing has to be looked up or cleaned. Whatever is computed from a marked tensor
+is marked where PyTorch dispatches it, see ``rehearsal.py``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_mimo_coord.cpu.cuda_means_cpu import CPU, CudaMeansCpu, cuda_type_name, means_cuda
+from megatron_mimo_coord.cpu.host_sync import waits_for_device
+
+# What ``tensor.device`` of a device tensor says. To PyTorch it is the CPU like torch.device("cpu");
+# here it is told apart, so that ``torch.empty(..., device=tensor.device)`` is a device tensor too.
+DEVICE = torch.device("cpu", 0)
+_MARK = "_is_device_memory"
+
+
+def is_on_device(tensor: torch.Tensor) -> bool:
+    """Whether a GPU would hold this tensor.
+
+    Example:
+        >>> is_on_device(torch.zeros(2))
+        False
+    """
+    with torch._C.DisableTorchFunction():
+        return any_on_device((tensor,))
+
+
+def any_on_device(values: Iterable[Any]) -> bool:
+    """Whether any of an operator's arguments is; for callers that have turned off this mode."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.layout is torch.strided and hasattr(value.untyped_storage(), _MARK):
+                return True
+        elif isinstance(value, (list, tuple)) and any_on_device(value):
+            return True
+    return False
+
+
+def mark(value: Any) -> None:
+    """Say of all tensors in a value that a GPU would hold them."""
+    for tensor in tensors_in((value,)):
+        with torch._C.DisableTorchFunction():
+            if tensor.layout is torch.strided:
+                setattr(tensor.untyped_storage(), _MARK, True)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """All tensors in arguments or results of an operator, lists of them included."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+class DeviceTensors(CudaMeansCpu):
+    """Like its base, and marks what is made for "cuda" or moved there."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SPECIAL:
+            return _SPECIAL[func](func, args, kwargs)
+        if kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        wants_device = _is_device(kwargs["device"])
+        if wants_device and func in _FROM_HOST:
+            waits_for_device(f"torch.{func.__name__} with device=")
+        return _placed(func(*args, **{**kwargs, "device": CPU}), wants_device, args)
+
+
+def _is_device(value: Any) -> bool:
+    return means_cuda(value) or value == DEVICE
+
+
+def _placed(result: Any, wants_device: bool, given: Any) -> Any:
+    """A tensor that was made, on the side that was asked for."""
+    if not isinstance(result, torch.Tensor) or is_on_device(result) == wants_device:
+        return result
+    if any(_same_storage(result, tensor) for tensor in tensors_in(given)):
+        result = result.clone()  # a GPU's driver would have copied it
+    if wants_device:
+        mark(result)
+    elif is_on_device(result):
+        delattr(result.untyped_storage(), _MARK)
+    return result
+
+
+def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage() is other.untyped_storage()
+
+
+def _to(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    tensor, *rest = args
+    target = kwargs.get("device", rest[0] if rest else kwargs.get("other"))
+    if isinstance(target, torch.Tensor):
+        target = DEVICE if is_on_device(target) else CPU
+    if not isinstance(target, (str, int, torch.device)):
+        return func(*args, **kwargs)  # another dtype
+    return _moved(
+        func(*(_host(each) for each in args), **{k: _host(v) for k, v in kwargs.items()}),
+        _is_device(target),
+        tensor,
+        kwargs.get("non_blocking", False),
+    )
+
+
+def _host(value: Any) -> Any:
+    return CPU if isinstance(value, (str, torch.device)) or type(value) is int else value
+
+
+def _cuda(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return _moved(args[0], True, args[0], kwargs.get("non_blocking", False))
+
+
+def _cpu(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return _moved(args[0], False, args[0], False)
+
+
+def _moved(result: Any, wants_device: bool, tensor: torch.Tensor, non_blocking: bool) -> Any:
+    if wants_device != is_on_device(tensor) and not (wants_device and non_blocking):
+        where = "the device" if wants_device else "the host"
+        waits_for_device(f"a copy to {where}{' without non_blocking' if wants_device else ''}")
+    return _placed(result, wants_device, (tensor,))
+
+
+def _read(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if is_on_device(args[0]):
+        waits_for_device(f"Tensor.{func.__name__}")
+    return func(*args, **kwargs)
+
+
+def _new_tensor(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    wanted = kwargs.get("device")
+    wants_device = is_on_device(args[0]) if wanted is None else _is_device(wanted)
+    if wants_device:
+        waits_for_device("Tensor.new_tensor")
+    return _placed(func(*args, **{**kwargs, "device": None}), wants_device, args)
+
+
+def _device(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return DEVICE if is_on_device(args[0]) else func(*args, **kwargs)
+
+
+def _type(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    result = func(*args, **kwargs)
+    return cuda_type_name(result) if isinstance(result, str) and is_on_device(args[0]) else result
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.cuda: _cuda,
+    torch.Tensor.cpu: _cpu,
+    torch.Tensor.type: _type,
+    torch.Tensor.device.__get__: _device,
+    torch.Tensor.new_tensor: _new_tensor,
+    torch.Tensor.tolist: _read,
+    torch.Tensor.numpy: _read,
+    torch.Tensor.__repr__: _read,
+    torch.Tensor.__format__: _read,
+}
+_FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray}

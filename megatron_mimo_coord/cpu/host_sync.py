@@ -1,0 +1,44 @@
+"""Where a program waits for the device, and where it must not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_mimo_coord.cpu.location import caller
+
+_inside: list[bool] = []
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Reading a device tensor on the host is an error inside, on CPU ranks that rehearse.
+
+    So is whatever else makes the host wait: ``torch.cuda.synchronize``, a mask as an index, copies
+    of host memory to the device without ``non_blocking``. It is what
+    ``torch.cuda.set_sync_debug_mode("error")`` is on GPUs.
+
+    Raises:
+        RuntimeError: at the line that waits, which it names.
+
+    Example:
+        >>> with no_host_sync():
+        ...     total = torch.ones(2, device="cuda").sum()
+    """
+    _inside.append(True)
+    try:
+        yield
+    finally:
+        _inside.pop()
+
+
+def is_forbidden() -> bool:
+    """Whether the host must not wait here."""
+    return bool(_inside)
+
+
+def waits_for_device(what: str) -> None:
+    """Called wherever the host would wait for a GPU."""
+    if _inside:
+        raise RuntimeError(
+            f"{what} at {caller()} makes the host wait for the device, inside no_host_sync(): "
+            f"keep the value on the device, or read it later"
+        )

@@ -1,0 +1,225 @@
+"""What a rank launches on a process group: read from the operator that PyTorch dispatches."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import field, frozen, mutable
+
+from megatron_mimo_coord.cpu.cuda_means_cpu import is_average
+from megatron_mimo_coord.cpu.device_tensors import is_on_device, tensors_in
+from megatron_mimo_coord.cpu.location import caller
+from megatron_mimo_coord.cpu.process_groups import Group, is_destroyed
+
+_ReduceOp: Any = torch._C._distributed_c10d.ReduceOp
+
+NAMES = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "coalesced all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather_into_tensor",
+    "allgather_into_tensor_coalesced_": "coalesced all_gather_into_tensor",
+    "_reduce_scatter_base_": "reduce_scatter_tensor",
+    "reduce_scatter_tensor_coalesced_": "coalesced reduce_scatter_tensor",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all_single",
+    "recv_any_source_": "recv",
+}
+NCCL_DTYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
+
+
+def _rows(rows: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
+    return tuple(tuple(row) for row in rows)
+
+
+@frozen
+class Message:
+    """What must be the same on two ranks that launch together. Travels as JSON.
+
+    Args:
+        group: PyTorch's name of the process group.
+        group_text: what people call it.
+        operation: as in ``torch.distributed``.
+        agree: what all ranks must say alike: (what, value).
+        sends: what the other rank is sent, each with (dtype, elements, tag).
+        takes: what it must send.
+        where: the line.
+    """
+
+    group: str
+    group_text: str
+    operation: str
+    agree: tuple[tuple[str, str], ...] = field(default=(), converter=_rows)
+    sends: tuple[tuple[str, int, int], ...] = field(default=(), converter=_rows)
+    takes: tuple[tuple[str, int, int], ...] = field(default=(), converter=_rows)
+    where: str = ""
+
+    def __str__(self) -> str:
+        details = [f"{what} {value}" for what, value in self.agree]
+        for verb, parts in (("sends", self.sends), ("takes", self.takes)):
+            details += [f"{verb} {count} {dtype}" for dtype, count, _ in parts]
+        told = f" ({', '.join(details)})" if details else ""
+        return f"{self.operation}{told} on {self.group_text} at {self.where}"
+
+
+@mutable
+class Launch:
+    """One operation on one group, or a batch of sends and receives.
+
+    Args:
+        group: the process group.
+        name: of the operation.
+        messages: for each other rank concerned, what must agree.
+        reads: tensors that it reads.
+        writes: tensors that it writes.
+        turns: for each other rank concerned, the number of the launch among those of both.
+        timeout: tells for how many seconds to wait.
+    """
+
+    group: Group
+    name: str
+    messages: dict[int, Message] = field(factory=dict)
+    reads: list[torch.Tensor] = field(factory=list)
+    writes: list[torch.Tensor] = field(factory=list)
+    turns: dict[int, int] = field(factory=dict)
+    timeout: Callable[[], float] = float
+
+    def __str__(self) -> str:
+        return str(next(iter(self.messages.values()), f"{self.name} on {self.group}"))
+
+    def and_also(self, other: "Launch") -> None:
+        """Make another one part of this batch."""
+        for rank, message in other.messages.items():
+            before = self.messages.get(rank)
+            self.messages[rank] = Message(
+                group=message.group,
+                group_text=message.group_text,
+                operation="batch_isend_irecv",
+                sends=(before.sends if before else ()) + message.sends,
+                takes=(before.takes if before else ()) + message.takes,
+                where=message.where,
+            )
+        self.timeout = other.timeout
+
+
+def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Launch:
+    """What an operator launches.
+
+    Args:
+        group: its process group.
+        rank: this rank.
+        func: one of ``torch.ops.c10d``.
+        args: its arguments.
+    """
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)}  # noqa: B905
+    raw = func._opname
+    name = NAMES.get(raw, raw.strip("_"))
+    tensors = list(tensors_in([given.get("tensors")]))
+    inputs = list(tensors_in(v for k, v in given.items() if k.startswith("input")))
+    outputs = list(tensors_in(v for k, v in given.items() if k.startswith("output")))
+    where = caller()
+    is_send = name == "send"
+    launch = Launch(
+        group=group,
+        name=name,
+        reads=inputs + (tensors if is_send else []),
+        writes=outputs + ([] if is_send else tensors),
+    )
+    others = [(index, each) for index, each in enumerate(group.ranks) if each != rank]
+
+    def message(**parts: Any) -> Message:
+        return Message(
+            group=group.name, group_text=str(group), operation=name, where=where, **parts
+        )
+
+    if name in ("send", "recv"):
+        index = given.get("dst", given.get("src"))
+        others = [] if index is None else [(index, group.ranks[index])]
+        parts = tuple((_dtype(each), each.numel(), given["tag"]) for each in tensors)
+        for _, other in others:
+            launch.messages[other] = message(**{"sends" if is_send else "takes": parts})
+        return launch
+    if name.startswith("all_to_all"):
+        for index, other in others:
+            launch.messages[other] = message(
+                sends=_share(inputs, given.get("input_split_sizes"), index, len(group.ranks)),
+                takes=_share(outputs, given.get("output_split_sizes"), index, len(group.ranks)),
+            )
+        return launch
+    shared = tensors or (outputs if "scatter" in name else inputs)
+    many = inputs if "scatter" in name else outputs
+    agree = []
+    if shared:
+        agree.append(("dtype", ", ".join(sorted({_dtype(each) for each in shared}))))
+        if len({each.numel() for each in many}) <= 1 or tensors or "coalesced" in name:
+            agree.append(("elements", ", ".join(str(each.numel()) for each in shared)))
+    if "reduce_op" in given:
+        agree.append(("reduction", _reduction(given["reduce_op"])))
+    if "root_rank" in given:
+        agree.append(("root", f"rank {group.ranks[given['root_rank']]}"))
+    one = message(agree=tuple(agree))
+    launch.messages = {other: one for _, other in others}
+    return launch
+
+
+def refuse_what_nccl_refuses(launch: Launch) -> None:
+    """Raise for tensors and groups that NCCL would not take.
+
+    Raises:
+        RuntimeError: a tensor is on the host, not contiguous or of a dtype that NCCL lacks, or the
+            group was destroyed.
+    """
+    start = f"{launch.name} on {launch.group} at {caller()}"
+    if is_destroyed(launch.group):
+        raise RuntimeError(f"{start}: the group was destroyed before")
+    for tensor in (*launch.reads, *launch.writes):
+        what = f"a tensor of shape {tuple(tensor.shape)} and dtype {_dtype(tensor)}"
+        if not is_on_device(tensor):
+            raise RuntimeError(
+                f"{start}: {what} is in the host's memory, and NCCL takes device tensors: make it "
+                f"for the device or move it there"
+            )
+        if not tensor.is_contiguous():
+            raise RuntimeError(
+                f"{start}: {what} is not contiguous, and NCCL takes contiguous tensors: call "
+                f".contiguous() first"
+            )
+        if tensor.dtype not in NCCL_DTYPES:
+            raise RuntimeError(f"{start}: {what}: NCCL does not know this dtype")
+
+
+def _reduction(boxed: Any) -> str:
+    if is_average():
+        return "AVG"
+    op = _ReduceOp.unbox(boxed) if hasattr(_ReduceOp, "unbox") else boxed
+    names = ("SUM", "PRODUCT", "MIN", "MAX", "AVG", "BAND", "BOR", "BXOR")
+    return next((name for name in names if op == getattr(dist.ReduceOp, name)), "another")
+
+
+def _share(
+    tensors: list[torch.Tensor], sizes: Sequence[int] | None, index: int, ranks: int
+) -> tuple[tuple[str, int, int], ...]:
+    """What one rank's part of an all-to-all is."""
+    if sizes is None and len(tensors) == ranks:
+        return ((_dtype(tensors[index]), tensors[index].numel(), 0),)
+    [tensor] = tensors
+    rows = sizes[index] if sizes else len(tensor) // ranks
+    row = tensor.numel() // max(len(tensor), 1)
+    return ((_dtype(tensor), rows * row, 0),)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,23 @@
+"""Which line of a program did it."""
+
+import os
+import sys
+from pathlib import Path
+
+_HERE = str(Path(__file__).parent) + os.sep
+_TORCH = f"{os.sep}torch{os.sep}"
+
+
+def caller() -> str:
+    """``file:line`` of the innermost frame that is neither PyTorch's nor this room's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_HERE) and _TORCH not in name and "contextlib" not in name:
+            break
+        frame = frame.f_back
+    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _short(path: str) -> str:
+    return os.sep.join(path.split(os.sep)[-3:])

@@ -1,0 +1,294 @@
+"""NCCL's rules on CPU ranks: what would hang or be wrong on GPUs is an error here, with a sentence.
+
+On every process group that would be NCCL's
+
+- tensors are on the device (``device_tensors.py``), contiguous, of a dtype that NCCL knows;
+- ranks that launch together launch the same, and two ranks that share several groups launch on
+  them in one order (``agreement.py``);
+- no rank waits for ever (``peers.py``), with ``CUDA_LAUNCH_BLOCKING=1`` not even one whose launches
+  wait until they are done;
+- only public names exist, and none can be used once it is destroyed (``process_groups.py``);
+- a work is waited for before its tensors are used (``works.py``);
+
+and inside ``no_host_sync()`` nothing makes the host wait for the device (``host_sync.py``).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from torch.distributed import distributed_c10d
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_mimo_coord.cpu import process_groups
+from megatron_mimo_coord.cpu.cuda_means_cpu import NoStream
+from megatron_mimo_coord.cpu.device_tensors import (
+    DeviceTensors,
+    any_on_device,
+    is_on_device,
+    mark,
+    tensors_in,
+)
+from megatron_mimo_coord.cpu.host_sync import is_forbidden, waits_for_device
+from megatron_mimo_coord.cpu.launches import Launch, read_launch, refuse_what_nccl_refuses
+from megatron_mimo_coord.cpu.peers import Peers
+from megatron_mimo_coord.cpu.process_groups import nccl_group
+from megatron_mimo_coord.cpu.works import end_of_step, works
+
+_C: Any = torch._C._distributed_c10d
+# Operators whose result's size or value the host must know.
+_READS = {
+    "_local_scalar_dense": "reading a number (item, bool, float, int, format)",
+    "nonzero": "nonzero",
+    "equal": "equal",
+    "masked_select": "masked_select",
+    "_unique2": "unique",
+    "unique_dim": "unique",
+    "unique_consecutive": "unique_consecutive",
+    "bincount": "bincount",
+}
+_INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_MOVES = {"copy_", "set_", "resize_", "resize_as_"}
+
+
+@frozen
+class Operator:
+    """What there is to know about one of PyTorch's operators.
+
+    Args:
+        name: its name without overload.
+        is_view: it touches no data.
+        written: which arguments it writes to.
+    """
+
+    name: str
+    is_view: bool
+    written: frozenset[int]
+
+    @classmethod
+    def of(cls, func: Any) -> "Operator":
+        """Read it from the operator's schema."""
+        schema = func._schema
+        written = {
+            index
+            for index, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        }
+        returned = [each.alias_info for each in schema.returns]
+        is_view = bool(returned) and all(returned) and not written
+        return cls(func._opname, is_view, frozenset(written))
+
+
+class Rehearsal(TorchDispatchMode):
+    """Sees every operator and every launch of this process's main thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device_tensors = DeviceTensors()
+        self._operators: dict[Any, Operator] = {}
+        self._peers: Peers | None = None
+        self._batch: Launch | None = None
+        self._wait = _C.Work.wait
+
+    # -- operators ---------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator; what is computed from device tensors becomes one."""
+        kwargs = kwargs or {}
+        if func.namespace != "aten":
+            return (
+                self._launch(func, args, kwargs)
+                if func.namespace == "c10d"
+                else func(*args, **kwargs)
+            )
+        operator = self._operators.get(func)
+        if operator is None:
+            operator = self._operators[func] = Operator.of(func)
+        with torch._C.DisableTorchFunction():
+            if operator.is_view:
+                return func(*args, **kwargs)
+            on_device = any_on_device(args)
+            if works:
+                works.check_use(_uses(operator, args))
+            if is_forbidden():
+                _check_sync(operator, args, on_device)
+            result = func(*args, **kwargs)
+            if operator.name not in _MOVES and (on_device or _stands_for_a_gradient(args)):
+                mark(result)
+        return result
+
+    # -- launches ----------------------------------------------------------------------------------
+
+    def _launch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        process_group = _process_group(args)
+        group = nccl_group(process_group) if self._peers and process_group else None
+        if group is None or self._peers is None:
+            return func(*args, **kwargs)
+        launch = read_launch(group, self._peers.rank, func, args)
+        tensors = (*launch.reads, *launch.writes)
+        if group.takes_host_tensors and not any(map(is_on_device, tensors)):
+            return func(*args, **kwargs)
+        try:
+            refuse_what_nccl_refuses(launch)
+        except RuntimeError as error:
+            self._peers.tell_refusal(launch, str(error))
+            raise
+        launch.timeout = partial(process_groups.timeout_of, process_group)
+        uses = [(each, False) for each in launch.reads] + [(each, True) for each in launch.writes]
+        works.check_use(uses, group.name)
+        if self._batch is None:
+            self._peers.tell(launch)
+        else:
+            self._batch.and_also(launch)
+        result = func(*args, **kwargs)
+        work = _C.Work.unbox(result[-1] if isinstance(result, tuple) else result)
+        in_flight = works.add(work, self._batch or launch, launch)
+        if self._batch is None and _launches_block():
+            self._finish(in_flight)
+        return result
+
+    def _finish(self, in_flight: Any) -> None:
+        assert self._peers is not None
+        self._peers.wait_for(in_flight.launch)
+        self._wait(in_flight.work)
+        in_flight.is_finished = True
+
+    # -- what is put in PyTorch's place ------------------------------------------------------------
+
+    def replacements(self) -> Iterator[tuple[Any, str, Any]]:
+        """(owner, name, replacement) of all that a rehearsal watches."""
+        process_groups.hide_private_methods()
+        register_optimizer_step_pre_hook(lambda *args: end_of_step())
+        yield torch.nn.Module, "cuda", lambda module, device=None: module._apply(lambda t: t.cuda())
+        for owner in (torch.cuda, NoStream):
+            yield owner, "synchronize", lambda *args: waits_for_device("synchronize")
+        yield _C.Work, "wait", self._waiting()
+        for name in ("is_completed", "get_future", "synchronize"):
+            yield _C.Work, name, _ends_flight(getattr(_C.Work, name))
+        for module in (dist, distributed_c10d):
+            yield (
+                module,
+                "init_process_group",
+                self._connecting(distributed_c10d.init_process_group),
+            )
+            yield (
+                module,
+                "destroy_process_group",
+                self._destroying(distributed_c10d.destroy_process_group),
+            )
+            yield module, "batch_isend_irecv", self._batching(distributed_c10d.batch_isend_irecv)
+        for name, around in (
+            ("_new_process_group_helper", process_groups.making_nccl_groups),
+            ("_get_object_coll_device", process_groups.object_device),
+        ):
+            yield distributed_c10d, name, around(getattr(distributed_c10d, name))
+        yield HyperCommGrid, "create_pg", process_groups.describing_grids(HyperCommGrid.create_pg)
+
+    def _waiting(self) -> Callable[..., Any]:
+        def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+            in_flight = works.waited_for(work)
+            if in_flight is not None and self._peers is not None:
+                if in_flight.is_finished:
+                    return True
+                self._peers.wait_for(in_flight.launch)
+            return self._wait(work, *args, **kwargs)
+
+        return wait
+
+    def _connecting(self, init: Callable[..., None]) -> Callable[..., None]:
+        @wraps(init)
+        def init_process_group(*args: Any, device_id: Any = None, **options: Any) -> None:
+            process_groups.forget_all()
+            init(*args, **options)
+            self._peers = Peers.connect()
+
+        return init_process_group
+
+    def _destroying(self, destroy: Callable[..., None]) -> Callable[..., None]:
+        @wraps(destroy)
+        def destroy_process_group(group: Any = None) -> None:
+            try:
+                end_of_step()
+            finally:
+                is_world = group is None or group is dist.group.WORLD
+                destroy(group)
+                if not is_world and isinstance(group, dist.ProcessGroup):
+                    process_groups.destroyed(group)
+                elif is_world and self._peers is not None:
+                    self._peers.close()
+                    self._peers = None
+
+        return destroy_process_group
+
+    def _batching(self, batch_isend_irecv: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(batch_isend_irecv)
+        def batched(operations: Any) -> Any:
+            group = nccl_group(operations[0].group or dist.group.WORLD) if operations else None
+            if group is None or self._peers is None:
+                return batch_isend_irecv(operations)
+            batch = self._batch = Launch(group, "batch_isend_irecv")
+            try:
+                all_of_them = batch_isend_irecv(operations)
+            finally:
+                self._batch = None
+            self._peers.tell(batch)
+            for work in all_of_them if _launches_block() else ():
+                self._finish(works.in_flight(work))
+            return all_of_them
+
+        return batched
+
+
+def _ends_flight(original: Callable[..., Any]) -> Callable[..., Any]:
+    def method(work: Any) -> Any:
+        result = original(work)
+        if result is not False:
+            works.waited_for(work)
+        return result
+
+    return method
+
+
+def _launches_block() -> bool:
+    return os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+
+
+def _process_group(args: Any) -> Any:
+    for value in args:
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            return _C.ProcessGroup.unbox(value)
+    return None
+
+
+def _uses(operator: Operator, args: Any) -> list[tuple[torch.Tensor, bool]]:
+    return [
+        (tensor, index in operator.written)
+        for index, value in enumerate(args)
+        for tensor in tensors_in((value,))
+    ]
+
+
+def _check_sync(operator: Operator, args: Any, on_device: bool) -> None:
+    """Raise if an operator makes the host wait for the device."""
+    if operator.name == "copy_":
+        target, source = map(is_on_device, args[:2])
+        if target != source and not (target and len(args) > 2 and args[2]):
+            waits_for_device(f"a copy from the {'host' if target else 'device'}")
+    is_mask = operator.name in _INDEXES and any(
+        each.dtype in (torch.bool, torch.uint8) for each in tensors_in(args[1])
+    )
+    if on_device and (operator.name in _READS or is_mask):
+        waits_for_device(
+            "an index that is a mask" if is_mask else f"{operator.name} of a device tensor"
+        )
+
+
+def _stands_for_a_gradient(args: Any) -> bool:
+    """PyTorch makes zeros of nothing where backward has no gradient; on GPUs they are there."""
+    return torch._C._current_graph_task_id() != -1 and not any(True for _ in tensors_in(args))

@@ -1,0 +1,91 @@
+"""What ranks tell each other before each optimizer step, in the collective that the norms are in.
+
+Two mistakes leave no trace on the ranks that make them, or none on the others. Whoever reads the
+norms on the host sees them for nothing:
+
+- a loss function that returns no number of tokens, where the loss is per token: then N is 0, and
+  yet there are gradients. If all tokens are masked there are none;
+- an encoder's rank that is given the ``input_ids`` of a whole microbatch, where its slice belongs:
+  then the samples of all its ranks together are more than those of the language model's.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import define, field
+
+from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.world.device import world_device
+
+
+@define
+class StepReport:
+    """One rank's part of it.
+
+    Args:
+        data_parallel_sizes: DP of every module of the job, in one order on every rank.
+        here: modules on this rank.
+
+    Attributes:
+        num_tokens: N of the step, summed over the world; None where the loss is no sum of tokens.
+        rows: of the last ``input_ids`` that this rank's modules were given; None if there were
+            none, or their rows are no samples.
+    """
+
+    data_parallel_sizes: Mapping[str, int]
+    here: Sequence[str]
+    num_tokens: torch.Tensor | None = field(default=None, init=False)
+    rows: int | None = field(default=None, init=False)
+
+    def pack(self) -> torch.Tensor:
+        """Numbers of which each rank is to know the largest, in fp32 on the world's device."""
+        modules = list(self.data_parallel_sizes)
+        numbers = torch.full((1 + 2 * len(modules),), -torch.inf, device=world_device())
+        if self.num_tokens is not None:
+            numbers[0] = self.num_tokens == 0
+        for name in self._readers():
+            assert self.rows is not None
+            samples = self.rows * self.data_parallel_sizes[name]
+            index = 1 + 2 * modules.index(name)
+            numbers[index], numbers[index + 1] = samples, -samples
+        return numbers
+
+    def _readers(self) -> Sequence[str]:
+        """The modules whose samples the rows are."""
+        if self.rows is None:
+            return []
+        sizes = {self.data_parallel_sizes[name] for name in self.here}
+        return [LANGUAGE] if LANGUAGE in self.here else self.here if len(sizes) == 1 else []
+
+    def check(self, numbers: Sequence[float], has_gradients: bool) -> None:
+        """Say what is wrong, alike on every rank.
+
+        Args:
+            numbers: the largest of each, over all ranks.
+            has_gradients: whether any gradient of any module is not zero.
+
+        Raises:
+            RuntimeError: for either mistake.
+        """
+        if numbers[0] > 0 and has_gradients:
+            raise RuntimeError(
+                "the loss is per token, but no rank reported a number of tokens, and the gradients "
+                "are not zero, as they would be if all tokens were masked: return (loss, "
+                "num_tokens, report) from the loss function, with the sum of the losses and the "
+                "number of unmasked tokens of the microbatch"
+            )
+        said = {}
+        for index, name in enumerate(self.data_parallel_sizes):
+            most, least = numbers[1 + 2 * index], -numbers[2 + 2 * index]
+            if most >= 0:
+                said[name] = sorted({int(least), int(most)})
+        for name, samples in said.items():
+            if said.get(LANGUAGE, samples) != samples:
+                size = self.data_parallel_sizes[name]
+                each = " or ".join(f"{number // size}" for number in samples)
+                raise RuntimeError(
+                    f"by its input_ids, module {name!r} has other samples than the language model: "
+                    f"{each} on each of DP {size}, where a microbatch has {said[LANGUAGE][-1]} in "
+                    f"all: give each rank of {name!r} its slice, "
+                    f"input_ids[coordinator.data_parallel_slice(micro_batch_size, {name!r})]"
+                )
