@@ -57,7 +57,7 @@ from megatron_mimo_coord.training.checkpoints import (
 )
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
-from megatron_mimo_coord.training.schedule_hooks import install_hooks
+from megatron_mimo_coord.training.schedule_hooks import check_sequence_lengths, install_hooks
 from megatron_mimo_coord.world.device import world_device
 
 logger = logging.getLogger(__name__)
@@ -199,12 +199,8 @@ class MultiModuleCoordinator:
             >>> model.config.finalize_model_grads_func == coordinator.finalize_model_grads
             True
         """
-        if not config.variable_seq_lengths and not is_colocated(self._grids.values()):
-            raise ValueError(
-                "modules on disjoint ranks exchange tensors whose shapes vary, but "
-                "config.variable_seq_lengths is False: set it to True (a mixture-of-experts model "
-                'then needs moe_token_dispatcher_type="alltoall")'
-            )
+        if not is_colocated(self._grids.values()):
+            check_sequence_lengths(config)
         install_hooks(config, self._hooks_for(optimizer))
         self._config = self._finalizer.config = config
         self._step.attached(config, self.finalize_model_grads)
@@ -231,7 +227,9 @@ class MultiModuleCoordinator:
             >>> optimizer.step()
             (True, 0.0, None)
         """
-        return build_optimizer(self._job, optimizer_config)
+        optimizer = build_optimizer(self._job, optimizer_config)
+        self._step.watch(optimizer)
+        return optimizer
 
     def build_pipeline_communicator(self, config: ModelParallelConfig) -> PipelineCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
@@ -244,8 +242,10 @@ class MultiModuleCoordinator:
             config: the language model's config, with ``pipeline_dtype``.
 
         Raises:
-            ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
+            ValueError: ``variable_seq_lengths`` is off, which the schedule of several modules wants
+                on, or ranks send to each other and ``pipeline_dtype`` is not set.
         """
+        check_sequence_lengths(config)
         colocated = is_colocated(self._grids.values())
         has_stages = any(grid.dim("pp") > 1 for grid in self._grids.values())
         if config.pipeline_dtype is None and (has_stages or not colocated):
@@ -567,7 +567,10 @@ class MultiModuleCoordinator:
         return self._checkpoints.load(folder, optimizer)
 
     def describe(self, micro_batch_size: int | None = None) -> str:
-        """The layout as text, the same on every rank: print it before the first step.
+        """The layout as text, the same on every rank.
+
+        To show it before the first step, have every rank call :meth:`print_description`: one rank
+        prints. It is also logged, once a job, at INFO.
 
         Args:
             micro_batch_size: samples in a microbatch over all ranks; shown as shares if left out.
@@ -580,6 +583,22 @@ class MultiModuleCoordinator:
                 micro_batch_size=micro_batch_size,
             )
         )
+
+    def print_description(self, micro_batch_size: int | None = None) -> None:
+        """Print :meth:`describe` once a job, although every rank calls it.
+
+        Args:
+            micro_batch_size: samples in a microbatch over all ranks; shown as shares if left out.
+
+        Example:
+            >>> coordinator.print_description()
+            1 rank, modules colocated; 1 pipeline stage; a microbatch at a time; mean loss
+            module    ranks  TP  CP  PP  DP  samples/rank  gradient x  bridge
+            vision    0      1   1   1   1   1/1           1           one to one 1:1
+            language  0      1   1   1   1   1/1           1
+        """
+        if self._job.rank == 0:
+            print(self.describe(micro_batch_size), flush=True)
 
     # -- what the schedule calls -------------------------------------------------------------------
 

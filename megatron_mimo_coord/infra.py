@@ -29,6 +29,7 @@ from megatron_mimo_coord.layout.problems import (
     raise_problems,
 )
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.global_state import global_state_problems, initialize_global_state
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import world_timeout
 
@@ -140,6 +141,69 @@ class MegatronMIMOInfra:
             participating_modules=[name for name, groups in pg_collections.items() if groups],
             module_output_ndim=default_output_ndim(modules) | dict(module_output_ndim or {}),
         )
+
+    def initialize_megatron(self, seed: int) -> None:
+        """Make what Megatron's layers look up: random states, and the buffer that they share.
+
+        Call it before the model is built, on every rank. A rank with several modules takes the
+        language model's place. PyTorch's own generator is seeded too: replicas draw the same
+        weights, and pipeline stages different ones.
+
+        Args:
+            seed: of the job.
+
+        Example:
+            >>> infra.initialize_megatron(seed=1234)
+            >>> drawn = torch.rand(())
+            >>> infra.initialize_megatron(seed=1234)
+            >>> bool(drawn == torch.rand(()))
+            True
+        """
+        here = self.participating_modules
+        groups = self.pg_collections[LANGUAGE if LANGUAGE in here else here[0]]
+        assert groups is not None, "every rank has a module"
+        initialize_global_state(seed, groups)
+
+    def is_first_stage(self, module_name: str) -> bool:
+        """Whether this rank holds the first pipeline stage of a module: its ``pre_process``.
+
+        Example:
+            >>> infra.is_first_stage("vision"), infra.is_last_stage("vision")
+            (True, True)
+        """
+        groups = self.pg_collections[module_name]
+        return groups is not None and groups.pp.rank() == 0
+
+    def is_last_stage(self, module_name: str) -> bool:
+        """Whether this rank holds the last pipeline stage of a module: its ``post_process``."""
+        groups = self.pg_collections[module_name]
+        return groups is not None and groups.pp.rank() == groups.pp.size() - 1
+
+    def stage_arguments(self, module_name: str) -> dict[str, Any]:
+        """What a Megatron model wants to know of its place in the pipeline, as keyword arguments.
+
+        Args:
+            module_name: the module; it may be on other ranks.
+
+        Returns:
+            ``pre_process``, ``post_process`` and ``pg_collection``, as ``GPTModel`` takes them.
+
+        Raises:
+            RuntimeError: Megatron's layers would not find their random states or their buffer.
+
+        Example:
+            >>> arguments = infra.stage_arguments("language")
+            >>> arguments["pre_process"], arguments["post_process"]
+            (True, True)
+        """
+        problems = global_state_problems()
+        if problems:
+            raise RuntimeError("\n".join(problems))
+        return {
+            "pre_process": self.is_first_stage(module_name),
+            "post_process": self.is_last_stage(module_name),
+            "pg_collection": self.pg_collections[module_name],
+        }
 
     def destroy(self) -> None:
         """Give every process group back, those of the bridges between the grids included.

@@ -17,12 +17,14 @@ from megatron_mimo_coord.checks.modules import (
     ddp_sums,
     find_ddp,
     module_problems_here,
+    needs_global_state,
     unwrap_mimo_model,
 )
 from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.global_state import global_state_problems
 
 
 @frozen
@@ -78,6 +80,8 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     for name in here:
         problems += module_problems_here(mimo_model, infra, grids[name])
     problems += internals_problems(ddps.values())
+    if any(needs_global_state(ddp) for ddp in ddps.values()):
+        problems += global_state_problems()
     return RankFacts(
         job={
             "megatron-core version": megatron_version,

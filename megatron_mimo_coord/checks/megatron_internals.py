@@ -137,6 +137,12 @@ INTERNALS = (
         "the order in which reductions are launched and parameters gathered",
     ),
     Internal(
+        "megatron.core.parallel_state",
+        "_GLOBAL_MEMORY_BUFFER _set_global_memory_buffer",
+        "world/global_state.py",
+        "the buffer that tensor-parallel layers gather into",
+    ),
+    Internal(
         f"{_MIMO}.optimizer.MimoOptimizer",
         "prepare_grads get_grad_norm",
         "gradients/finite_steps.py",

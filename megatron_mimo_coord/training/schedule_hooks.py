@@ -16,6 +16,20 @@ _OWNED = "_mimo_hooks"
 """Attribute of a config: the hooks that a coordinator has set there, by name."""
 
 
+def check_sequence_lengths(config: ModelParallelConfig) -> None:
+    """Refuse a config with which Megatron's schedule cannot run several modules.
+
+    Raises:
+        ValueError: ``variable_seq_lengths`` is off.
+    """
+    if not config.variable_seq_lengths:
+        raise ValueError(
+            "modules exchange tensors whose shapes vary, but config.variable_seq_lengths is False: "
+            'set it to True (a mixture-of-experts model then needs moe_token_dispatcher_type="'
+            'alltoall")'
+        )
+
+
 def install_hooks(config: ModelParallelConfig, hooks: Mapping[str, Callable[..., Any]]) -> None:
     """Set hooks, and take back those of the coordinator before that are not set again.
 

@@ -188,6 +188,52 @@ def _wrong_reports(case: Case, mistake: str) -> str:
     return said
 
 
+def _setup_faults() -> dict[str, str]:
+    """What is said first, in the documented order, of what the set-up forgets."""
+    import vlm
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+
+    infra = MegatronMIMOInfra.build(FAN_IN)
+    shape = Case(modules=FAN_IN).shape()
+    model = vlm.build_model(shape, infra.module_to_grid_map, infra.pg_collections)
+    model.config.variable_seq_lengths = False
+    parallel_state._GLOBAL_MEMORY_BUFFER = None
+    get_cuda_rng_tracker().reset()
+    said = {
+        "before the model": said_by(infra.stage_arguments, "language"),
+        "global state": said_by(MultiModuleCoordinator, infra, model),
+    }
+    infra.initialize_megatron(1)
+    infra.stage_arguments("language")
+    name = infra.participating_modules[0]
+    ddp = vlm.submodules(model)[name]
+    if name == "vision":
+        model.modality_submodules[name] = ddp.module
+    said["no DDP"] = said_by(MultiModuleCoordinator, infra, model)
+    if name == "vision":
+        model.modality_submodules[name] = ddp
+    coordinator = MultiModuleCoordinator(infra, model)
+    said["attach"] = said_by(coordinator.attach, model.config)
+    said["communicator"] = said_by(coordinator.build_pipeline_communicator, model.config)
+    coordinator.print_description(4)
+    infra.destroy()
+    return said
+
+
+def test_the_set_up_is_told_what_it_forgets():
+    for said in world(3).run("test_traps:_setup_faults"):
+        for when in ("before the model", "global state"):
+            assert "random states are not initialised" in said[when]
+            assert "global memory buffer is not initialised" in said[when]
+            assert "infra.initialize_megatron(seed)" in said[when]
+        assert "module 'vision' is not wrapped in megatron.core.distributed" in said["no DDP"]
+        for when in ("attach", "communicator"):
+            assert "config.variable_seq_lengths is False: set it to True" in said[when]
+
+
 REPORTS = {
     "two values": "no rank reported a number of tokens",
     "all masked": "",
