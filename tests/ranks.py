@@ -19,6 +19,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
 from multiprocessing import forkserver
@@ -225,14 +226,15 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -
 
 
 def _finalize_without_host_sync() -> None:
-    """Have every finalize of a coordinator run inside ``no_host_sync``."""
+    """Have every finalize of a coordinator run inside ``no_host_sync``; Megatron's timers wait."""
     from megatron_mimo_coord import MultiModuleCoordinator
     from megatron_mimo_coord.cpu import no_host_sync
 
     original = MultiModuleCoordinator.finalize_model_grads
 
     def finalize_model_grads(self: Any, *args: Any, **options: Any) -> None:
-        with no_host_sync():
+        config = self._finalizer.config
+        with nullcontext() if config and config.timers else no_host_sync():
             original(self, *args, **options)
 
     MultiModuleCoordinator.finalize_model_grads = finalize_model_grads  # type: ignore[method-assign]

@@ -488,8 +488,8 @@ def _finalize_faults(per_token: bool) -> dict[str, str]:
 
     case = Case(modules=FAN_IN, per_token=PER_TOKEN if per_token else {})
     infra, model, coordinator = built(case)
-    tokens = torch.ones((), dtype=torch.int) if per_token else None
-    wrong = None if per_token else torch.ones((), dtype=torch.int)
+    tokens = torch.ones((), dtype=torch.int, device="cuda") if per_token else None
+    wrong = None if per_token else torch.ones((), dtype=torch.int, device="cuda")
     answer = {}
     try:
         coordinator.finalize_model_grads([model], tokens)

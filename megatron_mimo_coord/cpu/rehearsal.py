@@ -94,7 +94,13 @@ class Rehearsal(TorchDispatchMode):
         self._operators: dict[Any, Operator] = {}
         self._peers: Peers | None = None
         self._batch: Launch | None = None
-        self._wait = _C.Work.wait
+        self._wait = _quietly(_C.Work.wait)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return (
+            False  # nothing is compiled here, and PyTorch's way to say so costs more than this mode
+        )
 
     # -- operators ---------------------------------------------------------------------------------
 
@@ -243,6 +249,16 @@ class Rehearsal(TorchDispatchMode):
             return all_of_them
 
         return batched
+
+
+def _quietly(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the wait of gloo, which copies its results from the host's memory in there."""
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._DisableTorchDispatch():
+            return wait(*args, **kwargs)
+
+    return waiting
 
 
 def _ends_flight(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,9 @@ def _count(case: Case) -> dict[str, Any]:
 
     infra, model, coordinator = built(case)
     bare = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
-    tokens = torch.ones((), dtype=torch.int) if case.per_token.get("language") else None
+    tokens = (
+        torch.ones((), dtype=torch.int, device="cuda") if case.per_token.get("language") else None
+    )
     answer = {}
     for _ in range(3):
         coordinator.zero_grad_buffer()
@@ -120,7 +122,7 @@ def _finish_in_turn(per_token: bool) -> bool:
             finish(**options)
 
         ddp.finish_grad_sync = finish_last
-    tokens = torch.ones((), dtype=torch.int)
+    tokens = torch.ones((), dtype=torch.int, device="cuda")
     coordinator.zero_grad_buffer()
     coordinator.finalize_model_grads([model], tokens if per_token else None)
     store.set(f"{key} {dist.get_rank()}", "yes")

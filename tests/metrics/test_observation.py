@@ -49,7 +49,7 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
                     times /= case.modules[name].expert_model_parallel_size
                 whole[key] = (grad.numel(), float((times * grad).double().square().sum()))
     coordinator.finalize_model_grads(
-        [model], torch.ones((), dtype=torch.int) if case.per_token else None
+        [model], torch.ones((), dtype=torch.int, device="cuda") if case.per_token else None
     )
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, whole)

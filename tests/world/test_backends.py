@@ -78,7 +78,7 @@ def _worlds(store: str) -> list[Any]:
 
 
 def test_every_world_is_taken_as_it_comes(tmp_path):
-    own = World(2)
+    own = World(2, rehearse=False)
     try:
         answers = own.run("test_backends:_worlds", str(tmp_path / "store"))
     finally:
@@ -96,7 +96,7 @@ def test_nothing_private_is_asked_of_a_process_group_and_no_collective_pickles()
     found = [
         f"{path.name}:{number}: {line.strip()}"
         for path in SOURCE.rglob("*.py")
-        if path.name != "cpu.py"  # makes "nccl" mean gloo
+        if path.parent.name != "cpu"  # makes "nccl" mean gloo
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if private.search(line)
     ]
