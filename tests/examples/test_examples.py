@@ -75,7 +75,9 @@ def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_
     assert message in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("example", ["train_digits_vlm", "benchmark_finalize", "compare_layouts"])
+@pytest.mark.parametrize(
+    "example", ["train_digits_vlm", "benchmark_finalize", "compare_layouts", "predict_and_measure"]
+)
 def test_help_explains_without_torchrun(example):
     done = start(sys.executable, f"examples/{example}.py", "--help", timeout=60)
     assert done.returncode == 0
