@@ -180,9 +180,11 @@ class MultiModuleCoordinator:
         """Hand this coordinator's methods to the schedule, through the model's config.
 
         Sets ``no_sync_func`` and ``finalize_model_grads_func``; with an optimizer
-        ``grad_scale_func``; where a module's DDP has ``overlap_grad_reduce`` also
-        ``grad_sync_func``; with ``overlap_param_gather`` and ``align_param_gather`` also
-        ``param_sync_func``. Attaching again, or a later coordinator of the same config, is fine.
+        ``grad_scale_func``; where a module's DDP has ``overlap_param_gather`` and
+        ``align_param_gather`` also ``param_sync_func``. With ``overlap_grad_reduce``
+        ``grad_sync_func`` must be None: with one, Megatron's schedule would have only the first
+        stage of the whole pipeline reduce during backward. Attaching again, or a later coordinator
+        of the same config, is fine.
 
         Args:
             config: the language model's config, ``get_model_config(model)``.
@@ -610,10 +612,10 @@ class MultiModuleCoordinator:
             yield
 
     def start_grad_sync(self, *params: Any) -> None:
-        """Launch the overlapped reductions; the schedule's ``grad_sync_func``.
+        """Launch the overlapped reductions that backward did not; ``finalize_model_grads`` does so.
 
         Args:
-            *params: the model's parameters, which the schedule passes; all are reduced.
+            *params: the model's parameters, as a schedule passes them; all are reduced.
         """
         self._finalizer.start_grad_sync()
 
@@ -695,7 +697,7 @@ class MultiModuleCoordinator:
         if optimizer is not None:
             hooks["grad_scale_func"] = optimizer.scale_loss
         if any(config.overlap_grad_reduce for config in configs):
-            hooks["grad_sync_func"] = self.start_grad_sync
+            hooks["grad_sync_func"] = None  # with one, most stages would reduce after backward
         if any(config.overlap_param_gather and config.align_param_gather for config in configs):
             hooks["param_sync_func"] = self.start_param_sync
         return hooks

@@ -173,7 +173,7 @@ def _attach(case: Case) -> dict[str, Any]:
     answer["no_sync"] = config.no_sync_func == coordinator.no_sync
     answer["finalize"] = config.finalize_model_grads_func == coordinator.finalize_model_grads
     answer["scale"] = config.grad_scale_func == optimizer.scale_loss
-    answer["grad_sync"] = config.grad_sync_func == coordinator.start_grad_sync
+    answer["grad_sync"] = config.grad_sync_func
     answer["param_sync"] = config.param_sync_func == coordinator.start_param_sync
     successor = MultiModuleCoordinator(infra, model)
     successor.attach(config, Optimizer())
@@ -201,7 +201,7 @@ def test_attach_sets_hooks_and_respects_those_of_others():
     for answer in on_ranks("_attach", Case(modules=FAN_IN)):
         assert answer["without optimizer"]
         assert answer["no_sync"] and answer["finalize"] and answer["scale"] and answer["successor"]
-        assert not answer["grad_sync"] and not answer["param_sync"]
+        assert answer["grad_sync"] is None and not answer["param_sync"]
         for hook in ("no_sync_func", "finalize_model_grads_func", "grad_scale_func"):
             assert f"config.{hook} is already <built-in function print>" in answer[hook]
         assert "config.variable_seq_lengths is False" in answer["shapes"]
@@ -210,7 +210,7 @@ def test_attach_sets_hooks_and_respects_those_of_others():
 def test_overlap_adds_the_hooks_that_it_needs():
     overlap = {**OVERLAP, **SHARDED, "overlap_param_gather": True, "align_param_gather": True}
     for answer in on_ranks("_attach", Case(modules=FAN_IN, ddp=overlap)):
-        assert answer["grad_sync"] and answer["param_sync"]
+        assert answer["grad_sync"] is None and answer["param_sync"]
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -244,6 +244,14 @@ def _refused(case: Case, fault: str) -> None:
         model.config.calculate_per_token_loss = True
     if fault == "ddp" and rank == 0:
         model.modality_submodules["vision"].ddp_config.overlap_grad_reduce = True
+    if fault == "gather buffer":
+        for ddp in vlm.submodules(model).values():
+            ddp.ddp_config.overlap_param_gather = True
+            ddp.ddp_config.use_distributed_optimizer = True
+            ddp.ddp_config.reuse_grad_buf_for_mxfp8_param_ag = True
+    if fault == "layer-wise":
+        for ddp in vlm.submodules(model).values():
+            ddp.ddp_config.overlap_param_gather = True
     if fault == "version" and rank == 0:
         from megatron_mimo_coord.checks import job
 
@@ -266,6 +274,8 @@ def _refused(case: Case, fault: str) -> None:
         ("lacking", "the model has no such module here"),
         ("groups", "no process groups for module 'language'"),
         ("topology", "language: topology: rank 1 has nothing, ranks 0, 2 have []"),
+        ("gather buffer", "set reuse_grad_buf_for_mxfp8_param_ag=False"),
+        ("layer-wise", "set use_distributed_optimizer=True, or overlap_param_gather=False"),
         ("language flag", "calculate_per_token_loss of the language model: rank 2 has True, "),
         ("ddp", "vision: overlap_grad_reduce: rank 0 has True, rank 1 has False"),
         ("version", "megatron-core version: rank 0 has 0.0, ranks 1, 2 have"),

@@ -110,6 +110,13 @@ INTERNALS = (
         _ddp,
     ),
     Internal(
+        "megatron.core.distributed.DistributedDataParallel",
+        "force_all_reduce remove_forward_pre_hook_handles",
+        "gradients/launch_order.py",
+        "the order in which reductions are launched and parameters gathered",
+        _ddp,
+    ),
+    Internal(
         f"{_BUFFER_FILE}._ParamAndGradBuffer",
         "grad_data",
         "gradients/buckets.py",
@@ -125,14 +132,15 @@ INTERNALS = (
     ),
     Internal(
         f"{_BUFFER_FILE}._ParamAndGradBucketGroup",
-        "params grad_reduce_handle is_first_batch per_param_grad_ready_counts",
+        "params grad_reduce_handle is_first_batch per_param_grad_ready_counts param_gather_handle "
+        "param_gather_dispatched next_param_gather_bucket_group",
         "gradients/launch_order.py",
         "the order in which reductions are launched",
         _bucket_groups,
     ),
     Internal(
         f"{_BUFFER_FILE}._ParamAndGradBucketGroup",
-        "start_grad_sync finish_grad_sync start_param_sync finish_param_sync",
+        "start_grad_sync finish_grad_sync reset start_param_sync finish_param_sync",
         "gradients/launch_order.py",
         "the order in which reductions are launched and parameters gathered",
     ),
@@ -150,12 +158,6 @@ INTERNALS = (
     ),
     Internal(
         f"{_PIPELINE}.bridge_communicator.BridgeCommunicator",
-        "_communicate_shapes _split_tensor_at_batch_dim",
-        "bridges/communicator.py",
-        "activations between modules on disjoint ranks",
-    ),
-    Internal(
-        f"{_PIPELINE}.bridge_communicator.BridgeCommunicator",
         "destroy_broadcast_pgs destroy_bridge_pgs",
         "infra.py",
         "giving the groups of bridges back",
@@ -169,7 +171,7 @@ INTERNALS = (
     Internal(
         f"{_MIMO}.MimoModel",
         "_attach_modality_split_sizes",
-        "bridges/communicator.py",
+        "bridges/token_counts.py",
         "samples with different numbers of tokens",
     ),
     Internal(

@@ -88,6 +88,7 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
         )
+    found += _gather_problems(name, ddp.ddp_config)
     per_token = bool(model.config.calculate_per_token_loss)
     if name == LANGUAGE and ddp_sums(ddp) != per_token:
         found.append(
@@ -107,6 +108,22 @@ def needs_global_state(ddp: DistributedDataParallel) -> bool:
         )
         for layer in ddp.modules()
     )
+
+
+def _gather_problems(name: str, settings: Any) -> list[str]:
+    """Parameters are gathered as a step begins, when the gradients have been zeroed."""
+    if not settings.overlap_param_gather:
+        return []
+    if settings.reuse_grad_buf_for_mxfp8_param_ag:
+        cure = "set reuse_grad_buf_for_mxfp8_param_ag=False, or overlap_param_gather=False"
+    elif not settings.use_distributed_optimizer:
+        cure = "set use_distributed_optimizer=True, or overlap_param_gather=False"
+    else:
+        return []
+    return [
+        f"the DDP of module {name!r} gathers parameters into its gradient buffer, and a rank whose "
+        f"microbatches do not use them would find them there instead of gradients: {cure}"
+    ]
 
 
 def _submodule(model: MimoModel, name: str) -> torch.nn.Module | None:

@@ -1,4 +1,10 @@
-"""A step's way from backward to the gradient of the one loss."""
+"""A step's way from backward to the gradient of the one loss.
+
+All ranks launch collectives in one order, whatever their data holds: the reductions that backward
+finds ready, in the order of ``launch_order.py``; at finalize the missing ones of all modules,
+encoders before the language model; the sum of the token counts; then what Megatron's own finalize
+adds, module after module.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,9 +13,11 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.model_parallel_config import ModelParallelConfig
 
+from megatron_mimo_coord.gradients.launch_order import OrderedReduction, reduces_everything
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.gradients.token_count import TokenCount
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.metrics.profiler_ranges import named_range
 
 
@@ -17,7 +25,7 @@ class GradientFinalizer:
     """Zeroes, accumulates and finalizes the gradients of all modules on this rank.
 
     Args:
-        modules: the modules on this rank, encoders before the language model.
+        modules: the modules on this rank.
         token_count: the N of a per-token loss.
         step: where a step stands.
 
@@ -29,7 +37,17 @@ class GradientFinalizer:
         self, modules: Sequence[ModuleGradients], token_count: TokenCount, step: StepState
     ) -> None:
         self.config: ModelParallelConfig | None = None
-        self._modules = modules
+        encoders = [module for module in modules if module.name != LANGUAGE]
+        language = [module for module in modules if module.name == LANGUAGE]
+        self._modules = encoders + language
+        # One backward runs through all modules of a rank, the encoder that ran last first; on ranks
+        # of encoders alone the schedule runs one for each, in order.
+        in_backward = encoders[::-1] if language else encoders
+        self._reductions = [
+            OrderedReduction.shared([module.ddp for module in some])
+            for some in (in_backward, language)
+            if some
+        ]
         self._token_count = token_count
         self._step = step
 
@@ -50,8 +68,8 @@ class GradientFinalizer:
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate."""
         self._step.begin()
-        for module in self._modules:
-            module.reduction.begin()
+        for reduction in self._reductions:
+            reduction.begin()
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(module.ddp.no_sync())
@@ -59,18 +77,18 @@ class GradientFinalizer:
 
     def start_grad_sync(self) -> None:
         """Launch the overlapped reductions of all modules."""
-        for module in self._modules:
-            module.reduction.launch()
+        for reduction in self._reductions:
+            reduction.launch()
 
     def start_param_sync(self) -> None:
         """Launch the overlapped gathering of parameters of all modules."""
-        for module in self._modules:
-            module.reduction.gather_params()
+        for reduction in self._reductions:
+            reduction.gather_params()
 
     def gather_params_now(self) -> None:
         """Have the parameters of all modules as the last update left them. Collective."""
-        for module in self._modules:
-            module.reduction.gather_params_now()
+        for reduction in self._reductions:
+            reduction.gather_params_now()
 
     def finalize(self, num_tokens: torch.Tensor | None, force_all_reduce: bool) -> None:
         """Make every module's gradients those of the one loss.
@@ -86,11 +104,12 @@ class GradientFinalizer:
                 zeroed since they were last finalized.
         """
         self._step.check_finalize()
+        self._token_count.check(num_tokens)
         with named_range("finalize_model_grads"):
+            self.start_grad_sync()
             counting = self._token_count.start(num_tokens)
             for module in self._modules:
                 with named_range(module.name), self._timers_of_config(module):
-                    module.reduction.launch()
                     finalize_model_grads(
                         [module.ddp],
                         num_tokens=None,
@@ -102,9 +121,10 @@ class GradientFinalizer:
                 counting.wait()
                 inverse_tokens = self._token_count.reciprocal()
             for module in self._modules:
-                everything = module.reduction.reduces_everything(force_all_reduce)
+                everything = reduces_everything(module.ddp, force_all_reduce)
                 module.scaling.apply(inverse_tokens, everything)
-                module.reduction.end(force_all_reduce)
+            for reduction in self._reductions:
+                reduction.end(force_all_reduce)
         self._step.finalized(None if counting is None else self._token_count.total)
 
     @contextmanager

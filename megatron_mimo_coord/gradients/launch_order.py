@@ -1,67 +1,79 @@
-"""When each module's gradients are reduced: in one order on every rank, whatever its data holds.
+"""When gradients are reduced: in one order on every rank, whatever its data holds.
 
 Megatron's DDP launches the reduction of a bucket group from backward, as soon as every parameter of
 the group has its gradient. A rank whose last microbatch holds no image never gets there: nothing is
 launched, ``finish_grad_sync`` asserts, and the peers wait for ever. Launching what is missing once
-backward is over mends that only if all ranks launch in the same order: the order of backward (which
-such a rank never sees) is not the order of the list. So here every launch follows the list: a group
-that is ready early is held until those before it are launched.
+backward is over mends that only if all ranks launch in the same order, which NCCL requires of ranks
+that share several process groups. So here every launch follows one list of dense and expert bucket
+groups: one that is ready early is held until those before it are launched.
+
+The list is the order of backward where every rank has images, so that next to nothing is held
+there: backward reaches parameters in the reverse of the order in which forward used them.
+Megatron's own list goes through one buffer after another, and the last group of each buffer waits
+for the first parameter of the module.
 
 With ``overlap_param_gather`` it is the same with parameters: Megatron gathers them from forward,
 which a rank without an image does not run. Here every rank launches the gathers as a step begins.
 """
 
-from collections.abc import Callable, Sequence
-from types import MethodType
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
+_SHARED = "_mimo_ordered_reduction"
+"""Attribute of a DDP: the reduction that all coordinators of it share."""
+
 
 class OrderedReduction:
-    """The gradient reductions of one module.
+    """The gradient reductions of modules that lie on the same ranks.
 
     Args:
-        ddp: the module. Its bucket groups' ``start_grad_sync`` is routed through this object.
+        ddps: the modules, in the order in which backward reaches them. The ``start_grad_sync`` and
+            ``reset`` of their bucket groups are routed through this object.
     """
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self._ddp = ddp
-        self._gathers = bool(ddp.ddp_config.overlap_param_gather)
-        self.overlaps = bool(ddp.ddp_config.overlap_grad_reduce)
-        self._groups = [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups]
-        self._queues = (
-            [_LaunchQueue(ddp.bucket_groups), _LaunchQueue(ddp.expert_parallel_bucket_groups)]
-            if self.overlaps
-            else []
-        )
-
-        for group in self._groups if self._gathers else ():
+    def __init__(self, ddps: Sequence[DistributedDataParallel]) -> None:
+        self._ddps = ddps
+        groups = [(ddp, group) for ddp in ddps for group in _in_order_of_backward(ddp)]
+        self._overlapped = [pair for pair in groups if pair[0].ddp_config.overlap_grad_reduce]
+        self._gathered = [pair for pair in groups if pair[0].ddp_config.overlap_param_gather]
+        for _, group in self._gathered:
             group.next_param_gather_bucket_group = None  # launched with all others, not in a chain
+        for index, (_, group) in enumerate(self._overlapped):
+            group.start_grad_sync = partial(self._request, index)
+            group.reset = partial(self._reset_group, group)
+        self._forget_launches()
 
     @classmethod
-    def of(cls, ddp: DistributedDataParallel) -> "OrderedReduction":
-        """The one of this module, whoever asked for it first."""
-        if not hasattr(ddp, "_mimo_ordered_reduction"):
-            ddp._mimo_ordered_reduction = cls(ddp)
-        return ddp._mimo_ordered_reduction
+    def shared(cls, ddps: Sequence[DistributedDataParallel]) -> "OrderedReduction":
+        """The one of these modules, made when it is first asked for."""
+        reduction: OrderedReduction | None = getattr(ddps[0], _SHARED, None)
+        if reduction is None or list(reduction._ddps) != list(ddps):
+            reduction = cls(ddps)
+            setattr(ddps[0], _SHARED, reduction)
+        return reduction
 
     def begin(self) -> None:
         """Forget the launches of a step that an exception cut short; gather the parameters."""
-        for group in self._groups:
+        for _, group in self._overlapped:
             if group.grad_reduce_handle is not None:
                 group.grad_reduce_handle.wait()
                 group.grad_reduce_handle = None
-        for queue in self._queues:
-            queue.reset()
+        self._forget_launches()
         self.gather_params()
 
     def gather_params(self) -> None:
-        """Launch the gathering of parameters that forward waits for, in the order of forward."""
-        for group in reversed(self._groups) if self._gathers else ():
-            if not group.param_gather_dispatched:
+        """Launch the gathering of parameters that forward waits for, in the order of forward.
+
+        Only forward hooks of DDP wait for it. Where they are off, as in the first step of
+        Megatron-LM's training loop, parameters are as they must be.
+        """
+        for ddp, group in reversed(self._gathered):
+            if ddp.remove_forward_pre_hook_handles and not group.param_gather_dispatched:
                 group.start_param_sync()
 
     def gather_params_now(self) -> None:
@@ -70,41 +82,46 @@ class OrderedReduction:
         Megatron gathers them once a step, from the first forward after ``zero_grad_buffer``; who
         reads them before sees those of other replicas as they were. Collective in the module.
         """
-        if self._gathers:
-            with torch.no_grad():
-                self._ddp.start_param_sync(force_sync=True)
+        for ddp in self._ddps:
+            if ddp.ddp_config.overlap_param_gather:
+                with torch.no_grad():
+                    ddp.start_param_sync(force_sync=True)
 
     def launch(self) -> None:
         """Launch every reduction that backward did not; collect parameters that it did not use."""
-        for group in self._groups if self._gathers else ():
+        for _, group in self._gathered:
             if group.param_gather_handle is not None:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
-        for queue in self._queues:
-            queue.launch_rest(self._ddp.force_all_reduce)
+        for index, (ddp, _) in enumerate(self._overlapped):
+            self._request(index, ddp.force_all_reduce)
 
     def end(self, force_all_reduce: bool) -> None:
         """Called when all reductions are done: get ready for the next step."""
-        for queue in self._queues:
-            queue.reset()
-        if self.overlaps:
-            self._forget_partial_counts()
-        if force_all_reduce and self._only_shards_reduced:
-            self._gather_shards()
+        self._forget_launches()
+        self._forget_partial_counts()
+        for ddp in self._ddps:
+            if force_all_reduce and not reduces_everything(ddp, force_all_reduce):
+                _gather_shards(ddp)
 
-    @property
-    def _only_shards_reduced(self) -> bool:
-        """Overlapped launches happen before anyone knows of the caller's ``force_all_reduce``."""
-        return (
-            self.overlaps
-            and self._ddp.ddp_config.use_distributed_optimizer
-            and not self._ddp.force_all_reduce
-        )
+    # -- the order ---------------------------------------------------------------------------------
 
-    def reduces_everything(self, force_all_reduce: bool) -> bool:
-        """Whether whole buckets are reduced, and not only this rank's shards of them."""
-        if not self._ddp.ddp_config.use_distributed_optimizer:
-            return True
-        return bool(self._ddp.force_all_reduce if self.overlaps else force_all_reduce)
+    def _request(self, index: int, force_all_reduce: bool | None = False) -> None:
+        """Launch a group when its turn comes; one that is launched already stays launched."""
+        self._held[index] = force_all_reduce
+        while self._launched in self._held:
+            _, group = self._overlapped[self._launched]
+            force_all_reduce = self._held[self._launched]
+            self._launched += 1
+            type(group).start_grad_sync(group, force_all_reduce=force_all_reduce)
+
+    def _reset_group(self, group: Any) -> None:
+        """DDP zeroes its gradients: a new step, of which perhaps nobody else tells."""
+        self._forget_launches()
+        type(group).reset(group)
+
+    def _forget_launches(self) -> None:
+        self._launched = 0
+        self._held: dict[int, bool | None] = {}
 
     def _forget_partial_counts(self) -> None:
         """Megatron counts in the first batch how often each gradient becomes ready.
@@ -112,60 +129,56 @@ class OrderedReduction:
         A batch that left a parameter out (a pipeline stage that skips it, a modality that was not
         there) is no measure for the next ones, and Megatron would assert on it.
         """
-        for group in self._groups:
+        for _, group in self._overlapped:
             if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
                 group.per_param_grad_ready_counts = {}
 
-    def _gather_shards(self) -> None:
-        for group in self._groups:
-            rank = group.intra_distributed_optimizer_instance_rank
-            size = group.intra_distributed_optimizer_instance_size
-            for bucket in group.buckets:
-                shard = bucket.grad_data.chunk(size)[rank].clone()
-                dist.all_gather_into_tensor(
-                    bucket.grad_data, shard, group=group.intra_distributed_optimizer_instance_group
-                )
+
+def reduces_everything(ddp: DistributedDataParallel, force_all_reduce: bool) -> bool:
+    """Whether whole buckets are reduced, and not only this rank's shards of them.
+
+    Overlapped reductions are launched before anyone knows of the caller's ``force_all_reduce``.
+    """
+    if not ddp.ddp_config.use_distributed_optimizer:
+        return True
+    return bool(ddp.force_all_reduce if ddp.ddp_config.overlap_grad_reduce else force_all_reduce)
 
 
-class _LaunchQueue:
-    """Bucket groups that share a process group, launched in the order of the list."""
+def _in_order_of_backward(ddp: DistributedDataParallel) -> list[Any]:
+    """Bucket groups, dense and expert, in the order in which backward completes them.
 
-    def __init__(self, groups: Sequence[Any]) -> None:
-        self._groups = groups
-        self._launchers = [MethodType(type(group).start_grad_sync, group) for group in groups]
-        for index, group in enumerate(groups):
-            group.start_grad_sync = self._request_of(index)
-        self.reset()
+    A group is complete when backward has reached that of its parameters which forward used first.
+    """
+    position: dict[torch.nn.Parameter, int] = {}
+    for param in _in_order_of_forward(ddp.module):
+        position.setdefault(param, len(position))
+    groups = ddp.bucket_groups + ddp.expert_parallel_bucket_groups
+    return sorted(groups, key=lambda group: -min(position[param] for param in group.params))
 
-    def reset(self) -> None:
-        self._launched = 0
-        self._held: dict[int, bool | None] = {}
 
-    def launch_rest(self, force_all_reduce: bool) -> None:
-        for index in range(self._launched, len(self._launchers)):
-            self._request(index, force_all_reduce)
+def _in_order_of_forward(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Parameters as they were registered, but a module's own behind those of its first child.
 
-    def _request_of(self, index: int) -> Callable[..., None]:
-        def start_grad_sync(force_all_reduce: bool | None = False) -> None:
-            self._request(index, force_all_reduce)
+    PyTorch lists a module's own parameters first. Positions and class tokens are added to what the
+    first child makes of the input.
+    """
+    own = list(module.parameters(recurse=False))
+    for child in module.children():
+        of_child = list(_in_order_of_forward(child))
+        yield from of_child
+        if of_child:
+            yield from own
+            own = []
+    yield from own
 
-        return start_grad_sync
 
-    def _request(self, index: int, force_all_reduce: bool | None) -> None:
-        """Launch a group when its turn comes; one that is launched already stays launched."""
-        if index < self._launched and self._is_reset(self._groups[index]):
-            self.reset()  # a new step, of which only DDP was told
-        self._held[index] = force_all_reduce
-        while self._launched in self._held:
-            launched = self._launched
-            self._launched += 1
-            self._launchers[launched](force_all_reduce=self._held.pop(launched))
-
-    @staticmethod
-    def _is_reset(group: Any) -> bool:
-        """Whether Megatron holds no reduction of this group (it keeps no handle of instances)."""
-        return (
-            group.ddp_config.num_distributed_optimizer_instances == 1
-            and group.grad_reduce_handle is None
-            and not group.grad_reduce_finished
-        )
+def _gather_shards(ddp: DistributedDataParallel) -> None:
+    """Have every rank hold what each has reduced."""
+    for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+        rank = group.intra_distributed_optimizer_instance_rank
+        size = group.intra_distributed_optimizer_instance_size
+        for bucket in group.buckets:
+            shard = bucket.grad_data.chunk(size)[rank].clone()
+            dist.all_gather_into_tensor(
+                bucket.grad_data, shard, group=group.intra_distributed_optimizer_instance_group
+            )

@@ -6,7 +6,6 @@ from attrs import frozen
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.gradients.launch_order import OrderedReduction
 from megatron_mimo_coord.gradients.scaling import GradientNormalizer
 from megatron_mimo_coord.layout import LANGUAGE
 
@@ -20,7 +19,6 @@ class ModuleGradients:
         ddp: the module, wrapped in Megatron's DDP.
         pg_collection: the module's process groups.
         pg_collection_to_finalize: the same as Megatron's ``finalize_model_grads`` is to see them.
-        reduction: when its gradients are reduced.
         scaling: what they are multiplied by.
     """
 
@@ -28,7 +26,6 @@ class ModuleGradients:
     ddp: DistributedDataParallel
     pg_collection: ProcessGroupCollection
     pg_collection_to_finalize: ProcessGroupCollection
-    reduction: OrderedReduction
     scaling: GradientNormalizer
 
     @classmethod
@@ -62,7 +59,6 @@ class ModuleGradients:
             ddp=ddp,
             pg_collection=pg_collection,
             pg_collection_to_finalize=to_finalize,
-            reduction=OrderedReduction.of(ddp),
             scaling=GradientNormalizer(
                 ddp,
                 replicas=replicas,

@@ -27,15 +27,8 @@ class TokenCount:
         self._is_counted_here = per_token and holds_a_distinct_count(language, rank)
         self.total = torch.zeros((), dtype=torch.int64, device=device)
 
-    def start(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
-        """Launch the sum over the world; None if the loss is a mean.
-
-        Args:
-            num_tokens: unmasked tokens that this rank counted, a tensor with one element.
-
-        Raises:
-            ValueError: it is missing and the loss is per token, or the reverse.
-        """
+    def check(self, num_tokens: torch.Tensor | None) -> None:
+        """Refuse a count that is missing where the loss is per token, or the reverse."""
         missing = self._is_needed_here and num_tokens is None
         if missing or (num_tokens is not None and not self._per_token):
             raise ValueError(
@@ -43,6 +36,13 @@ class TokenCount:
                 f"num_tokens is {'missing' if num_tokens is None else 'given'}: pass num_tokens "
                 f"just when the loss is per token (the schedule does so by itself)"
             )
+
+    def start(self, num_tokens: torch.Tensor | None) -> dist.Work | None:
+        """Launch the sum over the world; None if the loss is a mean.
+
+        Args:
+            num_tokens: unmasked tokens that this rank counted, a tensor with one element.
+        """
         if not self._per_token:
             return None
         if self._is_counted_here and num_tokens is not None:

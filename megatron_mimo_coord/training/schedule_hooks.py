@@ -30,12 +30,14 @@ def check_sequence_lengths(config: ModelParallelConfig) -> None:
         )
 
 
-def install_hooks(config: ModelParallelConfig, hooks: Mapping[str, Callable[..., Any]]) -> None:
+def install_hooks(
+    config: ModelParallelConfig, hooks: Mapping[str, Callable[..., Any] | None]
+) -> None:
     """Set hooks, and take back those of the coordinator before that are not set again.
 
     Args:
         config: the config that the schedule reads.
-        hooks: some of ``HOOKS``, by name.
+        hooks: some of ``HOOKS``, by name; None for one that nobody may set.
 
     Raises:
         ValueError: someone else has set one of them. Nothing is set then.
