@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from attrs import evolve
 from cases import Case
 from layouts import LAYOUTS, parallel
 from ranks import world
@@ -84,6 +85,70 @@ def test_the_language_models_stages_exchange_no_shapes_either():
         (n + 3, n + 3, n, 2 * n),
         (n, n, 0, n),
     ]
+
+
+# -- the device ------------------------------------------------------------------------------------
+
+
+def _without_waiting(case: Case) -> int:
+    """Run a case with blocking launches; outside the model's own code no rank may wait."""
+    import os
+
+    import cases
+    import torch
+
+    from megatron_mimo_coord.cpu import host_sync
+
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+
+    def without(inside: list[bool], function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            before, host_sync._inside[:] = list(host_sync._inside), inside
+            try:
+                return function(*args, **options)
+            finally:
+                host_sync._inside[:] = before
+
+        return call
+
+    build_model = cases.vlm.build_model
+
+    def build(*args: Any, **options: Any) -> Any:
+        model = build_model(*args, **options)
+        model.config.deallocate_pipeline_outputs = True
+        return model
+
+    with ExitStack() as stack:
+        for owner, name, replacement in (
+            (cases, "run_schedule", without([True], cases.run_schedule)),
+            (cases, "_forward_step", without([], cases._forward_step)),
+            (torch.autograd, "backward", without([], torch.autograd.backward)),
+            (cases.vlm, "build_model", build),
+        ):
+            stack.enter_context(cases._replaced(owner, name, replacement))
+        return cases.check(case)
+
+
+REHEARSED = {
+    "fan-in to stages": Case(
+        modules={"vision": parallel(dp=2), "language": parallel(pp=2)}, num_microbatches=3, assign=2
+    ),
+    "fan-out to lanes": Case(modules={"vision": parallel(), "language": parallel(tp=2, dp=2)}),
+    "stages to lanes": Case(
+        modules={"vision": parallel(pp=2), "language": parallel(tp=2)}, num_microbatches=3, assign=1
+    ),
+    "lanes to ranks": Case(
+        modules={"vision": parallel(tp=2), "language": parallel(dp=2)}, assign=1, evaluate=True
+    ),
+    "any to any": Case(modules=LAYOUTS["equal"], num_microbatches=3, assign=1),
+}
+
+
+@pytest.mark.parametrize("case", REHEARSED.values(), ids=REHEARSED)
+def test_no_rank_waits_for_its_device(case):
+    images = {"vision": (((3, 0, 1, 0), (0, 0, 0, 0), (0, 0, 0, 2)),)}
+    case = evolve(case, images=images, steps=2)
+    assert sum(world(case.world_size, rehearse=True).run(_without_waiting, case)) > 0
 
 
 # -- wrong use -------------------------------------------------------------------------------------
