@@ -6,7 +6,7 @@ from xml.etree import ElementTree as Xml
 from megatron_mimo_coord.planning.svg import add, module_colors, new_svg, svg_text, write
 from megatron_mimo_coord.planning.timeline import BACKWARD, COMPUTING, FORWARD, Span, Timeline
 
-LEFT, WIDTH, RIGHT = 110, 900, 60  # pixels: names, the step, what part of it is busy
+WIDTH, RIGHT, LETTER = 900, 80, 8  # pixels: the step, what part of it is busy, a letter of a name
 ROW, BAR, MARGIN = 30, 22, 12
 NUMBERED = 16  # pixels: a span as wide has the number of its microbatch written into it
 TICKS = 10
@@ -29,19 +29,20 @@ def timeline_svg(timeline: Timeline) -> str:
     _define_hatching(svg)
     bottom = MARGIN + ROW * len(timeline.stages)
     height = bottom + 2 * ROW + MARGIN
-    svg.set("viewBox", f"0 0 {LEFT + WIDTH + RIGHT} {height}")
+    names = {place: f"{place[0]} {place[1]}" for place in timeline.stages}
+    left = MARGIN + LETTER * max(map(len, names.values()))  # of the step, which begins at 0
+    svg.set("viewBox", f"{-left} 0 {left + WIDTH + RIGHT} {height}")
     colors = module_colors(dict.fromkeys(module for module, _ in timeline.stages))
     scale = WIDTH / timeline.seconds if timeline.seconds else 0.0
     spans: dict[tuple[str, int], list[Span]] = {place: [] for place in timeline.stages}
     for span in timeline.spans:
         if span.end > span.start:
             spans[span.module, span.stage].append(span)
-    for row, ((module, stage), shares) in enumerate(timeline.stages.items()):
-        top = MARGIN + ROW * row
-        middle = top + BAR / 2
-        write(svg, f"{module} {stage}", LEFT - 8, middle, "end", colors[module])
-        write(svg, f"{shares.busy * 100:.0f} % busy", LEFT + WIDTH + 6, middle, "start")
-        _draw_row(svg, spans[module, stage], top, scale, colors[module])
+    for row, (place, shares) in enumerate(timeline.stages.items()):
+        top, color = MARGIN + ROW * row, colors[place[0]]
+        write(svg, names[place], -LETTER, top + BAR / 2, "end", color)
+        write(svg, f"{shares.busy * 100:.0f} % busy", WIDTH + 6, top + BAR / 2, "start")
+        _draw_row(svg, spans[place], top, scale, color)
     _draw_axis(svg, timeline.seconds, scale, bottom)
     _draw_legend(svg, bottom + ROW, colors)
     return svg_text(svg)
@@ -63,7 +64,7 @@ def _draw_row(svg: Xml.Element, spans: list[Span], top: float, scale: float, col
         width = (span.end - span.start) * scale
         if span.kind in OPACITY and width >= NUMBERED:
             ink = "#fff" if span.kind == BACKWARD else "#333"
-            middle = round(LEFT + (span.start + span.end) / 2 * scale, 2)
+            middle = round((span.start + span.end) / 2 * scale, 2)
             write(svg, str(span.microbatch), middle, top + BAR / 2, color=ink)
 
 
@@ -71,9 +72,7 @@ def _draw_bars(
     svg: Xml.Element, bars: Iterable[tuple[float, float]], top: float, **look: str
 ) -> None:
     """Bars (left, width) as one path: a long step has ten thousands of them."""
-    path = "".join(
-        f"M{LEFT + left:.2f} {top:g}h{width:.2f}v{BAR}h{-width:.2f}z" for left, width in bars
-    )
+    path = "".join(f"M{left:.2f} {top:g}h{width:.2f}v{BAR}h{-width:.2f}z" for left, width in bars)
     attributes = {name.replace("_", "-"): value for name, value in look.items()}
     attributes |= {"stroke": "#fff", "stroke-width": "0.5"}
     add(svg, "path", d=path, **attributes)
@@ -85,7 +84,7 @@ def _draw_axis(svg: Xml.Element, seconds: float, scale: float, top: float) -> No
         return
     step = _round_up(seconds / TICKS)
     for index in range(int(seconds / step) + 1):
-        x = round(LEFT + index * step * scale, 2)
+        x = round(index * step * scale, 2)
         add(svg, "path", d=f"M{x} {top - ROW + BAR}v6", stroke="#777")
         write(svg, f"{index * step:.4g} s", x, top + 6, color="#777")
 
@@ -102,7 +101,7 @@ def _round_up(seconds: float) -> float:
 
 def _draw_legend(svg: Xml.Element, top: float, colors: Mapping[str, str]) -> None:
     first = next(iter(colors.values()))
-    x = float(LEFT)
+    x = 0.0
     for fill, opacity, text in (
         (first, OPACITY[FORWARD], "forward"),
         (first, OPACITY[BACKWARD], "backward"),
