@@ -6,24 +6,26 @@ backward, let n be the microbatches and k the stages behind it.
 
 - Serial: the first microbatch reaches the stage after all stages before it ran forward. Then it
   runs n forwards and n backwards and takes part in n - 1 messages with what is before it and n with
-  what is behind. Then all stages before it run backward, while it reduces its gradients.
+  what is behind. Then the stages before it run backward, one after the other.
 - Fill: its first backward waits for one round trip through everything behind; before it run at most
   k + 1 forwards, so n backwards and n - k - 1 forwards are still to come.
 - Drain: after its last forward comes one round trip through everything behind; before it run at
   least n - k - 1 backwards.
 
-After fill and drain, too, the stages before it run backward while it reduces. When all have reduced
-comes the slowest optimizer. Modules on the same ranks take turns, so that theirs add up. Where a
-message's ranks are not known, it takes the faster link.
+After its last backward each stage reduces its gradients. When all have reduced comes the slowest
+optimizer. Modules on the same ranks take turns, so that theirs add up. Where a message's ranks are
+not known, it takes the faster link.
 """
 
 from collections.abc import Mapping
 from functools import cached_property
+from math import inf
 
 from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.durations import busiest
 
 
 def fastest(cluster: Cluster) -> Cluster:
@@ -86,6 +88,10 @@ class Choice:
             for stage in range(self.stages)
         ]
 
+    def has_backward(self, stage: int) -> bool:
+        """Whether a stage computes backward, and so gets gradients from the one behind it."""
+        return not self.costs.frozen or stage > 0 or self.receives
+
     @cached_property
     def slowest(self) -> float:
         """Seconds of a sample of the batch on the slowest stage, both ways."""
@@ -127,28 +133,31 @@ class Load:
 
     Args:
         forwards: all stages, forward, with the messages between them.
-        backwards: all stages, backward, with the messages between them.
         forward: the last stage, forward.
         backward: the last stage, backward.
-        serial: of a step, all forwards and backwards of the busiest stage and what one microbatch
-            passes before and after.
-        reduced: the same until that stage has reduced its gradients.
-        reduction: of the last stage.
+        backwards: all stages, backward, with the messages between them.
+        finish: from the gradient's arrival behind the last stage until all stages have run their
+            last backward and reduced.
+        serial: of a step, until the first stage has run its last backward.
+        reduced: of a step, until all stages have reduced.
     """
 
     forwards: float
-    backwards: float
     forward: float
     backward: float
+    backwards: float
+    finish: float
     serial: float
     reduced: float
-    reduction: float
 
     @classmethod
     def of(cls, choice: Choice, samples: int, microbatches: int) -> "Load":
         """The load of a choice by microbatches of so many samples over all ranks."""
         between = choice.message(samples) if choice.stages > 1 else 0.0
         ahead = back = serial = reduced = forward = backward = 0.0
+        reducing = (
+            -inf
+        )  # from a stage's last backward until those before it have reduced, less back
         last = choice.stages - 1
         for stage in range(choice.stages):
             forward = choice.forwards[stage] * samples
@@ -156,37 +165,42 @@ class Load:
             busy = microbatches * (forward + backward)
             if stage > 0:
                 busy += (microbatches - 1) * between
-            if stage < last:
+                back += between if choice.has_backward(stage - 1) else 0.0
+            if stage < last and choice.has_backward(stage):
                 busy += microbatches * between
+            reducing = max(reducing, choice.reductions[stage] - back)
             serial = max(serial, ahead + busy + back)
-            sent = between if stage > 0 else 0.0
-            reduced = max(reduced, ahead + busy + sent + choice.reductions[stage])
+            reduced = max(reduced, ahead + busy + back + reducing)
             ahead, back = ahead + forward, back + backward
             if stage < last:
-                ahead, back = ahead + between, back + between
-        return cls(ahead, back, forward, backward, serial, reduced, choice.reductions[last])
+                ahead += between
+        return cls(ahead, forward, backward, back, back + reducing, serial, reduced)
 
 
 def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[float, float]:
     """A message over the bridge from an encoder at its fastest, forward and backward."""
+    sizes = [choice.parallelism for choice in (encoder, language)]
+    ends = [
+        (each.data_parallel_size, each.tensor_model_parallel_size * each.context_parallel_size)
+        for each in sizes
+    ]
+    part = encoder.costs.output_bytes_per_sample * samples / max(ends)[0]
+    ahead, back = (busiest(*way) * part for way in (ends, ends[::-1]))
     cluster = encoder.cluster
-    replicas = encoder.replicas, language.replicas
-    parts, peers = max(replicas), max(replicas) // min(replicas)
-    message = encoder.costs.output_bytes_per_sample * samples / parts
-    seconds = peers * cluster.message_seconds((0, 0), message)
-    ways = []
-    for receiver in (language, encoder):
-        ranks = receiver.parallelism.tensor_model_parallel_size
-        handed_on = message * parts / receiver.replicas
-        inside = cluster.message_seconds((0, 0), handed_on) if ranks > 1 else 0.0
-        ways.append(seconds + inside)
-    return ways[0], ways[1]
+    return cluster.message_seconds((0, 0), ahead), cluster.message_seconds((0, 0), back)
 
 
 def disjoint_bound(
     chosen: Mapping[str, Choice], loads: Mapping[str, Load], samples: int, microbatches: int
 ) -> float:
-    """What a step takes at least with modules on ranks of their own."""
+    """What a step takes at least with modules on ranks of their own.
+
+    Args:
+        chosen: a choice for the language model and for some encoders; others only add to the step.
+        loads: of each.
+        samples: of a microbatch, over all ranks.
+        microbatches: in a step.
+    """
     language, its_load = chosen[LANGUAGE], loads[LANGUAGE]
     before = after = seconds = 0.0
     for name, encoder in chosen.items():
@@ -195,22 +209,42 @@ def disjoint_bound(
         load = loads[name]
         ahead, back = bridge_seconds(encoder, language, samples)
         before = max(before, load.forwards + ahead)
-        after = max(after, load.backwards + back)
+        seconds = max(seconds, load.reduced)
+        if not encoder.has_backward(encoder.stages - 1):
+            continue
+        after = max(after, back + load.finish)
         round_trip = ahead + its_load.forwards + its_load.backwards + back
         forward, backward = load.forward, load.backward
         rest = max(microbatches - 1 - language.stages, 0)
-        fill = forward + microbatches * backward + rest * forward
-        drain = microbatches * forward + backward + rest * backward
-        done = load.forwards - forward + round_trip + max(fill, drain)
-        last = max(load.backwards - backward, load.reduction)
-        seconds = max(seconds, load.serial, load.reduced, done + last)
+        fill = forward + (microbatches - 1) * backward + rest * forward
+        drain = microbatches * forward + rest * backward
+        waits = load.forwards - forward + round_trip + max(fill, drain) + load.finish
+        seconds = max(seconds, waits)
     seconds = max(seconds, before + its_load.serial + after, before + its_load.reduced)
     return seconds + max(each.optimizer for each in chosen.values())
 
 
 def colocated_bound(chosen: Mapping[str, Choice], samples: int, microbatches: int) -> float:
-    """What a step takes at least with all modules on the same ranks: they take turns."""
-    return sum(
-        microbatches * samples * choice.slowest + choice.reductions[0] + choice.optimizer
-        for choice in chosen.values()
-    )
+    """What a step takes at least with all modules on the same ranks: they take turns.
+
+    Args:
+        chosen: a choice for the language model and for some encoders; others only add to the step.
+        samples: of a microbatch, over all ranks.
+        microbatches: in a step.
+    """
+    language, seconds = chosen[LANGUAGE], 0.0
+    for name, choice in chosen.items():
+        seconds += microbatches * samples * choice.slowest
+        seconds += choice.reductions[0] + choice.optimizer
+        if name != LANGUAGE:
+            passes = 2 if choice.has_backward(0) else 1
+            seconds += passes * microbatches * exchange_seconds(choice, language, samples)
+    return seconds
+
+
+def exchange_seconds(encoder: Choice, language: Choice, samples: int) -> float:
+    """What colocated modules with different DP pass on, at its fastest, forward or backward."""
+    parts = max(encoder.replicas, language.replicas)
+    peers = parts // min(encoder.replicas, language.replicas)
+    message = encoder.costs.output_bytes_per_sample * samples / parts
+    return (peers - 1) * encoder.cluster.message_seconds((0, encoder.gpus - 1), message)

@@ -85,11 +85,10 @@ class Durations:
             )
             for part in range(parts)
         )
-        sender, receiver = (source, target) if forward else (target, source)
-        lanes = [grid.dim("tp") * grid.dim("cp") for grid in (sender, receiver)]
-        sent = parts // sender.data_parallel_size * ceil(lanes[1] / lanes[0])
-        received = parts // receiver.data_parallel_size
-        messages = max(sent, received) * message
+        ends = [
+            (each.data_parallel_size, each.dim("tp") * each.dim("cp")) for each in (source, target)
+        ]
+        messages = busiest(*(ends if forward else reversed(ends))) * message
         return max(self.cluster.message_seconds(pair, messages) for pair in pairs)
 
     def exchange(self, encoder: str) -> float:
@@ -122,3 +121,19 @@ class Durations:
             return 0.0
         seconds = costs.optimizer_seconds * costs.stage_share(grid.dim("pp"), stage)
         return seconds / grid.dim("tp") / (grid.replicas if self.distributed_optimizer else 1)
+
+
+def busiest(sender: tuple[int, int], receiver: tuple[int, int]) -> int:
+    """Messages of the rank of a bridge that sends or receives most.
+
+    Args:
+        sender: (DP, TP x CP) of the module that sends.
+        receiver: the same of the module that receives.
+
+    Example:
+        >>> busiest((4, 1), (2, 1)), busiest((4, 1), (2, 8))
+        (2, 8)
+    """
+    parts = max(sender[0], receiver[0])
+    sent = parts // sender[0] * ceil(receiver[1] / sender[1])
+    return max(sent, parts // receiver[0])

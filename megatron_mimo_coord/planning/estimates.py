@@ -16,7 +16,8 @@ copy and both moments twice, all in fp32."""
 
 ASSUMPTIONS = (
     "a backward pass takes two forward passes; every shape computes at the same rate",
-    "tensor-parallel ranks wait for four sums of hidden states a layer; nothing else overlaps",
+    "tensor-parallel ranks wait for four sums of hidden states a layer, experts' ranks for their "
+    "tokens to come and go; nothing overlaps",
     "every encoder rank gets as many images; stages share layers equally, embedding and output "
     "layer come on top of the first and the last",
 )
@@ -118,7 +119,8 @@ def estimated_costs(
 
     Assumed are: a backward pass of two forwards; the accelerator's rate whatever the shapes;
     tensor-parallel ranks that wait for four sums of hidden states a layer (Shoeybi et al. 2019,
-    arXiv 1909.08053); an optimizer that memory bounds; images that each rank gets equally many of.
+    arXiv 1909.08053), and experts' ranks for tokens that come and go; an optimizer that memory
+    bounds; images that each rank gets equally many of.
 
     Args:
         sizes: of the module.
@@ -138,18 +140,18 @@ def estimated_costs(
     message = hidden
     if sizes.sequence_parallel:
         message /= parallelism.tensor_model_parallel_size
+    efficiency = _efficiency(3 * forward, 4 * sizes.num_layers, hidden, parallelism, cluster)
+    exchanged = _exchange(sizes, parallelism, cluster) * efficiency
     output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
     recomputed = _recomputed(sizes, flops) / accelerator.flops_per_second
     return ModuleCosts(
-        forward_seconds_per_sample=forward,
-        backward_seconds_per_sample=2 * forward + recomputed,
+        forward_seconds_per_sample=forward + exchanged,
+        backward_seconds_per_sample=2 * forward + recomputed + exchanged,
         output_bytes_per_sample=0.0 if sizes.is_language else output,
         activation_bytes_per_sample=message,
         gradient_bytes=parameters * (4 if sizes.grad_reduce_in_fp32 else width),
         optimizer_seconds=parameters * OPTIMIZER_TRAFFIC / accelerator.memory_bytes_per_second,
-        tensor_parallel_efficiency=_efficiency(
-            3 * forward, 4 * sizes.num_layers, hidden, parallelism, cluster
-        ),
+        tensor_parallel_efficiency=efficiency,
         frozen=sizes.frozen,
         recompute=sizes.recompute_granularity == "full",
         layers_per_stage=shares,
@@ -181,6 +183,21 @@ def _efficiency(
         return 1.0
     waiting = sums * cluster.reduction_seconds(range(tp), summed_bytes)
     return seconds / tp / (seconds / tp + waiting)
+
+
+def _exchange(sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Cluster) -> float:
+    """Seconds in which a sample's tokens go to their experts and back, times TP, one pass.
+
+    Tensor-parallel ranks send a part of the tokens each, ``moe_router_topk`` times; one of EP
+    stays.
+    """
+    ep, expert_tp = parallelism.expert_model_parallel_size, parallelism.expert_tensor_parallel_size
+    layers = sum(map(sizes.has_experts, range(sizes.num_layers)))
+    if ep == 1 or not layers:
+        return 0.0
+    _, bandwidth = cluster.link(range(ep * expert_tp))
+    sent = sizes.tokens(1) * sizes.moe_router_topk * sizes.hidden_size * sizes.bytes_per_number
+    return 2 * layers * sent * (1 - 1 / ep) / bandwidth
 
 
 def _recomputed(sizes: ModuleSizes, flops: LayerFlops) -> float:

@@ -22,7 +22,7 @@ def headline(room: Room, count: int, is_given: bool) -> str:
 
 
 def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
-    """A row for each layout, below a row of titles."""
+    """A row for each layout, below a row of titles; idle is who does not compute."""
     names = list(proposals[0].modules)
     has_experts = any(
         module.expert_model_parallel_size > 1
@@ -30,11 +30,9 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
         for module in proposal.modules.values()
     )
     sizes = "TP PP DP EP" if has_experts else "TP PP DP"
-    titles = ["", *(f"{name} {sizes}" for name in names), "micro batch", "step s", "samples/s"]
-    titles += ["per GPU", "GPUs", "empty", *(f"{name} idle" for name in names)]
-    waiting = len(names) > 1
-    titles += [f"{name} waits" for name in names] if waiting else []
-    titles += ["headroom GB"]
+    titles = ["", *(f"{name}\n{sizes}" for name in names), "micro\nbatch", "step\nseconds"]
+    titles += ["samples\n/s", "per GPU", "GPUs", "empty", *(f"{name}\nidle" for name in names)]
+    titles += ["free\nGB"]
     table = [titles]
     for index, each in enumerate(proposals, 1):
         row = [str(index)]
@@ -45,9 +43,8 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
         row += [f"{each.micro_batch_size}", f"{each.timeline.seconds:.4g}"]
         row += [f"{each.samples_per_second:.4g}"]
         row += [f"{each.samples_per_second / each.allocated:.4g}", f"{each.allocated}"]
-        row += [str(each.allocated - each.ranks)]
-        row += [f"{each.idle(name):.0%}" for name in names]
-        row += [f"{each.waiting(name):.0%}" for name in names] if waiting else []
+        row += [str(each.allocated - each.gpus)]
+        row += [f"{each.idle(name) + each.waiting(name):.0%}" for name in names]
         row += [f"{each.headroom / GB:.1f}"]
         table.append(row)
     return table
@@ -55,7 +52,7 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
 
 def memory_rows(proposal: Proposal) -> list[list[str]]:
     """A row for each stage, below a row of titles; stages that hold the same share a row."""
-    table = [["", "stage", "in flight", *PARTS, "total"]]
+    table = [["", "stage", "in\nflight", *PARTS, "total"]]
     for name in proposal.modules:
         stages = [held for (module, _), held in proposal.memory.items() if module == name]
         first = 0
@@ -79,9 +76,9 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
         "step_seconds": proposal.timeline.seconds,
         "samples_per_second": proposal.samples_per_second,
         "samples_per_second_per_allocated_gpu": proposal.samples_per_second / proposal.allocated,
-        "gpus": proposal.ranks,
+        "gpus": proposal.gpus,
         "allocated_gpus": proposal.allocated,
-        "empty_gpus": proposal.allocated - proposal.ranks,
+        "empty_gpus": proposal.allocated - proposal.gpus,
         "micro_batch_size": proposal.micro_batch_size,
         "num_microbatches": proposal.num_microbatches,
         "headroom_bytes": proposal.headroom,

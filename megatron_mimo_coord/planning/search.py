@@ -2,15 +2,18 @@
 
 Every combination of sizes that divide is considered (:func:`choices.choices`), with every
 microbatch that divides the batch, on ranks of their own and colocated. Simulating all of them would
-take hours, so most are ruled out by :mod:`bounds`, which says what a step takes at least: the
-search takes all layouts whose bound is below a limit, simulates them from the lowest bound on, and
-stops when the next bound is no better than the times of as many layouts as are wanted. If there are
-too few, it raises the limit and goes on. Nothing better is lost, for whatever was not simulated has
-a bound, and so a time, no better than those of what is returned.
+take hours. So the search goes best first (branch and bound): it begins with the choices of the
+language model, each with what a step takes at least whatever the encoders are (:mod:`bounds`), and
+always goes on with the branch whose bound is lowest. It adds one encoder after the other, and
+simulates a layout once all modules are chosen and fit into memory. A layout is returned when its
+time is the lowest of all times and bounds that are left. Nothing better is lost, for all that was
+not simulated lies in a branch with a bound, and so a time, no better than those returned.
 """
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
+from heapq import heappop, heappush
 from math import inf
 
 from attrs import evolve, frozen
@@ -26,13 +29,16 @@ from megatron_mimo_coord.planning.bounds import (
 )
 from megatron_mimo_coord.planning.choices import Room, choices, divisors, side_by_side
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
-from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
+from megatron_mimo_coord.planning.memory import (
+    StageMemory,
+    layout_memory,
+    rank_totals,
+    stage_memory,
+)
 from megatron_mimo_coord.planning.model_states import least_states
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Timeline
-
-RAISE = 1.2  # of the limit, when too few layouts are below it
 
 
 @frozen(kw_only=True)
@@ -104,14 +110,14 @@ class Proposal:
         return self.room.global_batch_size // self.micro_batch_size
 
     @property
-    def ranks(self) -> int:
+    def gpus(self) -> int:
         """GPUs that the layout uses."""
         return ranks_taken(self.grids.values())
 
     @property
     def allocated(self) -> int:
         """GPUs of the nodes that it takes."""
-        return self.room.allocated(self.ranks)
+        return self.room.allocated(self.gpus)
 
     @property
     def samples_per_second(self) -> float:
@@ -178,8 +184,8 @@ def _memory(
 def propose(task: Task, count: int = 10) -> list[Proposal]:
     """The layouts with the shortest steps, the shortest first; fewer than ``count`` if no more fit.
 
-    Layouts of the same step time come in the order of the GPUs that they allocate. Each layout is
-    returned once, with its best microbatch.
+    Of equal ones those on fewer GPUs come first. Each layout is returned once, with its best
+    microbatch.
 
     Args:
         task: what a layout is sought for.
@@ -189,38 +195,32 @@ def propose(task: Task, count: int = 10) -> list[Proposal]:
 
 
 @frozen(eq=False)
-class Candidate:
-    """A layout that has not been simulated.
+class Branch:
+    """All layouts that have some modules in common.
 
     Args:
-        bound: seconds that a step takes at least.
-        chosen: a choice for each module.
-        micro_batch_size: samples in a microbatch over all ranks.
+        chosen: a choice for the language model, and then for one encoder after the other.
+        samples: of a microbatch, over all ranks.
         colocated: whether all modules are on the same ranks.
     """
 
-    bound: float
     chosen: Mapping[str, Choice]
-    micro_batch_size: int
+    samples: int
     colocated: bool
 
     @property
     def gpus(self) -> int:
-        """Ranks that it takes."""
+        """Ranks that the chosen modules take."""
         sizes = [choice.gpus for choice in self.chosen.values()]
         return sizes[0] if self.colocated else sum(sizes)
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What tells it from other candidates."""
-        return (*(choice.parallelism for choice in self.chosen.values()), self.colocated)
-
-    def modules(self, gpus_per_node: int) -> dict[str, ModuleParallelism] | None:
+    def modules(self, room: Room) -> dict[str, ModuleParallelism] | None:
         """The layout, each module with its first rank; None if it would tear TP groups apart."""
-        modules = {name: choice.parallelism for name, choice in self.chosen.items()}
+        names = [*(name for name in self.chosen if name != LANGUAGE), LANGUAGE]
+        modules = {name: self.chosen[name].parallelism for name in names}
         if self.colocated:
             return {name: evolve(module, rank_offset=0) for name, module in modules.items()}
-        return side_by_side(modules, gpus_per_node)
+        return side_by_side(modules, room.gpus_per_node)
 
 
 class Search:
@@ -228,16 +228,17 @@ class Search:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        encoders = [name for name in task.sizes if name != LANGUAGE]
-        self.disjoint = self._choices(receives=bool(encoders))
+        self.encoders = [name for name in task.sizes if name != LANGUAGE]
+        self.disjoint = self._choices(receives=bool(self.encoders))
         self.colocated: dict[str, list[Choice]] = {}
-        if encoders:
-            frozen = all(self._is_frozen(name) for name in encoders)
+        if self.encoders:
+            frozen = all(
+                choice.costs.frozen for name in self.encoders for choice in self.disjoint[name]
+            )
             self.colocated = self._choices(receives=not frozen, stages=1)
         self._loads: dict[tuple[Choice, int], Load] = {}
-
-    def _is_frozen(self, name: str) -> bool:
-        return all(choice.costs.frozen for choice in self.disjoint[name])
+        self._fits: dict[tuple[Choice, int, int], bool] = {}
+        self._fastest = {name: _fastest_by_gpus(found) for name, found in self.disjoint.items()}
 
     def _choices(self, receives: bool, stages: int | None = None) -> dict[str, list[Choice]]:
         task, cluster = self.task, fastest(self.task.cluster)
@@ -257,143 +258,128 @@ class Search:
                 and task.has_costs(name, parallelism)
                 and least_memory(task, name, parallelism) <= task.memory_bytes
             ]
+            found[name].sort(key=lambda choice: choice.gpus)
         return found
 
     def best(self, count: int) -> list[Proposal]:
-        """The layouts with the shortest steps, each with its best microbatch."""
+        """The layouts with the shortest steps."""
         found: dict[object, Proposal] = {}
-        tried: set[object] = set()
-        limit = self._least()
-        while True:
-            for candidate in sorted(
-                self.candidates(limit), key=lambda each: (each.bound, each.gpus)
-            ):
-                if candidate.bound >= _last(found, count):
-                    break
-                attempt = (candidate.key, candidate.micro_batch_size)
-                if attempt not in tried:
-                    tried.add(attempt)
-                    self._try(candidate, found)
-            last = _last(found, count)
-            if last <= limit or limit == inf:
-                return sorted(found.values(), key=_order)[:count]
-            above = limit * RAISE if limit < self._most() else inf
-            limit = last if last < inf else above
+        heap: list[tuple[float, int, int, Branch | Proposal]] = []
+        number = itertools.count()  # of equal ones the first comes first
+        for bound, branch in self._roots():
+            heappush(heap, (bound, branch.gpus, next(number), branch))
+        while heap and len(found) < count:
+            bound, _, _, first = heappop(heap)
+            if isinstance(first, Proposal):
+                found.setdefault(tuple(first.modules.items()), first)
+                continue
+            for seconds, inside in self._opened(first):
+                heappush(heap, (max(bound, seconds), inside.gpus, next(number), inside))
+        return list(found.values())
 
-    def _try(self, candidate: Candidate, found: dict[object, Proposal]) -> None:
-        """Simulate a candidate if it fits, and keep it if it is the layout's best so far."""
-        modules = candidate.modules(self.task.room.gpus_per_node)
-        if modules is None:
+    def _roots(self) -> Iterator[tuple[float, Branch]]:
+        """A branch for each choice of the language model and each microbatch."""
+        for colocated, found in ((False, self.disjoint), (True, self.colocated)):
+            for samples in self.task.microbatches:
+                for language in found.get(LANGUAGE, ()):
+                    if samples % language.replicas == 0:
+                        branch = Branch({LANGUAGE: language}, samples, colocated)
+                        if (bound := self.bound(branch)) < inf:
+                            yield bound, branch
+
+    def _opened(self, branch: Branch) -> Iterator[tuple[float, "Branch | Proposal"]]:
+        """What is inside a branch, with its bounds: smaller branches, or a layout and its time."""
+        if not branch.colocated and not self._fits_memory(branch):
             return
-        memory = _memory(self.task, modules, candidate.micro_batch_size)
-        if max(rank_totals(pack(modules), memory).values()) > self.task.memory_bytes:
+        if len(branch.chosen) == len(self.task.sizes):
+            proposal = self._simulated(branch)
+            if proposal is not None:
+                yield proposal.timeline.seconds, proposal
             return
-        proposal = cost(self.task, modules, candidate.micro_batch_size)
-        before = found.get(candidate.key)
-        if before is None or proposal.timeline.seconds < before.timeline.seconds:
-            found[candidate.key] = proposal
+        for inside in self.smaller(branch):
+            if (least := self.bound(inside)) < inf:
+                yield least, inside
 
-    def _least(self) -> float:
-        """What any step takes at least: all work, shared by all GPUs."""
-        room = self.task.room
-        work = [
-            min((choice.slowest * choice.gpus for choice in found), default=0.0)
-            for found in self.disjoint.values()
-        ]
-        return room.global_batch_size * sum(work) / room.gpus
+    def smaller(self, branch: Branch) -> Iterator[Branch]:
+        """A branch for each choice of the next encoder."""
+        name = self.encoders[len(branch.chosen) - 1]
+        replicas = branch.chosen[LANGUAGE].replicas
+        for choice in (self.colocated if branch.colocated else self.disjoint)[name]:
+            if branch.colocated and choice.gpus != branch.gpus:
+                continue
+            if not branch.colocated and branch.gpus + choice.gpus > self.task.room.gpus:
+                return  # the others are larger still
+            if branch.samples % choice.replicas == 0 and _divide(choice.replicas, replicas):
+                yield evolve(branch, chosen={**branch.chosen, name: choice})
 
-    def _most(self) -> float:
-        """Above this no limit leaves anything out that a higher one would not."""
-        slowest = [choice.slowest for found in self.disjoint.values() for choice in found]
-        return 1000 * self.task.room.global_batch_size * max(slowest, default=0.0)
+    def bound(self, branch: Branch) -> float:
+        """Seconds that a step takes at least in any layout of a branch; infinite if none fits."""
+        microbatches = self._microbatches(branch)
+        if branch.colocated:
+            return colocated_bound(branch.chosen, branch.samples, microbatches)
+        loads = {name: self._load(choice, branch.samples) for name, choice in branch.chosen.items()}
+        seconds = disjoint_bound(branch.chosen, loads, branch.samples, microbatches)
+        spare = self.task.room.gpus - branch.gpus
+        for name in self.encoders[len(branch.chosen) - 1 :]:
+            slowest = _at_most(self._fastest[name], spare)
+            seconds = max(seconds, self.task.room.global_batch_size * slowest)
+        return seconds
 
-    def candidates(self, limit: float) -> Iterator[Candidate]:
-        """All layouts whose bound is at most a limit, with every microbatch."""
-        batch = self.task.room.global_batch_size
-        for samples in self.task.microbatches:
-            yield from self._disjoint_candidates(samples, batch // samples, limit)
-            yield from self._colocated_candidates(samples, batch // samples, limit)
+    def _microbatches(self, branch: Branch) -> int:
+        return self.task.room.global_batch_size // branch.samples
 
-    def _disjoint_candidates(
-        self, samples: int, microbatches: int, limit: float
-    ) -> Iterator[Candidate]:
-        batch = samples * microbatches
-        options: dict[str, list[tuple[Choice, Load]]] = {}
-        for name, found in self.disjoint.items():
-            options[name] = []
-            for choice in found:
-                if samples % choice.replicas or batch * choice.slowest > limit:
-                    continue
-                load = self._load(choice, samples, microbatches)
-                if max(load.serial, load.reduced) + choice.optimizer <= limit:
-                    options[name].append((choice, load))
-            options[name].sort(key=lambda each: each[0].gpus)
-        if not all(options.values()):
-            return
-        encoders = [name for name in options if name != LANGUAGE]
-        least = {name: options[name][0][0].gpus for name in options}
-        for language in options[LANGUAGE]:
-            gpus = self.task.room.gpus - language[0].gpus
-            for combined in _within(encoders, options, least, language[0].replicas, gpus):
-                pairs = {**combined, LANGUAGE: language}
-                chosen = {name: pairs[name][0] for name in self.disjoint}
-                loads = {name: pairs[name][1] for name in self.disjoint}
-                bound = disjoint_bound(chosen, loads, samples, microbatches)
-                if bound <= limit:
-                    yield Candidate(bound, chosen, samples, colocated=False)
-
-    def _load(self, choice: Choice, samples: int, microbatches: int) -> Load:
+    def _load(self, choice: Choice, samples: int) -> Load:
         key = (choice, samples)
         if key not in self._loads:
+            microbatches = self.task.room.global_batch_size // samples
             self._loads[key] = Load.of(choice, samples, microbatches)
         return self._loads[key]
 
-    def _colocated_candidates(
-        self, samples: int, microbatches: int, limit: float
-    ) -> Iterator[Candidate]:
-        by_gpus: dict[str, dict[int, list[Choice]]] = {}
-        for name, found in self.colocated.items():
-            by_gpus[name] = {}
-            for choice in found:
-                if samples % choice.replicas == 0:
-                    by_gpus[name].setdefault(choice.gpus, []).append(choice)
-        if not by_gpus:
-            return
-        for gpus, languages in by_gpus[LANGUAGE].items():
-            encoders = [by_gpus[name].get(gpus, []) for name in by_gpus if name != LANGUAGE]
-            for language in languages:
-                alike = [
-                    [each for each in found if _divide(each.replicas, language.replicas)]
-                    for found in encoders
-                ]
-                for combined in product(*alike):
-                    together = {choice.name: choice for choice in (*combined, language)}
-                    chosen = {name: together[name] for name in self.colocated}
-                    bound = colocated_bound(chosen, samples, microbatches)
-                    if bound <= limit:
-                        yield Candidate(bound, chosen, samples, colocated=True)
+    def _fits_memory(self, branch: Branch) -> bool:
+        """Whether the module that was chosen last fits, on ranks of its own."""
+        name, choice = list(branch.chosen.items())[-1]
+        behind = 0 if name == LANGUAGE else branch.chosen[LANGUAGE].stages
+        key = (choice, branch.samples, behind)
+        if key not in self._fits:
+            self._fits[key] = all(
+                stage_memory(
+                    name,
+                    self.task.sizes,
+                    {name: choice.parallelism},
+                    stage,
+                    micro_batch_size=branch.samples,
+                    in_flight=min(self._microbatches(branch), choice.stages - stage + behind),
+                ).total
+                <= self.task.memory_bytes
+                for stage in range(choice.stages)
+            )
+        return self._fits[key]
+
+    def _simulated(self, branch: Branch) -> Proposal | None:
+        """What a layout costs; None if it cannot be placed or does not fit."""
+        modules = branch.modules(self.task.room)
+        if modules is None:
+            return None
+        if branch.colocated:
+            memory = _memory(self.task, modules, branch.samples)
+            if max(rank_totals(pack(modules), memory).values()) > self.task.memory_bytes:
+                return None
+        return cost(self.task, modules, branch.samples)
 
 
-def _within(
-    names: Sequence[str],
-    options: Mapping[str, list[tuple[Choice, Load]]],
-    least: Mapping[str, int],
-    replicas: int,
-    gpus: int,
-) -> Iterator[dict[str, tuple[Choice, Load]]]:
-    """Combinations of encoders on so many GPUs, whose DP goes with that of the language model."""
-    if not names:
-        if gpus >= 0:
-            yield {}
-        return
-    first, *others = names
-    spare = gpus - sum(least[name] for name in others)
-    for option in options[first]:
-        if option[0].gpus > spare:
-            return
-        if _divide(option[0].replicas, replicas):
-            for rest in _within(others, options, least, replicas, gpus - option[0].gpus):
-                yield {first: option, **rest}
+def _fastest_by_gpus(found: Sequence[Choice]) -> list[tuple[int, float]]:
+    """(GPUs, seconds of a sample on the slowest stage) of the fastest on so many GPUs or fewer."""
+    steps: list[tuple[int, float]] = []
+    for choice in sorted(found, key=lambda choice: choice.gpus):
+        if not steps or choice.slowest < steps[-1][1]:
+            steps.append((choice.gpus, choice.slowest))
+    return steps
+
+
+def _at_most(steps: Sequence[tuple[int, float]], gpus: int) -> float:
+    """Seconds of a sample on so many GPUs or fewer; infinite if they are too few."""
+    index = bisect_right(steps, (gpus, inf))
+    return steps[index - 1][1] if index else inf
 
 
 def _divide(left: int, right: int) -> bool:
@@ -401,26 +387,14 @@ def _divide(left: int, right: int) -> bool:
     return max(left, right) % min(left, right) == 0
 
 
-def _order(proposal: Proposal) -> tuple[float, int, int]:
-    """Shortest step first; of the same, the one with fewer GPUs."""
-    return proposal.timeline.seconds, proposal.allocated, proposal.ranks
-
-
-def _last(found: Mapping[object, Proposal], count: int) -> float:
-    """Seconds of the last layout that is wanted; infinite while there are too few."""
-    times = sorted(proposal.timeline.seconds for proposal in found.values())
-    return times[count - 1] if len(times) >= count else inf
-
-
 def least_memory(task: Task, name: str, parallelism: ModuleParallelism) -> float:
     """What a module's fullest rank holds at least, whatever the rest of the layout is."""
     sizes, width = task.sizes[name], task.sizes[LANGUAGE].hidden_size
     stages = parallelism.pipeline_model_parallel_size
+    microbatches = task.room.global_batch_size // parallelism.data_parallel_size
     held = 0.0
     for stage in {0, stages - 1}:
-        in_flight = min(
-            stages - stage, task.room.global_batch_size // parallelism.data_parallel_size
-        )
+        in_flight = min(stages - stage, microbatches)
         kept = stage_activations(sizes, parallelism, stage, samples=1)
         if sizes.frozen and name != LANGUAGE and stage == 0:
             in_flight = 0
