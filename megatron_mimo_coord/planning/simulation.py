@@ -104,7 +104,12 @@ def cost_problems(
 
 def _timeline(durations: Durations, num_microbatches: int) -> Timeline:
     """Simulate a step of a layout that runs."""
-    links = _links(durations)
+    links = {
+        (name, stage): link
+        for name, grid in durations.grids.items()
+        for stage in range(grid.dim("pp"))
+        if (link := _link(durations, name, stage)) is not None
+    }
     places = [
         Place(names, stage)
         for names in _sharing_ranks(durations.grids)
@@ -144,23 +149,17 @@ def _sharing_ranks(grids: Mapping[str, ModuleGrid]) -> list[list[str]]:
     return list(names.values())
 
 
-def _links(durations: Durations) -> dict[tuple[str, int], Link]:
-    """What is behind each stage of a module that has something behind it."""
-    links = {}
-    for name, grid in durations.grids.items():
-        for stage in range(grid.dim("pp")):
-            forward: float | None = None
-            if stage < grid.dim("pp") - 1:
-                forward = back = durations.between_stages(name, stage)
-                bridge = None
-            elif name != LANGUAGE and not is_colocated(durations.grids.values()):
-                forward = durations.over_bridge(name, forward=True)
-                back = durations.over_bridge(name, forward=False)
-                bridge = name
-            if forward is not None:
-                wanted = durations.has_backward(name, stage)
-                links[name, stage] = Link(forward, back if wanted else None, bridge)
-    return links
+def _link(durations: Durations, module: str, stage: int) -> Link | None:
+    """What is behind a stage, if anything is."""
+    grid = durations.grids[module]
+    wanted = durations.has_backward(module, stage)
+    if stage < grid.dim("pp") - 1:
+        seconds = durations.between_stages(module, stage)
+        return Link(seconds, seconds if wanted else None)
+    if module == LANGUAGE or is_colocated(durations.grids.values()):
+        return None
+    back = durations.over_bridge(module, forward=False) if wanted else None
+    return Link(durations.over_bridge(module, forward=True), back, bridge=module)
 
 
 def _tasks(
