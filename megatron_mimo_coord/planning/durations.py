@@ -105,7 +105,7 @@ class Durations:
         return (peers - 1) * self.cluster.message_seconds((ranks[0], ranks[-1]), message)
 
     def reduction(self, module: str, stage: int) -> float:
-        """The sum of a stage's gradients over its replicas; those of experts count as dense ones."""
+        """The sum of a stage's gradients over its replicas; experts count as dense."""
         grid, costs = self.grids[module], self.costs[module]
         if costs.frozen:
             return 0.0
