@@ -17,7 +17,6 @@ import torch.distributed as dist
 import vlm
 from attrs import field, frozen
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
@@ -229,7 +228,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         coordinator = MultiModuleCoordinator(infra, wrapped)
     optimizer = None
     if not case.no_optimizer:
-        optimizer = optimizer_of(case, model)
+        optimizer = optimizer_of(case, coordinator)
     coordinator.attach(model.config, optimizer)
     if case.megatron_communicator:
         communicator = MultiModulePipelineCommunicator(
@@ -259,20 +258,18 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         infra.destroy()
 
 
-def optimizer_of(case: Case, model: MimoModel) -> Any:
+def optimizer_of(case: Case, coordinator: MultiModuleCoordinator, **settings: Any) -> Any:
     """Megatron's optimizer of a case's model."""
-    return get_mimo_optimizer(
-        model,
-        OptimizerConfig(
-            optimizer="adam",
-            lr=ADAM["lr"],
-            adam_eps=ADAM["eps"],
-            weight_decay=0.0,
-            clip_grad=0.0,
-            bf16=bool(case.wrap),
-            use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
-        ),
-    )
+    config = {
+        "optimizer": "adam",
+        "lr": ADAM["lr"],
+        "adam_eps": ADAM["eps"],
+        "weight_decay": 0.0,
+        "clip_grad": 0.0,
+        "bf16": bool(case.wrap),
+        "use_distributed_optimizer": bool(case.ddp.get("use_distributed_optimizer")),
+    }
+    return coordinator.build_optimizer(OptimizerConfig(**config | settings))
 
 
 def run_schedule(

@@ -89,7 +89,7 @@ def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """What a summary says of the job as a whole, in a line."""
-    how = "colocated" if summary["colocated"] else "on disjoint ranks"
+    how = "colocated" if summary["colocated"] else f"on disjoint ranks{_exceptions(summary)}"
     modules = f"modules {how}" if len(summary["modules"]) > 1 else "one module"
     size, number = summary["micro_batch_size"], summary["num_microbatches"]
     batch = "a microbatch" if size is None else _count(size, "sample")
@@ -99,6 +99,21 @@ def headline(summary: Mapping[str, Any]) -> str:
         f"{_count(summary['pipeline_depth'], 'pipeline stage')}; {batch} {times}; "
         f"{summary['loss']} loss"
     )
+
+
+def _exceptions(summary: Mapping[str, Any]) -> str:
+    """Which modules share ranks, where not all do."""
+    names: dict[str, list[str]] = {}
+    for name, module in summary["modules"].items():
+        first, last = module["first_rank"], module["last_rank"]
+        ranks = f"rank{'s' if last > first else ''} {span(range(first, last + 1))}"
+        names.setdefault(ranks, []).append(name)
+    shared = [
+        f"{' and '.join(sharing)} share {ranks}"
+        for ranks, sharing in names.items()
+        if len(sharing) > 1
+    ]
+    return f", but {' and '.join(shared)}" if shared else ""
 
 
 def table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -134,6 +134,7 @@ def claim(folder: Path) -> bool:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    put_on_disk(folder.parent)
     handle = os.open(folder, os.O_RDONLY)
     status = os.fstat(handle)
     identity = (status.st_dev, status.st_ino)
@@ -197,16 +198,16 @@ def finish(path: Path, content: dict[str, Any], keep: int) -> Path:
     """
     document = {"content": content, "sha256": _digest(content)}
     write_durably(path / MANIFEST, json.dumps(document))
-    sync_folder(path)
+    put_on_disk(path)
     whole = path.rename(path.with_name(path.name.partition(".")[0]))
-    sync_folder(whole.parent)
+    put_on_disk(whole.parent)
     for step in whole_steps(whole.parent)[:-keep]:
         _delete(checkpoint_path(whole.parent, step))
     return whole
 
 
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on disk."""
+def put_on_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -77,8 +77,7 @@ class Checkpoints:
         self._job = job
         self._gather_params = gather_params
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
-        self._saving: CheckpointSave | None = None
-        self._own: tuple[Path, int] | None = None  # the last one saved or loaded here
+        self._last: CheckpointSave | None = None  # saved or loaded here
 
     # -- save --------------------------------------------------------------------------------------
 
@@ -94,22 +93,20 @@ class Checkpoints:
     ) -> "CheckpointSave":
         """Write a checkpoint. Collective."""
         folder = Path(folder)
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.wait()
-        if self._own == (folder.resolve(), step):
-            return CheckpointSave(folders.checkpoint_path(folder, step), done=True)
+        path = folders.checkpoint_path(folder, step)
+        if self._last is not None:
+            self._last.wait()
+            if self._last.is_whole and self._last.path.resolve() == path.resolve():
+                return self._last
         self._gather_params()
-        saving = CheckpointSave(folders.checkpoint_path(folder, step), self._job.rank, keep)
+        saving = CheckpointSave(path, self._job.rank, keep)
         facts = partial(self._begin, saving, folder, optimizer, step, extra, keep, background)
         flags = check_consistency(facts, f"the checkpoint of step {step} cannot be saved")
         saving.folder = folders.unfinished_path(folder, step, attempt=flags[0])
         saving.start(background)
-        self._saving = saving
+        self._last = saving
         if not background:
-            self._saving = None
             saving.wait()
-        self._own = (folder.resolve(), step)
         return saving
 
     def _begin(
@@ -164,9 +161,8 @@ class Checkpoints:
     def load(self, folder: Path | str, optimizer: Any) -> LoadedCheckpoint:
         """Go on from the newest checkpoint. Collective."""
         folder = Path(folder)
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.wait()
+        if self._last is not None:
+            self._last.wait()
         headline = f"the checkpoint in {folder} cannot be loaded"
         # The first rank looks, lest others see the folder as it was a moment ago.
         flags = check_consistency(partial(self._look, folder, optimizer), headline)
@@ -176,13 +172,14 @@ class Checkpoints:
                     "no checkpoint in %s: this training starts from the beginning", folder
                 )
             return LoadedCheckpoint(0, {})
-        manifest_of = partial(Manifest.read, folders.checkpoint_path(folder, flags[0] - 1))
+        path = folders.checkpoint_path(folder, flags[0] - 1)
+        manifest_of = partial(Manifest.read, path)
         loading = _Loading(self._job, self._layout, optimizer)
         check_consistency(lambda: loading.prepare(manifest_of()), headline)
         loading.refuse_unknown_tensors(headline)
         check_consistency(loading.verify_files, headline)
         check_consistency(loading.fill, headline)
-        self._own = (folder.resolve(), flags[0] - 1)
+        self._last = CheckpointSave(path, is_over=True, is_whole=True)
         return loading.result()
 
     def _look(self, folder: Path, optimizer: Any) -> RankFacts:
@@ -237,13 +234,18 @@ class CheckpointSave:
 
     Args:
         path: where it is once it is whole.
+        rank: this rank.
+        keep: how many checkpoints the folder keeps.
+        is_over: whether there is nothing to wait for.
+        is_whole: whether it is known to be whole, on this rank as on all.
     """
 
     path: Path
-    folder: Path = field(factory=Path, init=False, repr=False)
     _rank: int = 0
     _keep: int = 1
-    _done: bool = False
+    is_over: bool = field(default=False, repr=False)
+    is_whole: bool = False
+    folder: Path = field(factory=Path, init=False, repr=False)
     chunks: list[Chunk] = field(factory=list, init=False, repr=False)
     objects: dict[str, Any] = field(factory=dict, init=False, repr=False)
     settings: dict[str, Any] = field(factory=dict, init=False, repr=False)
@@ -278,9 +280,9 @@ class CheckpointSave:
         Raises:
             ValueError: on every rank, if a rank could not write its part.
         """
-        if self._done:
+        if self.is_over:
             return self.path
-        self._done = True
+        self.is_over = True
         headline = f"the checkpoint {self.path} could not be written"
         if self._thread is not None:
             self._written.wait()
@@ -295,6 +297,7 @@ class CheckpointSave:
             else:
                 self._thread.join()
         check_consistency(self._report, headline)
+        self.is_whole = True
         return self.path
 
     def _run(self, copied: Any) -> None:
@@ -366,6 +369,7 @@ class CheckpointSave:
         folder = self.folder
         index.save_for_megatron(folder)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        folders.put_on_disk(folder / "metadata.json")
         files = {name: found for each in lists for name, found in each["files"].items()}
         for name in (".metadata", "metadata.json"):
             files[name] = folders.describe_file(folder / name)

@@ -8,6 +8,7 @@ was written fits every layout, with the distributed optimizer or without.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkReader
 from megatron_mimo_coord.training.plain_data import decode, encode
 
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # a resumed training may have others
+_LAYOUT = ("is_expert_parallel",)  # where experts are on several ranks
 
 
 class ModelState:
@@ -89,15 +91,17 @@ class ModelState:
         if isinstance(found, ShardedTensor):
             yield found, 0
             return
-        # Which elements does each part take? Let Megatron take their numbers apart.
-        numbers = torch.arange(param.numel(), device="cpu").view(param.shape)
-        parts = found.build_fn(found.key, numbers, found.replica_id, None)
+        # Which elements does each part take? Let Megatron take a tensor apart that nobody fills.
+        whole = torch.empty(param.shape, dtype=torch.uint8, device="cpu")
+        parts = found.build_fn(found.key, whole, found.replica_id, None)
         for part in nested_values(parts if isinstance(parts, dict | list) else [parts]):
-            taken = part.data.flatten()
-            first = int(taken[0]) if len(taken) else 0
-            if not torch.equal(taken, torch.arange(first, first + len(taken), device="cpu")):
-                raise ValueError(f"{part.key} is no run of elements of its parameter")
-            yield part, first
+            is_view = part.data.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            if not is_view or not part.data.is_contiguous():
+                raise ValueError(
+                    f"{part.key} is no run of elements of its parameter: what the optimizer keeps "
+                    f"for it cannot be saved"
+                )
+            yield part, part.data.storage_offset()
 
     def load(self, reader: ChunkReader) -> None:
         """Fill the model from a checkpoint that has all it needs."""
@@ -191,7 +195,8 @@ class OptimizerState:
         scalars: dict[str, Any] = {}
         scale: Any = {}
         for optimizer in self._optimizers:
-            scalars |= {name: encode(value) for _, name, value in _scalars(optimizer)}
+            for _, name, value in islice(_scalars(optimizer), 1):  # all are alike
+                scalars[name] = encode(value)
             if getattr(optimizer, "grad_scaler", None):
                 scale = encode(dict(optimizer.grad_scaler.state_dict()))
         groups = [_encoded(group) for group in self._groups()]
@@ -214,7 +219,11 @@ class OptimizerState:
         """Go on with the settings of a checkpoint."""
         for group in self._groups():
             found = _matching(_encoded(group), saved["groups"]) or {}
-            group.update({name: decode(value) for name, value in found.items()})
+            group |= {
+                name: decode(value)
+                for name, value in found.items()
+                if name not in param_group_identifier_keys
+            }
         for optimizer in self._optimizers:
             for state, name, value in list(_scalars(optimizer)):
                 if name in saved["scalars"]:
@@ -365,7 +374,11 @@ def _like(old: Any, value: Any) -> Any:
 
 def _encoded(group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters."""
-    return {name: encode(group[name]) for name in group if name != "params"}
+    return {
+        name: encode(value, where=f"a parameter group's {name}")
+        for name, value in group.items()
+        if name != "params"
+    }
 
 
 def _identity(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,9 +391,11 @@ def _identity(group: Mapping[str, Any]) -> dict[str, Any]:
 def _matching(
     group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """The group of a checkpoint that is this one, whose bounds of the schedule may have changed."""
+    """The group of a checkpoint that is this one, though layout and schedule may have changed."""
     here = _identity(group)
-    kind = {name: here[name] for name in here if name not in _SCHEDULE}
-    alike = [each for each in saved if kind.items() <= _identity(each).items()]
-    same = [each for each in alike if _identity(each) == here]
-    return same[0] if same else alike[0] if len(alike) == 1 else None
+    for ignored in ((), _SCHEDULE, (*_SCHEDULE, *_LAYOUT)):
+        kind = {name: value for name, value in here.items() if name not in ignored}
+        alike = [each for each in saved if kind.items() <= _identity(each).items()]
+        if len(alike) == 1:
+            return alike[0]
+    return None

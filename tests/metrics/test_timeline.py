@@ -19,7 +19,7 @@ STEPS, MICROBATCHES = 2, 3
 def _record(case: Case, folder: str) -> dict[str, Any]:
     """Run four steps and evaluate after each; the second and third are recorded."""
     infra, model, coordinator = built(case)
-    optimizer = optimizer_of(case, model)
+    optimizer = optimizer_of(case, coordinator)
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
     owners = [coordinator._finalizer, optimizer, communicator]

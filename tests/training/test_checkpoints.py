@@ -1,28 +1,39 @@
-"""A training goes on as if nothing had happened, on the same ranks or others."""
+"""A training goes on as if nothing had happened: on the same ranks or others, after kills too."""
 
 import json
+import os
+import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import Case
-from layouts import SHARDED, parallel
+from layouts import FAN_IN, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
-TIED = {"tied_embeddings": True, "per_token": {"vision": True, "audio": True, "language": True}}
-# All of four ranks: two encoders; of a language model TP, PP, DP or experts; modules that share
+from megatron_mimo_coord.training import checkpoint_folder
+from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, whole_steps
+
+# All of four ranks: two encoders; of a language model TP, PP, DP and experts; modules that share
 # ranks apart from the language model, and with it.
 APART = {"vision": parallel(), "audio": parallel(), "language": parallel(pp=2)}
 SHARING = {
     "vision": parallel(dp=2, rank_offset=0),
     "audio": parallel(tp=2, rank_offset=0),
-    "language": parallel(tp=2, rank_offset=2),
+    "language": parallel(
+        tp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1, rank_offset=2
+    ),
 }
 TOGETHER = {
     "vision": parallel(tp=2, dp=2, rank_offset=0),
     "audio": parallel(dp=4, rank_offset=0),
-    "language": parallel(tp=2, dp=2, rank_offset=0),
+    "language": parallel(dp=4, expert_model_parallel_size=2, rank_offset=0),
 }
+SMALL_BUCKETS = {**SHARDED, "bucket_size": 100}
+
+
+# -- layouts ---------------------------------------------------------------------------------------
 
 
 def whole_tensors(path: Path) -> dict[str, Any]:
@@ -40,40 +51,323 @@ def whole_tensors(path: Path) -> dict[str, Any]:
     return {key: loaded[key] for key in empty}
 
 
-def chain(cases: list[Case], folder: Path) -> list[Any]:
-    """Train on the first layout; load and save on each, back to the first; go on there."""
+def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
+    """Train on the first layout; load and save on each, back to the first; go on everywhere."""
     import torch
     from trainings import training
 
     with training(cases[0]) as first:
-        before = first.steps(0, 2)
+        first.steps(0, 1)
         saved = first.coordinator.save_checkpoint(folder / "0", first.optimizer, step=2)
-        undisturbed = first.steps(2, 4)
-    states = [whole_tensors(saved.path)]
-    rates = []
+        undisturbed = first.steps(2, 3)
+    expected = whole_tensors(saved.path)
     for number, case in enumerate([*cases[1:], cases[0]], 1):
         with training(case, lr=0.7) as other:
-            found = other.coordinator.load_checkpoint(folder / str(number - 1), other.optimizer)
-            assert found == (2, {}), found
-            saved = other.coordinator.save_checkpoint(folder / str(number), other.optimizer, step=2)
-            rates += [group["lr"] for group in other.optimizer.param_groups]
-            after = other.steps(2, 4)
-            assert [loss for loss, _ in after] == pytest.approx(
-                [loss for loss, _ in undisturbed], rel=1e-5
-            )
-        states.append(whole_tensors(saved.path))
-    assert after == undisturbed, "the same layout, bit for bit"
-    assert set(rates) == {0.05}
-    for number, state in enumerate(states):
-        assert state.keys() == states[0].keys(), number
-        different = [name for name in state if not torch.equal(state[name], states[0][name])]
-        assert not different, (number, different)
-    return [before, len(states[0])]
+            load, save = other.coordinator.load_checkpoint, other.coordinator.save_checkpoint
+            assert load(folder / str(number - 1), other.optimizer) == (2, {})
+            path = save(folder / str(number), other.optimizer, step=2).path
+            found = whole_tensors(path)
+            assert found.keys() == expected.keys()
+            different = [key for key in found if not torch.equal(found[key], expected[key])]
+            assert not different, (number, different)
+            losses = other.steps(2, 3)
+        assert [loss for loss, _ in losses] == pytest.approx(
+            [loss for loss, _ in undisturbed], rel=tolerance
+        )
+    assert losses == undisturbed, "on the same layout, bit for bit"
+    return len(expected)
 
 
-@pytest.mark.parametrize("ddp", [{}, {**SHARDED, "bucket_size": 100}], ids=["whole", "sharded"])
-def test_what_is_saved_is_the_same_on_every_layout(ddp, tmp_path):
-    cases = [Case(modules=modules, ddp=ddp, **TIED) for modules in (APART, SHARING, TOGETHER)]
-    (losses, count), *others = world(4).run(chain, cases, tmp_path)
-    assert count > 50
-    assert all(other == [losses, count] for other in others)
+@pytest.mark.parametrize(
+    ("layouts", "ddps", "settings", "tolerance"),
+    [
+        ([APART, SHARING, TOGETHER], [{}] * 3, {"experts": 4, "tied_embeddings": True}, 1e-5),
+        ([TOGETHER, APART, APART], [SMALL_BUCKETS, {}, SHARDED], {"experts": 4}, 1e-5),
+        (
+            [SHARING, APART],
+            [SHARDED, SHARDED],
+            {"wrap": "submodules", "tied_embeddings": True},
+            0.02,
+        ),
+    ],
+    ids=["whole", "sharded or not", "sharded bf16"],
+)
+def test_what_is_saved_is_the_same_on_every_layout(layouts, ddps, settings, tolerance, tmp_path):
+    cases = [
+        Case(modules=modules, ddp=ddp, per_token=PER_TOKEN, **settings)
+        for modules, ddp in zip(layouts, ddps, strict=True)
+    ]
+    counts = world(4).run(chain, cases, tmp_path, tolerance)
+    assert set(counts) == {counts[0]}
+    assert counts[0] > 100
+
+
+# -- what else comes back --------------------------------------------------------------------------
+
+
+def keep_everything(folder: Path) -> None:
+    """Settings of the optimizer, random states of each rank, and what the trainer gives."""
+    import numpy
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from trainings import training
+
+    def draw() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            forked = float(torch.rand(()))
+        return [random.random(), float(numpy.random.rand()), float(torch.rand(())), forked]
+
+    extra = {
+        "scheduler": {"num_steps": 7, "lr": 1 / 3, "betas": (0.9, 0.95), "none": None},
+        "order": torch.randperm(5, generator=torch.Generator().manual_seed(1)),
+        "scale": torch.tensor(2.5, dtype=torch.float64),
+    }
+    with training(Case(modules=FAN_IN), weight_decay=0.1) as one:
+        assert one.coordinator.load_checkpoint(folder / "nothing", one.optimizer) == (0, {})
+        draws = draw()
+        one.steps(0)
+        one.optimizer.param_groups[0]["lr"] = 0.25
+        one.coordinator.save_checkpoint(folder, one.optimizer, step=1, extra=extra, keep=1)
+        again = one.coordinator.save_checkpoint(folder, one.optimizer, step=1, keep=1)
+        assert again.wait() == checkpoint_path(folder, 1), "written already"
+        expected = draw()
+        assert draws != expected
+    with training(Case(modules=FAN_IN), weight_decay=0.1) as one:
+        step, found = one.coordinator.load_checkpoint(folder, one.optimizer)
+        assert draw() == expected
+        assert step == 1
+        assert found["scheduler"] == extra["scheduler"]
+        assert torch.equal(found["order"], extra["order"])
+        assert found["scale"].dtype == torch.float64 and found["scale"] == 2.5
+        assert one.optimizer.param_groups[0]["lr"] == 0.25
+        assert one.optimizer.param_groups[0]["weight_decay"] in (0.1, 0.0)
+    with training(Case(modules=FAN_IN)) as one:
+        weights = one.fingerprint()
+        assert one.coordinator.load_checkpoint(folder, None)[0] == 1
+        assert one.fingerprint() != weights, "the weights alone"
+
+
+def test_everything_that_was_saved_comes_back(tmp_path):
+    world(3).run(keep_everything, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+# -- in the background -----------------------------------------------------------------------------
+
+
+def save_in_the_background(folder: Path) -> None:
+    """Steps go on while a checkpoint is written; the next save waits for it."""
+    import threading
+
+    from trainings import training
+
+    from megatron_mimo_coord.training.checkpoints import CheckpointSave
+
+    may_write, write = threading.Event(), CheckpointSave._write
+
+    def write_when_allowed(self: CheckpointSave) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        assert may_write.wait(30)
+        write(self)
+
+    CheckpointSave._write = write_when_allowed
+    try:
+        with training(Case(modules=FAN_IN)) as one:
+            one.steps(0)
+            save = one.coordinator.save_checkpoint
+            first = save(folder, one.optimizer, step=1, background=True)
+            undisturbed = one.steps(1, 2)
+            assert not whole_steps(folder), "nobody has written"
+            may_write.set()
+            second = save(folder, one.optimizer, step=3, background=True)
+            assert whole_steps(folder)[0] == 1
+            assert first.wait() == checkpoint_path(folder, 1)
+            assert second.wait() == checkpoint_path(folder, 3)
+        if one.coordinator._job.rank == 0:
+            checkpoint_folder._delete(second.path)
+    finally:
+        CheckpointSave._write = write
+    with training(Case(modules=FAN_IN)) as one:
+        assert one.coordinator.load_checkpoint(folder, one.optimizer).step == 1
+        assert one.steps(1, 2) == undisturbed, "what was saved is what was there at the save"
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
+    world(3).run(save_in_the_background, tmp_path)
+
+
+def save_until_killed(folder: Path, rank: int, where: str, count: int) -> None:
+    """Save every step in the background; a rank is killed at some call of a function."""
+    import torch.distributed as dist
+    from trainings import training
+
+    from megatron_mimo_coord.training import checkpoint_folder, checkpoint_tensors
+
+    owner = {"write_tensor": checkpoint_tensors.ChunkFile}.get(where, checkpoint_folder)
+    function = getattr(owner, where)
+    calls = 0
+
+    def killed_instead(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, where, killed_instead)
+    with training(Case(modules=FAN_IN)) as one:
+        for step in range(1, 9):
+            one.steps(step)
+            one.coordinator.save_checkpoint(folder, one.optimizer, step=step, background=True)
+            if dist.get_rank() == 0:
+                (folder / f"saved {step}").touch()
+
+
+def go_on(folder: Path, until: int) -> tuple[int, list[Any]]:
+    from trainings import training
+
+    with training(Case(modules=FAN_IN)) as one:
+        done, _ = one.coordinator.load_checkpoint(folder, one.optimizer)
+        losses = one.steps(*range(done + 1, until))
+        one.coordinator.save_checkpoint(folder, one.optimizer, step=until)
+        return done, losses
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "count"),
+    [(2, "write_tensor", 150), (0, "put_on_disk", 10), (0, "_delete", 2)],
+    ids=["writing", "renaming", "deleting"],
+)
+def test_a_job_that_saves_every_step_loses_none_when_killed(rank, where, count, tmp_path):
+    answers, errors = world(3).try_run(save_until_killed, tmp_path, rank, where, count)
+    assert not answers
+    assert errors[rank][0] == "ProcessDied"
+    begun = max(int(path.name.split()[1]) for path in tmp_path.glob("saved *"))
+    (done, losses), *_ = world(3).run(go_on, tmp_path, 9)
+    assert begun >= 2
+    assert done >= begun - 1, "the save before the last had ended when the last began"
+    (tmp_path / "undisturbed").mkdir()
+    (_, undisturbed), *_ = world(3).run(go_on, tmp_path / "undisturbed", 9)
+    assert losses == undisturbed[done:]
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def change(path: Path, **content: Any) -> None:
+    """Rewrite a manifest as if its writer had meant it."""
+    document = json.loads((path / "checkpoint.json").read_text())
+    document["content"] |= content
+    document["sha256"] = checkpoint_folder._digest(document["content"])
+    (path / "checkpoint.json").write_text(json.dumps(document))
+
+
+def refuse_to_save(folder: Path) -> dict[str, str]:
+    """What each wrong save says on this rank."""
+    import torch.distributed as dist
+    from trainings import training
+
+    rank = dist.get_rank()
+    found = {}
+    with training(Case(modules=FAN_IN)) as one:
+        save = one.coordinator.save_checkpoint
+        save(folder / "saved", one.optimizer, step=5)
+        wrong = {
+            "object": {"extra": {"sampler": object()}},
+            "key": {"extra": {1: 2}},
+            "differs": {"extra": {"rank": rank}},
+            "folder": {"folder": folder / f"of {rank}"},
+            "step": {"step": -1},
+            "earlier": {"step": 4},
+            "optimizer": {"optimizer": object()},
+        }
+        for name, given in wrong.items():
+            options = {"folder": folder / "saved", "optimizer": one.optimizer, "step": 6} | given
+            found[name] = refusal(save, **options)
+        open_, opened = Path.open, folder / "full"
+        Path.open = lambda path, *a, **o: (
+            fail() if path.suffix == ".distcp" else open_(path, *a, **o)
+        )
+        try:
+            found["full"] = refusal(save, folder=opened, optimizer=one.optimizer, step=6)
+            started = save(opened, one.optimizer, step=7, background=True)
+            found["full, background"] = refusal(save, folder=opened, optimizer=None, step=8)
+            started.wait()
+        finally:
+            Path.open = open_
+    return found
+
+
+def fail() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def refusal(function: Any, *arguments: Any, **options: Any) -> str:
+    try:
+        function(*arguments, **options)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{function} accepts {arguments} {options}")
+
+
+def test_a_save_that_cannot_be_is_refused_on_every_rank(tmp_path):
+    answers = world(3).run(refuse_to_save, tmp_path)
+    for said in answers:
+        assert "extra['sampler'] is a object: a checkpoint takes dicts" in said["object"]
+        assert "extra has the key 1: use strings" in said["key"]
+        assert "ranks disagree about extra['rank']: " in said["differs"]
+        assert "ranks disagree about folder" in said["folder"]
+        assert "step must be 0 or more" in said["step"]
+        assert "already has a checkpoint of step 5: go on from it" in said["earlier"]
+        assert "coordinator.build_optimizer makes" in said["optimizer"]
+        for name in ("full", "full, background"):
+            assert "could not be written" in said[name]
+            assert "No space left on device" in said[name]
+    assert whole_steps(tmp_path / "saved") == [5]
+    assert whole_steps(tmp_path / "full") == []
+
+
+def refuse_to_load(folder: Path, case: Case, settings: dict[str, Any]) -> tuple[str, bool]:
+    """What a load says on this rank, and whether it left everything as it was."""
+    from trainings import training
+
+    with training(case, **settings) as one:
+        before = one.fingerprint()
+        said = refusal(one.coordinator.load_checkpoint, folder, one.optimizer)
+        return said, one.fingerprint() == before
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(tmp_path):
+    ranks, case = world(3), Case(modules=FAN_IN)
+    ranks.run(go_on, tmp_path, 1)
+    ranks.run(go_on, tmp_path, 2)
+    path = checkpoint_path(tmp_path, 2)
+
+    def refused(*words: str, **changes: Any) -> None:
+        other, settings = changes.pop("case", case), changes.pop("settings", {})
+        for said, is_unchanged in ranks.run(refuse_to_load, folder, other, settings):
+            assert all(word in said for word in words), said
+            assert is_unchanged
+
+    folder = tmp_path
+    manifest = (path / "checkpoint.json").read_text()
+    refused("is [2, 16] in the checkpoint, [1, 16] here", case=Case(modules=FAN_IN, layers=1))
+    output = "language_model.module.output_layer.weight"
+    refused(f"there is no {output} here", case=Case(modules=FAN_IN, tied_embeddings=True))
+    refused("the checkpoint has no language_model", "router", case=Case(modules=FAN_IN, experts=4))
+    refused(
+        "the checkpoint has no optimizer.state.momentum_buffer",
+        settings={"optimizer": "sgd", "sgd_momentum": 0.9},
+    )
+    change(path, **{"megatron-core": "0.18.2"})
+    refused("was written with megatron-core 0.18.2, and this is 0.19")
+    (path / "checkpoint.json").write_text(manifest)
+    damaged = next(path.glob("__1_*"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    refused(f"{damaged} is damaged", "to go on from step 1, delete this one")
+    (path / "checkpoint.json").write_text(manifest.replace('"step": 2', '"step": 3'))
+    refused("checkpoint.json is damaged")
+    folder = path
+    refused("no checkpoint of this package", "metadata.json")

@@ -1,0 +1,59 @@
+"""An evaluation sees the weights of the last step, and leaves no trace in the training."""
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from cases import Case
+from layouts import MANY_BUCKETS, PER_TOKEN, SHARDED, VARYING, parallel
+from ranks import world
+
+STEPS = 3
+
+
+def train_and_evaluate(case: Case) -> dict[str, Any]:
+    """Losses of steps, with and without evaluations between them; the modes of the model."""
+    import torch
+    from trainings import training
+
+    with training(case) as one:
+        undisturbed = [one.steps(step)[0] for step in range(STEPS)]
+    with training(case) as one:
+        [*one.model.modules()][-1].eval()
+        modes = [part.training for part in one.model.modules()]
+        losses, evaluated = [], []
+        for step in range(STEPS):
+            evaluated.append(one.evaluate(step))
+            losses += one.steps(step)
+            with suppress(ZeroDivisionError), one.coordinator.evaluation():
+                assert not any(part.training for part in one.model.modules())
+                assert not torch.is_grad_enabled()
+                raise ZeroDivisionError
+        assert [part.training for part in one.model.modules()] == modes
+        assert torch.is_grad_enabled()
+    return {"undisturbed": undisturbed, "losses": losses, "evaluated": evaluated}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            modules={"vision": parallel(dp=2), "language": parallel(dp=2)},
+            ddp={**MANY_BUCKETS, **SHARDED, "overlap_param_gather": True},
+            images=VARYING,
+            per_token=PER_TOKEN,
+        ),
+        Case(
+            modules={
+                "vision": parallel(dp=2, tp=2, rank_offset=0),
+                "language": parallel(dp=2, tp=2, rank_offset=0),
+            },
+        ),
+    ],
+    ids=["gathered late", "colocated"],
+)
+def test_an_evaluation_leaves_no_trace(case):
+    for found in world(4).run(train_and_evaluate, case):
+        assert found["losses"] == found["undisturbed"]
+        # Before a step is taken, its data has the same loss in an evaluation.
+        assert found["evaluated"] == [loss for loss, _ in found["losses"]]
