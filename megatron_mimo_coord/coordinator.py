@@ -20,8 +20,7 @@ from megatron.core.process_groups_config import (
 )
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.bridges.colocated import allow_varying_token_counts
-from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
+from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
 from megatron_mimo_coord.bridges.token_counts import TokenCounts, fan_in_ratios
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.buckets import gradient_bytes
@@ -33,7 +32,7 @@ from megatron_mimo_coord.gradients.token_count import TokenCount, holds_a_distin
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
     Infra,
-    default_output_ndim,
+    schedule_pg_collection,
     validate_data_loader_contract,
 )
 from megatron_mimo_coord.layout import LANGUAGE, is_colocated
@@ -101,7 +100,7 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
-        self._schedule_pg_collection = self._collect_for_schedule()
+        self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         self._token_counts = TokenCounts.of(job.model, fan_in_ratios(job.grids, job.infra.topology))
         self._pending_assignments = PendingAssignments.of(job.model)
         self._config: ModelParallelConfig | None = None
@@ -248,23 +247,9 @@ class MultiModuleCoordinator:
                 on, or ranks send to each other and ``pipeline_dtype`` is not set.
         """
         check_sequence_lengths(config)
-        colocated = is_colocated(self._grids.values())
-        has_stages = any(grid.dim("pp") > 1 for grid in self._grids.values())
-        if config.pipeline_dtype is None and (has_stages or not colocated):
-            raise ValueError(
-                "config.pipeline_dtype is None, so a receiver cannot know what it is sent: set it "
-                "to the dtype of the activations, such as torch.bfloat16"
-            )
-        infra = self._job.infra
         self._token_counts.allow_varying()
-        if colocated:
-            allow_varying_token_counts(self._job.model)
-        communicator = PipelineCommunicator(
-            infra.module_to_grid_map,
-            {name: [] if colocated else infra.topology.get(name, []) for name in self._grids},
-            config,
-            getattr(infra, "module_output_ndim", None) or default_output_ndim(self._grids),
-            self._pending_assignments,
+        communicator = build_communicator(
+            self._job.infra, self._grids, self._job.model, config, self._pending_assignments
         )
         communicator.after_backward = self._step.count_backward
         self._communicators.append(communicator)
@@ -677,16 +662,6 @@ class MultiModuleCoordinator:
                 name,
             )
         return module
-
-    def _collect_for_schedule(self) -> MultiModuleProcessGroupCollection:
-        here = {name: module.pg_collection for name, module in self._modules.items()}
-        collection = MultiModuleProcessGroupCollection(
-            module_pgs=here, language_model_module_name=LANGUAGE if LANGUAGE in here else None
-        )
-        if LANGUAGE in here:  # forward_backward_no_pipelining looks for these two
-            collection.tp = here[LANGUAGE].tp
-            collection.cp = here[LANGUAGE].cp
-        return collection
 
     def _hooks_for(self, optimizer: Any) -> dict[str, Any]:
         configs = [ddp.ddp_config for ddp in self._job.ddps.values()]

@@ -1,6 +1,6 @@
 """Grids and process groups of every module, made once and given back whole."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,7 +8,10 @@ import torch.distributed as dist
 from attrs import asdict, frozen
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.process_groups_config import (
+    MultiModuleProcessGroupCollection,
+    ProcessGroupCollection,
+)
 
 from megatron_mimo_coord.layout import (
     DIM_NAMES,
@@ -347,6 +350,19 @@ def _create_embedding_groups(grid: HyperCommGrid, timeout: timedelta | None) -> 
             if dist.get_rank() in ranks:
                 groups[key] = group
     return groups
+
+
+def schedule_pg_collection(infra: Infra, names: Iterable[str]) -> MultiModuleProcessGroupCollection:
+    """Process groups of some modules on this rank, as the schedule wants them."""
+    here = {name: infra.pg_collections[name] for name in names}
+    collection = MultiModuleProcessGroupCollection(
+        module_pgs=here, language_model_module_name=LANGUAGE if LANGUAGE in here else None
+    )
+    language = here.get(LANGUAGE)
+    if language is not None:  # forward_backward_no_pipelining looks for these two
+        collection.tp = language.tp
+        collection.cp = language.cp
+    return collection
 
 
 def is_current_rank_in_grid(grid: HyperCommGrid) -> bool:

@@ -6,16 +6,19 @@ from typing import Any
 import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.models.mimo import MimoModel
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.bridges.colocated import allow_varying_token_counts
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.links import Groups, Incoming, Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
 from megatron_mimo_coord.bridges.sample_check import SampleCheck
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, stages_behind
+from megatron_mimo_coord.infra import Infra, default_output_ndim
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, is_colocated, stages_behind
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
 
 # Language models exchange [sequence, batch, hidden].
@@ -190,3 +193,40 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             link.name: link.send_backward_recv_forward(grad_dict[link.name])
             for link in self._incoming
         }
+
+
+def build_communicator(
+    infra: Infra,
+    grids: Mapping[str, ModuleGrid],
+    model: MimoModel,
+    config: ModelParallelConfig,
+    assignments: PendingAssignments,
+) -> PipelineCommunicator:
+    """The communicator of a layout, disjoint or colocated. Collective.
+
+    Args:
+        infra: grids and process groups.
+        grids: where each module lies.
+        model: whose colocated bridges carry varying numbers of tokens from now on.
+        config: the language model's config.
+        assignments: the model's.
+
+    Raises:
+        ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
+    """
+    colocated = is_colocated(grids.values())
+    has_stages = any(grid.dim("pp") > 1 for grid in grids.values())
+    if config.pipeline_dtype is None and (has_stages or not colocated):
+        raise ValueError(
+            "config.pipeline_dtype is None, so a receiver cannot know what it is sent: set it "
+            "to the dtype of the activations, such as torch.bfloat16"
+        )
+    if colocated:
+        allow_varying_token_counts(model)
+    return PipelineCommunicator(
+        infra.module_to_grid_map,
+        {name: [] if colocated else infra.topology.get(name, []) for name in grids},
+        config,
+        getattr(infra, "module_output_ndim", None) or default_output_ndim(grids),
+        assignments,
+    )
