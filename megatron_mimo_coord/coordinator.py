@@ -27,6 +27,7 @@ from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientShares
+from megatron_mimo_coord.gradients.scaling import ScalingAfterReduction
 from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.gradients.token_count import TokenCount, holds_a_distinct_count
 from megatron_mimo_coord.infra import (
@@ -651,11 +652,10 @@ class MultiModuleCoordinator:
             name,
             job.ddps[name],
             pg_collection,
-            replicas=self._grids[name].replicas,
-            language_replicas=self._grids[LANGUAGE].replicas,
-            per_token=job.per_token,
+            job.gradient_scaling_factors[name],
         )
-        if not module.scaling.fast and job.rank == self._grids[name].rank_offset:
+        is_after = isinstance(module.scaling, ScalingAfterReduction)
+        if is_after and job.rank == self._grids[name].rank_offset:
             logger.warning(
                 "module %s: this Megatron-Core does not scale its gradient buckets as 0.19 does; "
                 "its gradients are scaled in a pass of their own after the reduction",

@@ -33,6 +33,7 @@ from megatron_mimo_coord import (
     ModuleParallelism,
     MultiModuleCoordinator,
 )
+from megatron_mimo_coord.checks import job
 from megatron_mimo_coord.gradients import scaling, token_count
 from megatron_mimo_coord.gradients.buckets import buckets
 from megatron_mimo_coord.layout import pack, ranks_taken
@@ -64,7 +65,7 @@ class Case:
         second_coordinator: build another coordinator on the same model after the first step.
         attach_second: attach that one.
         layers, tied_embeddings, experts: of the language model.
-        plain_path: scale gradients after the reduction, as if Megatron's buckets had changed.
+        scale_after_reduction: scale gradients after the reduction, as if Megatron's buckets had changed.
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
         assign: assign images in every microbatch (1), in every second one (2), or never (0).
@@ -88,7 +89,7 @@ class Case:
     layers: int = 2
     tied_embeddings: bool = False
     experts: int | None = None
-    plain_path: bool = False
+    scale_after_reduction: bool = False
     no_optimizer: bool = False
     megatron_communicator: bool = False
     assign: int = 0
@@ -224,7 +225,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     if case.wrap == "model":
         model.pg_collection = infra.pg_collections[infra.participating_modules[0]]
         wrapped = Float16Module(model.config, model)
-    with _without_fast_path() if case.plain_path else nullcontext():
+    with _scaled_after_reduction() if case.scale_after_reduction else nullcontext():
         coordinator = MultiModuleCoordinator(infra, wrapped)
     optimizer = None
     if not case.no_optimizer:
@@ -312,14 +313,14 @@ def _data(case: Case, step: int) -> Iterator[Microbatch]:
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def _scaled_after_reduction() -> Iterator[None]:
     """As if Megatron's buckets had changed."""
-    original = scaling.rides_on_ddp
-    scaling.rides_on_ddp = lambda ddp: False
+    original = scaling.can_scale_in_reduction
+    scaling.can_scale_in_reduction = lambda ddp: False
     try:
         yield
     finally:
-        scaling.rides_on_ddp = original
+        scaling.can_scale_in_reduction = original
 
 
 def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
@@ -559,28 +560,28 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _normalizer(after: Any) -> Any:
-    """A mutant that does something to a module's DDP once its normalizer is built."""
-    original = scaling.GradientNormalizer.__init__
+def _bucket_factor(after: Any) -> Any:
+    """A mutant of the factor that each bucket of a module gets."""
+    original = scaling.ScalingInReduction.__init__
 
-    def broken(self: Any, ddp: Any, **sizes: Any) -> None:
-        original(self, ddp, **sizes)
-        for bucket, _ in buckets(ddp):
-            bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, self, sizes)
+    def broken(self: Any, ddp: Any, factor: float) -> None:
+        original(self, ddp, factor)
+        for bucket in buckets(ddp):
+            bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, ddp, factor)
 
-    return _replaced(scaling.GradientNormalizer, "__init__", broken)
+    return _replaced(scaling.ScalingInReduction, "__init__", broken)
 
 
 def _formula(**wrong: Any) -> Any:
-    """A mutant of the factor itself, as the path without DDP's help uses it."""
-    original = scaling.gradient_scaling_factor
+    """A mutant of c_m itself."""
+    original = job.gradient_scaling_factor
 
     def broken(replicas: int, language_replicas: int, *, ddp_sums: bool, per_token: bool) -> float:
         values = {"replicas": replicas, "language_replicas": language_replicas}
         values |= {"ddp_sums": ddp_sums, "per_token": per_token}
         return original(**values | {key: change(values) for key, change in wrong.items()})
 
-    return _replaced(scaling, "gradient_scaling_factor", broken)
+    return _replaced(job, "gradient_scaling_factor", broken)
 
 
 def _uncounted(self: Any, num_tokens: torch.Tensor | None) -> Any:
@@ -592,15 +593,15 @@ def _uncounted(self: Any, num_tokens: torch.Tensor | None) -> Any:
 
 MUTANTS = {
     "none": nullcontext,
-    "DDP keeps its own factor": lambda: _normalizer(lambda f, self, sizes: 1 / sizes["replicas"]),
-    "the factor is applied twice": lambda: _normalizer(lambda f, self, sizes: f * self.factor),
-    "nothing is divided by": lambda: _normalizer(lambda f, self, sizes: 1.0),
+    "DDP keeps its own factor": lambda: _bucket_factor(lambda f, ddp, c: f / c),
+    "the factor is applied twice": lambda: _bucket_factor(lambda f, ddp, c: f * c),
+    "nothing is divided by": lambda: _bucket_factor(lambda f, ddp, c: 1.0),
     "the language model's flag for all": lambda: _formula(ddp_sums=lambda v: v["per_token"]),
     "no flag is read": lambda: _formula(ddp_sums=lambda v: False),
     "the module's replicas are ignored": lambda: _formula(replicas=lambda v: 1),
     "the language replicas are ignored": lambda: _formula(language_replicas=lambda v: 1),
     "tokens are not summed": lambda: _replaced(token_count.TokenCount, "start", _uncounted),
     "every rank's tokens are summed": lambda: _replaced(
-        token_count, "_holds_a_distinct_count", token_count.ModuleGrid.is_on_last_stage
+        token_count, "holds_a_distinct_count", token_count.ModuleGrid.is_on_last_stage
     ),
 }

@@ -117,6 +117,21 @@ INTERNALS = (
         _ddp,
     ),
     Internal(
+        f"{_BUFFER_FILE}._ParamAndGradBucket",
+        "gradient_scaling_factor",
+        "gradients/scaling.py",
+        "scaling gradients in DDP's own pass",
+        _buckets,
+        fallback="they are scaled in a pass of their own after the reduction",
+    ),
+    Internal(
+        f"{_BUFFER_FILE}._ParamAndGradBuffer",
+        "extra_main_grads",
+        "gradients/scaling.py",
+        "scaling gradients that are accumulated beside their buffer",
+        _buffers,
+    ),
+    Internal(
         f"{_BUFFER_FILE}._ParamAndGradBuffer",
         "grad_data",
         "gradients/buckets.py",

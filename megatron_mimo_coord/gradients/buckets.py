@@ -25,10 +25,10 @@ def owns_its_gradients(ddp: DistributedDataParallel) -> bool:
     )
 
 
-def buckets(ddp: DistributedDataParallel) -> Iterator[tuple[Any, int]]:
-    """Each bucket, with the number of ranks over which the whole reduction of it runs."""
-    for _, bucket, process_group in _grouped(ddp):
-        yield bucket, process_group.size()
+def buckets(ddp: DistributedDataParallel) -> Iterator[Any]:
+    """Each bucket, dense and expert."""
+    for _, bucket, _ in _grouped(ddp):
+        yield bucket
 
 
 def shards(ddp: DistributedDataParallel) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ from attrs import frozen
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.gradients.scaling import GradientNormalizer
+from megatron_mimo_coord.gradients.scaling import GradientScaling, gradient_scaling
 from megatron_mimo_coord.layout import LANGUAGE
 
 
@@ -26,7 +26,7 @@ class ModuleGradients:
     ddp: DistributedDataParallel
     pg_collection: ProcessGroupCollection
     pg_collection_to_finalize: ProcessGroupCollection
-    scaling: GradientNormalizer
+    scaling: GradientScaling
 
     @classmethod
     def collect(
@@ -34,10 +34,7 @@ class ModuleGradients:
         name: str,
         ddp: DistributedDataParallel,
         pg_collection: ProcessGroupCollection,
-        *,
-        replicas: int,
-        language_replicas: int,
-        per_token: bool,
+        factor: float,
     ) -> "ModuleGradients":
         """Take charge of a module's gradients.
 
@@ -45,9 +42,7 @@ class ModuleGradients:
             name: the module.
             ddp: the module, wrapped in Megatron's DDP.
             pg_collection: the module's process groups.
-            replicas: R_m = DP x CP of the module.
-            language_replicas: R_language = DP x CP of the language model.
-            per_token: whether the language model's loss is divided by the number of tokens.
+            factor: c_m of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`.
         """
         to_finalize = pg_collection
         if name != LANGUAGE:
@@ -59,10 +54,5 @@ class ModuleGradients:
             ddp=ddp,
             pg_collection=pg_collection,
             pg_collection_to_finalize=to_finalize,
-            scaling=GradientNormalizer(
-                ddp,
-                replicas=replicas,
-                language_replicas=language_replicas,
-                per_token=per_token,
-            ),
+            scaling=gradient_scaling(ddp, factor),
         )

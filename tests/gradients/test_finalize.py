@@ -1,6 +1,5 @@
 """What finalizing costs beyond DDP's own reductions: counted on real ranks, never timed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,52 +138,53 @@ def test_encoder_ranks_do_not_wait_for_the_language_model(per_token):
 # -- the path without DDP's help -------------------------------------------------------------------
 
 
-def _paths(fault: str) -> tuple[bool, int]:
-    """Whether the fast path is taken when Megatron's internals moved, and how many warnings."""
+def _way(fault: str) -> tuple[bool, int]:
+    """Whether gradients are scaled after the reduction, and how many warnings say so."""
     import logging
 
-    from megatron.core.distributed import param_and_grad_buffer
+    import vlm
 
-    from megatron_mimo_coord import MultiModuleCoordinator
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+    from megatron_mimo_coord.gradients.buckets import buckets
+    from megatron_mimo_coord.gradients.scaling import ScalingAfterReduction
 
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
+    case = Case(modules=FAN_OUT, ddp=SHARDED)
+    infra = MegatronMIMOInfra.build(case.modules)
+    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    for ddp, _ in _ddps(model, infra):
+        for bucket in buckets(ddp):
+            if fault == "renamed":
+                bucket.scaling = bucket.gradient_scaling_factor
+                del bucket.gradient_scaling_factor
+            if fault == "another meaning":
+                bucket.gradient_scaling_factor = 7.0
     logging.getLogger("megatron_mimo_coord").addHandler(handler)
-    infra, model, _ = built(Case(modules=FAN_OUT, ddp=SHARDED))
-    group_class = param_and_grad_buffer._ParamAndGradBucketGroup
-    original: Callable[..., Any] = group_class.start_grad_sync
-    buckets = [
-        bucket
-        for ddp, _ in _ddps(model, infra)
-        for group in ddp.bucket_groups
-        for bucket in group.buckets
-    ]
-    if fault == "renamed":
-        for bucket in buckets:
-            bucket.scaling = bucket.gradient_scaling_factor
-            del bucket.gradient_scaling_factor
-    if fault == "another meaning":
-        for bucket in buckets:
-            bucket.gradient_scaling_factor = 7.0
-            del bucket._mimo_factor_of_ddp
-    if fault == "scaled elsewhere":
-        group_class.start_grad_sync = lambda self, force_all_reduce=False: original(self)
     try:
-        coordinator = MultiModuleCoordinator(infra, model)
+        coordinators = [MultiModuleCoordinator(infra, model) for _ in range(2)]
     finally:
-        group_class.start_grad_sync = original
         logging.getLogger("megatron_mimo_coord").removeHandler(handler)
         infra.destroy()
-    return next(iter(coordinator._modules.values())).scaling.fast, len(records)
+    (first,), (second,) = (coordinator._modules.values() for coordinator in coordinators)
+    assert type(first.scaling) is type(second.scaling)
+    return isinstance(first.scaling, ScalingAfterReduction), len(records)
 
 
-@pytest.mark.parametrize("fault", ["none", "renamed", "another meaning", "scaled elsewhere"])
+@pytest.mark.parametrize("fault", ["none", "renamed", "another meaning"])
 def test_megatron_internals_that_moved_are_noticed(fault):
-    answers = world(3).run("test_finalize:_paths", fault)
-    assert [fast for fast, _ in answers] == [fault == "none"] * 3
+    answers = world(3).run("test_finalize:_way", fault)
+    assert [is_after for is_after, _ in answers] == [fault != "none"] * 3
     warnings = [number for _, number in answers]
-    assert warnings == ([0, 0, 0] if fault == "none" else [1, 1, 0]), "once a module"
+    assert warnings == ([0, 0, 0] if fault == "none" else [2, 2, 0]), "once a module"
+
+
+def test_a_factor_that_cancels_needs_no_pass():
+    from megatron_mimo_coord.gradients.scaling import _product
+
+    assert all(_product(1 / size, size) == 1.0 for size in range(1, 5000))
+    assert 1 / 49 * 49 != 1.0
 
 
 def _finalize_without_coordinator() -> bool:

@@ -264,7 +264,7 @@ def cases(draw: st.DrawFn) -> Case:
         force_all_reduce=draw(st.booleans()),
         second_coordinator=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
-        plain_path=draw(st.booleans()),
+        scale_after_reduction=draw(st.booleans()),
         assign=draw(st.integers(0, 2)),
         seed=draw(st.integers(0, 99)),
     )
@@ -288,13 +288,13 @@ SENSITIVE = [
     Case(modules={"vision": parallel(dp=2), "language": parallel(tp=2)}, no_optimizer=True, **more)
     for more in (
         {"per_token": PER_TOKEN},
-        {"plain_path": True, "per_token": {"vision": True}},
-        {"plain_path": True, "per_token": {"language": True}},
+        {"scale_after_reduction": True, "per_token": {"vision": True}},
+        {"scale_after_reduction": True, "per_token": {"language": True}},
         {},
     )
 ] + [
     Case(modules={"vision": parallel(dp=1), "language": parallel(dp=2)}, no_optimizer=True, **more)
-    for more in ({"per_token": PER_TOKEN}, {"plain_path": True}, {})
+    for more in ({"per_token": PER_TOKEN}, {"scale_after_reduction": True}, {})
 ]
 
 

@@ -25,13 +25,15 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
 
     infra, model, coordinator = built(case)
     config = model.config
-    scale = 4.0 if after == "a loss scale" else 1.0
+    scale = 4.0 if after else 1.0
 
     class Optimizer:
         def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
             return loss * scale
 
-    coordinator.attach(config, Optimizer())
+    coordinator.attach(config, Optimizer() if after != "a trainer's own" else None)
+    if after == "a trainer's own":
+        config.grad_scale_func = Optimizer().scale_loss
     coordinator.zero_grad_buffer()
     whole: dict[str, tuple[int, float]] = {}
     for name, ddp in vlm.submodules(model).items():
@@ -108,8 +110,9 @@ def test_norms_are_those_of_the_whole_model(case):
             assert answer["counts"][name] == count
 
 
-def test_norms_leave_the_loss_scale_out():
-    for answer in world(3).run("test_observation:_norms", Case(modules=FAN_IN), "a loss scale"):
+@pytest.mark.parametrize("whose", ["a loss scale", "a trainer's own"])
+def test_norms_leave_the_loss_scale_out(whose):
+    for answer in world(3).run("test_observation:_norms", Case(modules=FAN_IN), whose):
         for name, (_, norm) in answer["expected"].items():
             assert answer["norms"][name] == pytest.approx(norm, rel=1e-5)
 
@@ -210,6 +213,29 @@ def test_a_bad_number_skips_the_step_on_all_ranks_and_names_the_module(
         assert answer["norm"] == answers[0]["norm"]
         assert len(answer["said"]) == (rank == 0)
     assert f"skipped on all ranks: the gradients of module {module!r} are" in answers[0]["said"][0]
+
+
+@pytest.mark.parametrize(
+    ("case", "module", "here", "where"),
+    [
+        (Case(modules=FAN_IN), "vision", 0, ""),
+        (
+            Case(modules={"vision": parallel(), "language": parallel(tp=2)}),
+            "language",
+            2,
+            "layernorm",  # a copy, which the norm leaves out
+        ),
+    ],
+    ids=["counted", "beside the norm"],
+)
+def test_gradients_whose_squares_overflow_are_finite(case, module, here, where):
+    arguments = case, module, 1e30, here, where
+    answers = world(case.world_size).run("test_observation:_not_finite", *arguments)
+    for answer in answers:
+        (done, norm, _), kept = answer["outcomes"][1]
+        assert done and not kept and not answer["said"]
+        assert norm == answers[0]["outcomes"][1][0][1]
+        assert norm < 1e31 and (where or norm > 1e29)
 
 
 def _loss_scales(guarded: bool) -> list[float]:
