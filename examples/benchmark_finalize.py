@@ -15,10 +15,8 @@ wide, raise --rounds, or use --clock cpu, which other jobs on the machine distur
 """
 
 import argparse
-import contextlib
 import itertools
 import logging
-import math
 import os
 import statistics
 import sys
@@ -27,6 +25,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import frozen
+from tables import interval, show, with_interval
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 
@@ -122,7 +121,7 @@ def main() -> None:
                 findings += bench.check_on_gpu()
     if IS_MAIN:
         print(finalizers.machine())
-        show(measurements)
+        show(HEADER, [row(measurement) for measurement in measurements])
         print("\n".join([*verdicts(measurements), *dict.fromkeys(findings)]))
     stop_ranks()
 
@@ -271,43 +270,6 @@ def row(measurement: Measurement) -> list[str]:
     times = [f"{measurement.milliseconds(name):.2f}" for name in (BARE, FUNCTIONAL, COORDINATOR)]
     ratios = [with_interval(measurement.ratios(name)) for name in (BARE, FUNCTIONAL)]
     return [*cells(measurement.case), measurement.module, *times, *ratios]
-
-
-def with_interval(values: Sequence[float]) -> str:
-    """Median and its 95% interval, which assumes nothing about how the noise is distributed."""
-    low, high = interval(values)
-    return f"{statistics.median(values):.3f} ({low:.2f}-{high:.2f})"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Values of the ranks n/2 -+ 0.98 sqrt(n): as many heads as n tosses of a coin give."""
-    ordered = sorted(values)
-    reach = 0.98 * math.sqrt(len(ordered))
-    low = max(0, math.floor(len(ordered) / 2 - reach) - 1)
-    return ordered[low], ordered[-1 - low]
-
-
-def show(measurements: Sequence[Measurement]) -> None:
-    """The table, drawn by rich on a terminal, else as aligned text."""
-    rows = [row(measurement) for measurement in measurements]
-    if sys.stdout.isatty():
-        with contextlib.suppress(ImportError):
-            return show_rich(rows)
-    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-    for line in (HEADER, *rows):
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
-    return None
-
-
-def show_rich(rows: Sequence[Sequence[str]]) -> None:
-    """The table on a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*HEADER)
-    for cells_of_row in rows:
-        table.add_row(*cells_of_row)
-    Console().print(table)
 
 
 def verdicts(measurements: Sequence[Measurement]) -> Iterator[str]:

@@ -14,6 +14,7 @@ OPTIONS = (  # that a training must keep when it goes on: the others only change
     "loss",
     "global_batch_size",
     "micro_batch_size",
+    "images_per_sample",
     "vision_layers",
     "language_layers",
     "distributed_optimizer",

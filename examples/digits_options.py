@@ -45,6 +45,9 @@ def parse_options(description: str = "") -> argparse.Namespace:
         "  both modules on the same two ranks:\n"
         "    torchrun --nproc-per-node 2 examples/train_digits_vlm.py --colocated \\\n"
         "      --language-pipeline-parallel 1 --language-data-parallel 2\n"
+        "  read pages with up to eight digits, which the encoder's ranks share evenly:\n"
+        "    torchrun --nproc-per-node 4 examples/train_digits_vlm.py \\\n"
+        "      --images-per-sample 8 --assign\n"
         "  start again by itself, up to three times, after a rank was lost:\n"
         "    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_digits_vlm.py \\\n"
         "      --save checkpoints --load checkpoints\n",
@@ -108,14 +111,27 @@ def parse_options(description: str = "") -> argparse.Namespace:
         type=positive,
         default=256,
         metavar="N",
-        help="images in an optimizer step",
+        help="samples in an optimizer step",
     )
     training.add_argument(
         "--micro-batch-size",
         type=positive,
         default=64,
         metavar="N",
-        help="images in a microbatch, over all ranks; each module deals them out to its replicas",
+        help="samples in a microbatch, over all ranks; each module deals them out to its replicas",
+    )
+    training.add_argument(
+        "--images-per-sample",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="1: an image, whose name is spelled out; more: a page of 0 to N digits, most pages "
+        "with few, and a numeral is written for each",
+    )
+    training.add_argument(
+        "--assign",
+        action="store_true",
+        help="deal images out to the encoder's ranks by cost, not in slices of samples",
     )
     training.add_argument(
         "--lr", type=float, default=3e-3, help="highest learning rate, between warmup and decay"

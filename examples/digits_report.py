@@ -47,6 +47,8 @@ def _line(progress: Progress, total: int, accuracy: float | None) -> str:
         f"{progress.images_per_second:,.0f} images/s",
         f"{progress.seconds_left:.0f} s left",
     ]
+    if progress.imbalance != 1:
+        parts.insert(3, f"imbalance {progress.imbalance:.2f}")
     if accuracy is not None:
         parts.insert(3, f"held-out accuracy {accuracy:.1%}")
     return "  ".join(parts)

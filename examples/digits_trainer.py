@@ -10,21 +10,22 @@ from typing import Any
 import checkpoint
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import field, frozen
 from digits import (
     END,
     IMAGE,
-    NAME_LENGTH,
     PATCH_DIM,
     PATCHES,
-    PROMPT,
-    SEQUENCE,
     VOCABULARY,
     Batch,
     Digits,
+    blank,
+    on_device,
+    pages_of,
     patches,
-    spelled,
+    sequence_length,
     training_batches,
+    words,
 )
 from job import stop_ranks
 from megatron.core.models.mimo import MimoModel
@@ -47,14 +48,19 @@ VISION = "vision"
 
 @frozen
 class Trainer:
-    """What a step needs: the model, and who coordinates, connects and updates it."""
+    """What a step needs: the model, and who coordinates, connects and updates it.
+
+    ``loads`` takes the images of each of the encoder's data-parallel ranks, microbatch by
+    microbatch.
+    """
 
     model: MimoModel
     infra: MegatronMIMOInfra
     coordinator: MultiModuleCoordinator
     communicator: MultiModulePipelineCommunicator
     optimizer: MimoOptimizer
-    micro_batch_size: int
+    options: Namespace
+    loads: list[Sequence[float]] = field(factory=list)
 
     @classmethod
     def build(
@@ -76,7 +82,7 @@ class Trainer:
         config = get_model_config(model)
         coordinator.attach(config, optimizer)
         communicator = coordinator.build_pipeline_communicator(config)
-        return cls(model, infra, coordinator, communicator, optimizer, options.micro_batch_size)
+        return cls(model, infra, coordinator, communicator, optimizer, options)
 
     def destroy(self) -> None:
         """Give all process groups back, those of the world included."""
@@ -115,40 +121,60 @@ class Trainer:
     # -- reading -----------------------------------------------------------------------------------
 
     def read(self, images: torch.Tensor) -> list[str]:
-        """What the model reads in images [n, 8, 8]: each letter takes one pass over all of them."""
-        count = math.ceil(len(images) / self.micro_batch_size)
-        filled = torch.arange(count * self.micro_batch_size).to("cuda") % len(images)
-        parts = patches(images)[filled].split(self.micro_batch_size)
-        tokens = torch.tensor([PROMPT], device="cuda").repeat(len(filled), 1)
-        for _ in range(NAME_LENGTH):
-            letters = self._next_letters(parts, tokens.split(self.micro_batch_size))
-            tokens = torch.cat((tokens, letters.unsqueeze(1)), dim=1)
-            if (tokens == END).any(dim=1).all():
+        """What the model reads in images [n, 8, 8]: each token takes one pass over all of them."""
+        most, size = self.options.images_per_sample, self.options.micro_batch_size
+        pages = list(pages_of(iter(range(len(images))), most, seed=0))
+        filled = [pages[i % len(pages)] for i in range(math.ceil(len(pages) / size) * size)]
+        texts, places = zip(*(blank(len(page), most) for page in filled), strict=True)
+        cut = patches(images)
+        for turn in range(max(map(len, places))):
+            # A sample that has no such place is asked for its first token, which is not used.
+            asked = [each[turn] - 1 if turn < len(each) else 0 for each in places]
+            letters = self._next_letters(filled, cut, texts, asked)
+            for text, place, letter in zip(texts, asked, letters, strict=True):
+                text[place + 1] = letter if place else text[place + 1]
+            if most == 1 and all(END in text[PATCHES:-1] for text in texts):
                 break
-        return [spelled(row) for row in tokens[: len(images), len(PROMPT) :].tolist()]
+        found = zip(texts[: len(pages)], places, strict=False)
+        answers = [[text[place] for place in each] for text, each in found]
+        return [word for tokens in answers for word in words(tokens, most)]
 
     @torch.no_grad()
     def _next_letters(
-        self, images: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """The likeliest letter after each sample's tokens, on every rank."""
-        batches = iter([Batch(*pair) for pair in zip(images, tokens, strict=True)])
-        found = self._run_schedule(self._forward_letters, batches, len(images), reading=True)
+        self,
+        pages: Sequence[Sequence[int]],
+        images: torch.Tensor,
+        texts: Sequence[Sequence[int]],
+        asked: Sequence[int],
+    ) -> list[int]:
+        """The likeliest token behind the asked place of each sample, on every rank."""
+        size = self.options.micro_batch_size
+        batches = []
+        for start in range(0, len(pages), size):
+            part = slice(start, start + size)
+            numbers = [image for page in pages[part] for image in page]
+            tokens = on_device([text[:-1] for text in texts[part]])
+            chosen = images[on_device(numbers)]
+            batches.append(Batch(pages[part], chosen, tokens, on_device(asked[part])))
+        found = self._run_schedule(self._forward_letters, iter(batches), len(batches), reading=True)
         # Every sample has one rank that knows its letter, so a sum over the world tells all ranks.
-        letters = torch.zeros((len(images), self.micro_batch_size), dtype=torch.long, device="cuda")
+        letters = torch.zeros((len(batches), size), dtype=torch.long, device="cuda")
         if found and self.infra.pg_collections[LANGUAGE].tp.rank() == 0:
-            share = self.coordinator.data_parallel_slice(self.micro_batch_size, LANGUAGE)
+            share = self.coordinator.data_parallel_slice(size, LANGUAGE)
             letters[:, share] = torch.stack(found)
         dist.all_reduce(letters)
-        return letters.flatten()
+        return letters.flatten().tolist()
 
     def _forward_letters(self, batches: Iterator[Batch], model: MimoModel) -> tuple[Any, Any]:
         """Forward of one microbatch whose next letters are asked for."""
-        output, _ = self._forward(next(batches), model)
+        batch = next(batches)
+        asked = batch.asked[self._share_of_text()]
+        output, _ = self._forward(batch, model)
 
         def likeliest(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
             tp = self.infra.pg_collections[LANGUAGE].tp
-            last = gather_from_tensor_model_parallel_region(logits[:, -1], group=tp)
+            last = logits[torch.arange(len(asked), device="cuda"), asked]
+            last = gather_from_tensor_model_parallel_region(last, group=tp)
             return last[:, : END + 1].argmax(dim=-1)  # a letter or the end, nothing else
 
         return output, likeliest
@@ -168,8 +194,9 @@ class Trainer:
             data_iterator=batches,
             model=[self.model],
             num_microbatches=num_microbatches,
-            seq_length=SEQUENCE,  # an upper bound: ranks tell each other the shapes they send
-            micro_batch_size=self.micro_batch_size,
+            # An upper bound: ranks tell each other the shapes that they send.
+            seq_length=sequence_length(self.options.images_per_sample),
+            micro_batch_size=self.options.micro_batch_size,
             forward_only=reading,
             collect_non_loss_data=reading,
             p2p_communicator=self.communicator,
@@ -179,17 +206,35 @@ class Trainer:
     def _forward(self, batch: Batch, model: MimoModel, **targets: Any) -> tuple[Any, Any]:
         """The modules on this rank, each with its share of the microbatch."""
         tokens = batch.tokens[self._share_of_text()]
-        inputs = None
-        if VISION in self.infra.participating_modules:
-            share = self.coordinator.data_parallel_slice(self.micro_batch_size, VISION)
-            inputs = {VISION: {"images": batch.images[share]}}
+        images = batch.images_at(self._images_here(batch))
+        inputs = {VISION: {"images": images}} if len(images) else None
         positions = torch.arange(tokens.shape[1]).to("cuda").expand_as(tokens)
         return model(input_ids=tokens, position_ids=positions, modality_inputs=inputs, **targets)
+
+    def _images_here(self, batch: Batch) -> Sequence[tuple[int, int]]:
+        """(sample, image) of what the encoder on this rank is fed: by cost, or of its samples."""
+        counts = [len(page) for page in batch.pages]
+        if self.options.assign:
+            assignment = self.coordinator.assign_images(
+                VISION,
+                [[PATCHES] * count for count in counts],
+                sample_ids=[str(page) for page in batch.pages],
+            )
+            self.loads.append(assignment.loads)
+            return assignment.local
+        dp = self.infra.module_to_grid_map[VISION]
+        size = dp.shape[dp.dim_names.index("dp")]
+        share = len(counts) // size
+        self.loads.append([PATCHES * sum(counts[i * share : (i + 1) * share]) for i in range(size)])
+        if VISION not in self.infra.participating_modules:
+            return ()
+        samples = range(len(counts))[self.coordinator.data_parallel_slice(len(counts), VISION)]
+        return [(sample, image) for sample in samples for image in range(counts[sample])]
 
     def _share_of_text(self) -> slice:
         """Samples whose text this rank reads; an encoder on its own counts their image tokens."""
         module = LANGUAGE if LANGUAGE in self.infra.participating_modules else VISION
-        return self.coordinator.data_parallel_slice(self.micro_batch_size, module)
+        return self.coordinator.data_parallel_slice(self.options.micro_batch_size, module)
 
 
 def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
@@ -208,7 +253,7 @@ def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
     )
     language = LanguageShape(
         vocabulary=VOCABULARY,
-        sequence=SEQUENCE,
+        sequence=sequence_length(options.images_per_sample),
         layers=options.language_layers,
         hidden=hidden,
         heads=heads,
@@ -226,6 +271,7 @@ class Progress:
     """How training stands after a step.
 
     ``accuracy`` is None where nothing was read, ``grad_norm`` where the step was skipped.
+    ``imbalance`` is largest / mean work of the encoder's ranks, on average over the microbatches.
     """
 
     step: int
@@ -234,6 +280,7 @@ class Progress:
     images_per_second: float
     seconds_left: float
     accuracy: float | None
+    imbalance: float = 1.0
 
 
 def train(
@@ -241,14 +288,18 @@ def train(
 ) -> Iterator[Progress]:
     """Take all steps after the first ``done``, and tell after each how training stands."""
     num_microbatches = options.global_batch_size // options.micro_batch_size
-    batches = training_batches(learn, options.micro_batch_size, options.seed)
+    most = options.images_per_sample
+    batches = training_batches(learn, options.micro_batch_size, options.seed, most)
     batches = islice(batches, done * num_microbatches, None)
-    start = time.perf_counter()
+    start, images = time.perf_counter(), 0.0
     saved = None
     for step in range(done + 1, options.steps + 1):
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
+        trainer.loads.clear()
         loss, grad_norm = trainer.step(batches, num_microbatches)
+        images += sum(map(sum, trainer.loads)) / PATCHES
+        imbalances = [max(load) * len(load) / sum(load) for load in trainer.loads if sum(load)]
         accuracy = None
         if options.eval_interval and step % options.eval_interval == 0:
             accuracy = held_out.accuracy(trainer.read(held_out.images))
@@ -257,9 +308,10 @@ def train(
             step=step,
             loss=loss,
             grad_norm=grad_norm,
-            images_per_second=options.global_batch_size / seconds,
+            images_per_second=images / (time.perf_counter() - start),
             seconds_left=seconds * (options.steps - step),
             accuracy=accuracy,
+            imbalance=sum(imbalances) / len(imbalances) if imbalances else 1.0,
         )
         # Only now has the caller logged this step, which a training that goes on from here skips.
         if options.save and (step % options.save_interval == 0 or step == options.steps):

@@ -1,0 +1,272 @@
+"""Times whole steps: images in consecutive slices against images that are dealt out by cost.
+
+    torchrun --nproc-per-node 6 examples/benchmark_step.py
+    torchrun --nproc-per-node 4 examples/benchmark_step.py --encoder real
+
+Three ways to run the same steps on the same ranks, in turns:
+
+    Megatron  consecutive slices of samples, Megatron's own communicator; where an encoder has more
+              data-parallel ranks than the language model (fan-in), it cannot carry uneven samples
+    slices    the same, with coordinator.build_pipeline_communicator
+    assigned  coordinator.assign_images, and that communicator
+
+Images per sample are the same (none), or log-normal(0.6, sigma) and at most 16, with sigma 0.5
+(mild) or 1.0 (strong, and sorted, where samples with many images come first, as a loader may have
+it that batches like with like). A sleeping encoder takes a fixed time for each image and no core,
+as on a device of its own, so that a few cores can show many ranks; a real one computes.
+
+A time is that of the slowest rank, its median over the rounds. A ratio is the median over rounds of
+the ratio of two neighbouring runs on the same data; behind it stands the interval in which the true
+median lies 19 times in 20. What can be reached is mean / largest: the load of an encoder rank in a
+step, on average over the ranks, and of the one that has most. (Ranks run ahead of each other by as
+many microbatches as the pipeline is deep, so skew that changes sides evens out in part.)
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import frozen
+from tables import interval, show, with_interval
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+
+VISION = "vision"
+MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
+SKEWS = ("none", "mild", "strong", "sorted")
+IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
+SKEWED_GOAL, EVEN_GOAL = 1.15, 1.02
+
+
+@frozen(kw_only=True)
+class Layout:
+    """Data-parallel sizes of the modules; the language model's stages take the ranks left over."""
+
+    encoder_dp: int
+    language_dp: int
+    language_pp: int
+
+    def modules(self) -> dict[str, ModuleParallelism]:
+        """Parallel sizes of each module."""
+        return {
+            VISION: ModuleParallelism(data_parallel_size=self.encoder_dp),
+            LANGUAGE: ModuleParallelism(
+                data_parallel_size=self.language_dp,
+                pipeline_model_parallel_size=self.language_pp,
+            ),
+        }
+
+    def __str__(self) -> str:
+        stages = f" PP {self.language_pp}" if self.language_pp > 1 else ""
+        return f"{self.encoder_dp} -> {self.language_dp}{stages}"
+
+
+@frozen(kw_only=True)
+class Case:
+    """One kind of steps."""
+
+    layout: Layout
+    skew: str
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Which of the three ways can run it."""
+        is_fan_in = self.layout.encoder_dp > self.layout.language_dp
+        uneven = is_fan_in and self.skew != "none"
+        return (SLICES, ASSIGNED) if uneven else (MEGATRON, SLICES, ASSIGNED)
+
+
+@frozen(kw_only=True)
+class Measurement:
+    """What each round of a case gave.
+
+    Args:
+        case: the kind of steps.
+        seconds: for each way, the time of the slowest rank in each round.
+        imbalance: for ``slices`` and ``assigned``, largest / mean load in each round.
+    """
+
+    case: Case
+    seconds: Mapping[str, Sequence[float]]
+    imbalance: Mapping[str, Sequence[float]]
+
+    def ratios(self, way: str, other: str) -> list[float]:
+        """One way's time over another's, round by round."""
+        return [a / b for a, b in zip(self.seconds[way], self.seconds[other], strict=True)]
+
+    @property
+    def goal(self) -> float:
+        """What assigned / slices must not exceed."""
+        if self.case.skew == "none":
+            return EVEN_GOAL
+        return SKEWED_GOAL / statistics.median(self.imbalance[SLICES])
+
+
+def main() -> None:
+    """Check the options, measure, print."""
+    options = parse_options()
+    layouts = choose_layouts(options)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import steps  # torch and Megatron, which take seconds to import
+    from job import start_ranks, stop_ranks
+
+    start_ranks()
+    measurements = []
+    for layout in layouts:
+        with steps.Bench.build(layout.modules(), options) as bench:
+            for skew in options.skew:
+                case = Case(layout=layout, skew=skew)
+                found = Measurement(case=case, **bench.measure(case.ways, skew))
+                measurements.append(found)
+                note("  ".join(row(found)))  # at once, should the run be cut
+    if IS_MAIN:
+        print(steps.machine(options))
+        show(HEADER, [row(found) for found in measurements])
+        print("\n".join(verdicts(measurements)))
+    stop_ranks()
+
+
+# -- options: all checked before torch is imported -------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+
+    class Formatter(
+        argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    ): ...
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    layout = parser.add_argument_group("layout (left out: several that fit the ranks)")
+    for module in ("encoder", "language"):
+        layout.add_argument(
+            f"--{module}-dp",
+            type=positive,
+            metavar="N",
+            default=argparse.SUPPRESS,
+            help=f"data-parallel ranks of the {module} module",
+        )
+    work = parser.add_argument_group("work")
+    work.add_argument("--skew", nargs="+", choices=SKEWS, default=SKEWS, help="of the images")
+    work.add_argument(
+        "--encoder",
+        choices=("sleeping", "real"),
+        default="sleeping",
+        help="what an image costs the encoder: time, or computation",
+    )
+    work.add_argument(
+        "--milliseconds",
+        type=float,
+        default=8.0,
+        help="that a sleeping encoder takes forward for each image, and twice that backward",
+    )
+    work.add_argument(
+        "--encoder-hidden", type=positive, default=256, metavar="N", help="width of a real encoder"
+    )
+    work.add_argument(
+        "--micro-batch-size", type=positive, default=16, metavar="N", help="samples of all ranks"
+    )
+    work.add_argument(
+        "--microbatches", type=positive, default=3, metavar="N", help="microbatches in a step"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=10, metavar="N", help="steps of each way and case"
+    )
+    defaults = argparse.Namespace(encoder_dp=None, language_dp=None)
+    return parser.parse_args(namespace=defaults)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)
+
+
+def choose_layouts(options: argparse.Namespace) -> list[Layout]:
+    """Layouts for the ranks that there are; exit with what to do where there is none."""
+    if "WORLD_SIZE" not in os.environ:
+        command = " ".join(["torchrun --nproc-per-node 6", *sys.argv])
+        exit_with(f"the benchmark runs on several ranks, which torchrun starts:\n\n  {command}\n")
+    world_size = int(os.environ["WORLD_SIZE"])
+    wanted = [(options.encoder_dp, options.language_dp)]
+    if wanted == [(None, None)]:
+        wanted = [(4, 2), (2, 2), (4, 1), (2, 1)]
+    layouts = [
+        Layout(encoder_dp=encoder, language_dp=language, language_pp=ranks // language)
+        for encoder, language in wanted
+        if encoder and language and not (encoder % language and language % encoder)
+        if (ranks := world_size - encoder) > 0 and not ranks % language
+        if not options.micro_batch_size % max(encoder, language)
+    ]
+    if not layouts:
+        exit_with(
+            f"no such layout on {world_size} ranks: give both --encoder-dp and --language-dp, one "
+            f"a multiple of the other and both dividing --micro-batch-size "
+            f"{options.micro_batch_size}; the ranks that the encoder leaves must be a multiple of "
+            f"--language-dp"
+        )
+    return layouts[:2]
+
+
+def exit_with(message: str) -> None:
+    """End this rank as argparse does; torchrun ends all ranks once one has failed."""
+    if IS_MAIN:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)
+    sys.exit(2)
+
+
+# -- what it tells ---------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    """Progress, kept out of the table's way."""
+    if IS_MAIN:
+        print(text, file=sys.stderr, flush=True)
+
+
+HEADER = (
+    *("DP", "skew", "largest/mean, slices", "assigned"),
+    *("Megatron ms", "slices ms", "assigned ms", "slices/Megatron", "assigned/slices", "goal"),
+)
+
+
+def row(found: Measurement) -> list[str]:
+    """A line of the table."""
+    ways = found.case.ways
+    imbalance = [f"{statistics.median(found.imbalance[way]):.2f}" for way in (SLICES, ASSIGNED)]
+    times = [
+        f"{1e3 * statistics.median(found.seconds[way]):.0f}" if way in ways else "cannot"
+        for way in (MEGATRON, SLICES, ASSIGNED)
+    ]
+    ours = with_interval(found.ratios(SLICES, MEGATRON)) if MEGATRON in ways else "-"
+    gain = with_interval(found.ratios(ASSIGNED, SLICES))
+    layout, goal = str(found.case.layout), f"<= {found.goal:.3f}"
+    return [layout, found.case.skew, *imbalance, *times, ours, gain, goal]
+
+
+def verdicts(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """How many lines of the table reach the goals."""
+    by_skew = sorted(measurements, key=lambda found: SKEWS.index(found.case.skew))
+    for skew, group in itertools.groupby(by_skew, key=lambda found: found.case.skew):
+        lines = [(found.ratios(ASSIGNED, SLICES), found.goal) for found in group]
+        reached = sum(statistics.median(ratios) <= goal for ratios, goal in lines)
+        missed = sum(interval(ratios)[0] > goal for ratios, goal in lines)
+        limit = f"{EVEN_GOAL}" if skew == "none" else f"{SKEWED_GOAL} x mean / largest"
+        yield (
+            f"{skew} skew: assigned <= {limit} x slices in {reached} of {len(lines)} lines, and "
+            f"slower beyond the noise in {missed}"
+        )
+
+
+if __name__ == "__main__":
+    main()

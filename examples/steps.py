@@ -1,0 +1,244 @@
+"""What benchmark_step.py runs on every rank: a model whose encoder may sleep, data, steps."""
+
+import os
+import random
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from megatron.core.models.mimo import MimoModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel.multimodule_communicator import (
+    MultiModulePipelineCommunicator,
+)
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_without_interleaving,
+)
+from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
+
+from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+
+VISION = "vision"
+MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
+PATCHES, PATCH_DIM, TEXT = 2, 16, 4
+IMAGE, VOCABULARY = 31, 32
+SIGMA = {"mild": 0.5, "strong": 1.0, "sorted": 1.0}
+MOST = 16  # images of a sample
+EVEN = 3  # of each sample without skew
+
+
+def machine(options: Namespace) -> str:
+    """What the figures were measured on."""
+    ranks, versions = dist.get_world_size(), f"torch {torch.__version__}"
+    where = f"{ranks} CPU ranks over gloo on {os.cpu_count()} cores"
+    if dist.get_backend() == "nccl":
+        where = f"{ranks} ranks over NCCL, {torch.cuda.get_device_name()}"
+    work = f"real encoders of width {options.encoder_hidden}"
+    if options.encoder == "sleeping":
+        work = f"encoders that sleep {options.milliseconds:g} ms an image, backward twice that"
+    return f"{where}, {versions}; {work}"
+
+
+@frozen
+class Microbatch:
+    """Samples of all ranks: ``counts`` images each, ``images`` [image, patch, number], ``tokens``.
+
+    Made on the host, as a data loader would; each rank moves what it reads.
+    """
+
+    counts: Sequence[int]
+    images: torch.Tensor
+    tokens: torch.Tensor
+
+
+def draw(samples: int, number: int, skew: str, seed: int) -> list[Microbatch]:
+    """The microbatches of a step, the same on every rank."""
+    dice = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(number):
+        counts = [EVEN] * samples
+        if skew in SIGMA:
+            counts = [min(MOST, int(dice.lognormvariate(0.6, SIGMA[skew]))) for _ in counts]
+        if skew == "sorted":
+            counts.sort(reverse=True)
+        images = torch.randn((sum(counts), PATCHES, PATCH_DIM), generator=generator, device="cpu")
+        shape = samples, MOST * PATCHES + TEXT
+        tokens = torch.randint(IMAGE, shape, generator=generator, device="cpu")
+        for row, count in zip(tokens, counts, strict=True):
+            row[: count * PATCHES] = IMAGE
+        found.append(Microbatch(counts, images, tokens))
+    return found
+
+
+class _Sleep(torch.autograd.Function):
+    """Takes time and no core, forward and twice as long backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, seconds: float) -> torch.Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(2 * ctx.seconds)
+        return grad, None
+
+
+def fall_asleep(model: MimoModel, seconds: float) -> None:
+    """Have the encoder on this rank take so long for each image."""
+    for name, module in model.modality_submodules.items():
+        assert name == VISION
+        module.encoders["transformer"].register_forward_hook(
+            lambda encoder, images, hidden: (
+                _Sleep.apply(hidden, seconds * len(images[0])) if images else hidden
+            )
+        )
+
+
+@frozen
+class Bench:
+    """A model on this rank, and the three ways to take a step with it."""
+
+    infra: MegatronMIMOInfra
+    model: MimoModel
+    coordinator: MultiModuleCoordinator
+    communicators: Mapping[str, MultiModulePipelineCommunicator]
+    optimizer: Any
+    options: Namespace
+
+    @classmethod
+    def build(cls, modules: Mapping[str, ModuleParallelism], options: Namespace) -> "Bench":
+        """Grids, model, coordinator, both communicators."""
+        infra = MegatronMIMOInfra.build(modules)
+        sleeping = options.encoder == "sleeping"
+        shape = ModelShape(
+            encoders={
+                VISION: EncoderShape(
+                    patches=PATCHES,
+                    patch_dim=PATCH_DIM,
+                    token_id=IMAGE,
+                    layers=1 if sleeping else 4,
+                    hidden=16 if sleeping else options.encoder_hidden,
+                )
+            },
+            language=LanguageShape(
+                vocabulary=VOCABULARY,
+                sequence=MOST * PATCHES + TEXT,
+                layers=modules[LANGUAGE].pipeline_model_parallel_size,
+                hidden=32,
+            ),
+            per_token={VISION: True, LANGUAGE: True},
+        )
+        prepare: Callable[[MimoModel], None] = lambda model: None  # noqa: E731
+        if sleeping:
+            prepare = partial(fall_asleep, seconds=options.milliseconds / 1e3)
+        grids, groups = infra.module_to_grid_map, infra.pg_collections
+        model = build_model(shape, grids, groups, prepare=prepare)
+        coordinator = MultiModuleCoordinator(infra, model)
+        optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4))
+        coordinator.attach(model.config, optimizer)
+        ours = coordinator.build_pipeline_communicator(model.config)
+        megatrons = MultiModulePipelineCommunicator(
+            grids,
+            infra.topology,
+            model.config,
+            dim_mapping={"s": 0, "b": 1, "h": 2},
+            module_output_ndim=infra.module_output_ndim,
+        )
+        ways = {MEGATRON: megatrons, SLICES: ours, ASSIGNED: ours}
+        return cls(infra, model, coordinator, ways, optimizer, options)
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error == (None, None, None):
+            dist.barrier()
+            self.model.destroy()
+            self.infra.destroy()
+
+    def measure(self, ways: Sequence[str], skew: str) -> dict[str, Any]:
+        """Rounds of each way in turns, each round on new data; one before that is not counted."""
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        imbalance: dict[str, list[float]] = {SLICES: [], ASSIGNED: []}
+        for index in range(-1, self.options.rounds):
+            data = draw(
+                self.options.micro_batch_size, self.options.microbatches, skew, seed=100 + index
+            )
+            for turn in range(len(ways)):
+                way = ways[(turn + index) % len(ways)]  # each as often after each
+                taken, loads = self._step(way, data)
+                if index >= 0:
+                    seconds[way].append(taken)
+                    if way in imbalance:
+                        of_ranks = [sum(load) for load in zip(*loads, strict=True)]
+                        imbalance[way].append(max(of_ranks) / statistics.mean(of_ranks))
+        return {"seconds": seconds, "imbalance": imbalance}
+
+    def _step(self, way: str, data: list[Microbatch]) -> tuple[float, list[Sequence[float]]]:
+        """Seconds of the slowest rank, and the loads of the encoder's ranks in each microbatch."""
+        loads: list[Sequence[float]] = []
+        dist.barrier()
+        start = time.perf_counter()
+        self.coordinator.zero_grad_buffer()
+        forward_backward_pipelining_without_interleaving(
+            forward_step_func=partial(self._forward, way, loads),
+            data_iterator=iter(data),
+            model=[self.model],
+            num_microbatches=len(data),
+            seq_length=MOST * PATCHES + TEXT,
+            micro_batch_size=self.options.micro_batch_size,
+            p2p_communicator=self.communicators[way],
+            pg_collection=self.coordinator.schedule_pg_collection,
+        )
+        self.optimizer.step()
+        torch.cuda.synchronize()
+        taken = torch.tensor(time.perf_counter() - start, device="cuda")
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        return taken.item(), loads
+
+    def _forward(
+        self, way: str, loads: list[Sequence[float]], data: Iterator[Microbatch], model: MimoModel
+    ) -> Any:
+        microbatch = next(data)
+        counts, samples = microbatch.counts, self.options.micro_batch_size
+        here = next(iter(self.coordinator.gradient_scaling_factors))
+        share = self.coordinator.data_parallel_slice(samples, here)
+        starts = [sum(counts[:sample]) for sample in range(samples)]
+        tokens_of_images = [[PATCHES] * count for count in counts]
+        if way == ASSIGNED:
+            assignment = self.coordinator.assign_images(VISION, tokens_of_images)
+            loads.append(assignment.loads)
+            local = assignment.local
+        else:
+            dp = self.infra.module_to_grid_map[VISION].size
+            each = samples // dp
+            loads.append([sum(counts[rank * each : (rank + 1) * each]) for rank in range(dp)])
+            local = [(s, i) for s in range(samples)[share] for i in range(counts[s])]
+        inputs = None
+        if here == VISION and local:
+            images = microbatch.images[[starts[sample] + image for sample, image in local]]
+            inputs = {VISION: {"images": images.to("cuda", non_blocking=True)}}
+        tokens = microbatch.tokens[share].to("cuda", non_blocking=True)
+        labels, mask = tokens.roll(-1, 1), (tokens != IMAGE).float()
+        output, mask = model(
+            input_ids=tokens,
+            position_ids=torch.arange(tokens.shape[1], device="cuda").expand_as(tokens),
+            labels=labels,
+            loss_mask=mask,
+            modality_inputs=inputs,
+        )
+        return output, partial(_loss, mask)
+
+
+def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    total, number = (losses * mask).sum(), mask.sum()
+    return total, number.int(), {"loss": torch.stack((total.detach(), number))}
