@@ -76,7 +76,14 @@ def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_
 
 
 @pytest.mark.parametrize(
-    "example", ["train_digits_vlm", "benchmark_finalize", "compare_layouts", "predict_and_measure"]
+    "example",
+    [
+        "train_digits_vlm",
+        "benchmark_finalize",
+        "compare_layouts",
+        "predict_and_measure",
+        "benchmark_step",
+    ],
 )
 def test_help_explains_without_torchrun(example):
     done = start(sys.executable, f"examples/{example}.py", "--help", timeout=60)

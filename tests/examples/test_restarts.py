@@ -127,6 +127,7 @@ def make_checkpoint(folder: Path, step: int, **settings: object) -> None:
         "loss": "per-token",
         "global_batch_size": 256,
         "micro_batch_size": 64,
+        "images_per_sample": 1,
         "vision_layers": 2,
         "language_layers": 2,
         "distributed_optimizer": False,
