@@ -8,7 +8,7 @@ from attrs import evolve, field, frozen
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 from megatron_mimo_coord.planning.choices import Room, choices, side_by_side
 from megatron_mimo_coord.planning.memory import StageMemory
-from megatron_mimo_coord.planning.search import Proposal, Task, cost, least_memory
+from megatron_mimo_coord.planning.search import Proposal, Task, cost, least_memory, propose
 
 MOST_GPUS = 2**16  # that are looked at for how many would do
 GB = 1e9
@@ -129,11 +129,7 @@ def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int 
 
 def _shortages(layout: Proposal, task: Task) -> Iterator[str]:
     """What a rank of each module lacks."""
-    sizes = ", ".join(
-        f"{name} TP {module.shape[0]} x PP {module.shape[3]} x DP {module.shape[2]}"
-        for name, module in layout.modules.items()
-    )
-    yield f"closest is {sizes}, with {layout.micro_batch_size} samples a microbatch"
+    yield f"closest is {in_words(layout)}"
     for name in layout.modules:
         held, stage = max(
             (total, stage)
@@ -153,20 +149,33 @@ def _parts(held: StageMemory) -> str:
 
 
 def _what_would_do(task: Task) -> Iterator[str]:
-    """The fewest GPUs on which each module fits, if that many are enough."""
-    room = evolve(task.room, gpus=MOST_GPUS)
-    for name, found in _options(task, room).items():
-        fit = [choice for least, choice in found if least <= task.memory_bytes]
-        if not fit:
-            fullest = min(least for least, _ in found) if found else inf
+    """The fewest nodes on which a layout fits, as far as each module's memory tells."""
+    options = _options(task, evolve(task.room, gpus=MOST_GPUS))
+    for name, found in options.items():
+        if not any(least <= task.memory_bytes for least, _ in found):
+            fullest = min((least for least, _ in found), default=inf)
             yield (
                 f"{name} fits on no number of GPUs: its fullest rank holds {fullest / GB:.1f} GB "
                 f"at least; recompute activations, use the distributed optimizer, or rent GPUs "
                 f"with more memory"
             )
             return
-    chosen = _smallest(_options(task, room), task.memory_bytes)
-    if chosen:
-        ranks = sum(module.size for module in chosen.values())
-        nodes = -(-ranks // task.room.gpus_per_node)
-        yield f"{nodes * task.room.gpus_per_node} GPUs may do: each module fits by itself"
+    chosen = _smallest(options, task.memory_bytes)
+    if not chosen:
+        return
+    ranks = sum(module.size for module in chosen.values())
+    gpus = -(-ranks // task.room.gpus_per_node) * task.room.gpus_per_node
+    for more in (1, 2, 4):
+        room = evolve(task.room, gpus=gpus * more)
+        if room.gpus > task.room.gpus and (fit := propose(evolve(task, room=room), 1)):
+            yield f"{fit[0].allocated} GPUs would do: {in_words(fit[0])}"
+            return
+
+
+def in_words(layout: Proposal) -> str:
+    """A layout and its microbatch, in a line."""
+    sizes = ", ".join(
+        f"{name} TP {module.shape[0]} x PP {module.shape[3]} x DP {module.shape[2]}"
+        for name, module in layout.modules.items()
+    )
+    return f"{sizes}, with a microbatch of {layout.micro_batch_size}"

@@ -53,7 +53,7 @@ class Inputs:
         model, layout, costs = reading.model, reading.layout, reading.costs
         assert model, "there are no problems"
         batch, samples = reading.job["global_batch_size"], reading.job.get("micro_batch_size")
-        gpus = options.gpus or ranks_taken(pack(layout.modules).values() if layout else ())
+        gpus = options.gpus or _whole_nodes(layout, options.gpus_per_node)
         cluster = _cluster(options, costs)
         task = Task(
             sizes=model.sizes,
@@ -131,8 +131,17 @@ class _Reading:
                 yield from sharding_problems(name, sizes, layout.modules[name])
             else:
                 yield Problem(f"the layout has no module {name}, which the model has: add [{name}]")
-        for name in layout.modules.keys() - self.model.sizes.keys():
-            yield Problem(f"the model has no module {name}", (name, ""))
+        for name, module in layout.modules.items():
+            if name not in self.model.sizes:
+                yield Problem(f"the model has no module {name}; remove it", (name, ""))
+            known = self.costs.costs.get(name) if self.costs else None
+            stages = known.layers_per_stage if known else None
+            if stages is not None and len(stages) != module.pipeline_model_parallel_size:
+                yield Problem(
+                    f"{name} has PP {module.pipeline_model_parallel_size}, but its costs are of "
+                    f"{len(stages)} stages: leave layers_per_stage out of {self.options.costs}",
+                    (name, "pipeline_model_parallel_size"),
+                )
 
     def _of_costs(self, model: ModelFile, costs: CostsFile) -> Iterator[Problem]:
         for name in costs.costs.keys() - model.sizes.keys() if not model.problems else ():
@@ -165,6 +174,11 @@ class _Reading:
                 f"global_batch_size {batch} is not a multiple of micro_batch_size {samples}; "
                 f"change one of the two"
             )
+
+
+def _whole_nodes(layout: LayoutFile, gpus_per_node: int) -> int:
+    """GPUs of the nodes that a layout takes."""
+    return -(-ranks_taken(pack(layout.modules).values()) // gpus_per_node) * gpus_per_node
 
 
 def _cluster(options: argparse.Namespace, costs: CostsFile | None) -> Cluster:

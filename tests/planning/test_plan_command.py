@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from attrs import NOTHING, fields_dict
+from cases import Case
 from ranks import world
 
 from megatron_mimo_coord import read_layout
@@ -109,6 +110,22 @@ def test_what_is_written_runs_and_costs_the_same(ask, tmp_path, capsys):
     assert ElementTree.parse("step.svg").getroot().tag.endswith("svg")
 
 
+def test_the_written_layout_trains_on_real_ranks(ask):
+    """Two layers and two heads, as the tests' own model has."""
+    small = MODEL.replace("num_layers = 4", "num_layers = 2").replace("heads = 4", "heads = 2")
+    asked = ("--gpus", "4", "--gpus-per-node", "2", "--global-batch-size", "8", "--json")
+    found = json.loads(
+        ask(small.replace("heads = 8", "heads = 2"), *asked, "--write", "best.toml")[1]
+    )
+    layout, best = read_layout("best.toml"), found["proposals"][0]
+    case = Case(
+        modules=layout,
+        micro_batch_size=best["micro_batch_size"],
+        num_microbatches=min(best["num_microbatches"], 3),
+    )
+    assert min(world(best["gpus"]).run("cases:check", case)) > 0
+
+
 def test_measured_costs_replace_estimates(ask):
     options = (*ASKED, "--costs", "costs.toml", "--json", "--count", "1")
     (best,) = json.loads(ask(MODEL, *options, costs=COSTS)[1])["proposals"]
@@ -120,9 +137,10 @@ def test_the_batch_may_stand_in_the_layout(ask):
     layout = "global_batch_size = 8\nmicro_batch_size = 4\n[vision]\n[language]\n"
     code, shown, _ = ask(MODEL, "--layout", "layout.toml", layout=layout)
     assert code == 0
-    assert "2 GPUs, 8 a node; 8 samples a step; the layout as given" in shown
+    assert "8 GPUs, 8 a node; 8 samples a step; the layout as given" in shown
     known = json.loads(ask(MODEL, "--layout", "layout.toml", "--json", layout=layout)[1])
     assert known["proposals"][0]["num_microbatches"] == 2
+    assert known["proposals"][0]["empty_gpus"] == 6
 
 
 def test_what_is_closest_and_why(ask):
@@ -135,6 +153,15 @@ def test_what_is_closest_and_why(ask):
     found = json.loads(shown)
     assert found["proposals"] == []
     assert found["closest"]["headroom_bytes"] < 0
+
+
+def test_as_many_gpus_as_are_said_to_do_do(ask):
+    tight = ("--gpus", "4", "--gpus-per-node", "4", "--global-batch-size", "12", "--memory", "60MB")
+    code, _, complaints = ask(MODEL, *tight, "--reserve", "1MB")
+    assert code == 2
+    (line,) = [line for line in complaints.splitlines() if "would do" in line]
+    number = line.split()[1]
+    assert ask(MODEL, "--gpus", number, *tight[2:], "--reserve", "1MB")[0] == 0
 
 
 def test_all_problems_are_listed_with_their_places(ask):
@@ -203,12 +230,16 @@ def test_what_is_wrong_is_said_with_exit_code_2(ask, model, options, message):
         ("[vision]\ndata_parallel_size = 5\n[language]\n", "layout.toml:2 [vision] data_parallel_size: global_batch_size 12 is not divisible by the DP 5"),
         ("[language]\n", "the layout has no module vision, which the model has"),
         ("[vision]\n[audio]\n[language]\n", "layout.toml:2 [audio]: the model has no module audio"),
+        ("[vision]\npipeline_model_parallel_size = 4\n[language]\n", "layout.toml:2 [vision] pipeline_model_parallel_size: vision has PP 4, but its costs are of 2 stages"),
         ("[vision]\ndata_parallel_size = 12\n[language]\n", "the layout takes 13 ranks, but --gpus is 8"),
     ],
 )  # fmt: skip
 def test_a_layout_that_does_not_fit_the_model(ask, layout, message):
     options = (*ASKED, "--micro-batch-size", "12", "--layout", "layout.toml")
-    code, shown, complaints = ask(MODEL, *options, layout=layout)
+    costs = COSTS.replace("[language]", "layers_per_stage = [1, 3]\n[language]")
+    code, shown, complaints = ask(
+        MODEL, *options, "--costs", "costs.toml", layout=layout, costs=costs
+    )
     assert (code, shown) == (2, "")
     assert message in complaints
 
