@@ -175,7 +175,16 @@ def parse_options(description: str = "") -> argparse.Namespace:
         metavar="FILE",
         help="write one JSON line a step with the loss and the gradient norm, at full precision",
     )
+    output.add_argument(
+        "--timeline",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="record what every rank does in the last three steps: a trace for Perfetto, a table "
+        "at the end, and costs.toml beside the trace for mimo-plan",
+    )
     optional = ("vision_rank_offset", "language_rank_offset", "eval_interval", "plot", "log_losses")
+    optional += ("timeline",)
     optional += ("layout", "save", "save_interval", "load")
     defaults = argparse.Namespace(**dict.fromkeys(optional))
     options = parser.parse_args(namespace=defaults)

@@ -60,10 +60,16 @@ def main() -> None:
         steps = digits_report.with_progress(steps, options.steps)
         if options.log_losses:
             steps = digits_report.with_log(steps, options.log_losses, done)
+    left, recording = options.steps - done, None
+    if options.timeline and left > 0:
+        last = range(max(left - 3, 0), left)
+        recording = trainer.coordinator.record_timeline(options.timeline, last)
     history = list(steps)
     words = trainer.read(held_out.images)
     if IS_MAIN:
         digits_report.show_reading(held_out, words)
+        if recording:
+            print(f"\n{recording.summary}\n\nthe trace is in {options.timeline}")
         if options.plot:
             digits_report.plot(history, options.plot)
     trainer.destroy()

@@ -98,7 +98,8 @@ def to_toml(costs: Mapping[str, ModuleCosts]) -> str:
         lines.append(f"[{name}]")
         for field, value in asdict(module).items():
             if field.endswith("seconds_per_sample") or value != defaults[field]:
-                lines.append(f"{field} = {str(value).lower()}")
+                shown = f"{value:.6g}" if isinstance(value, float) else str(value).lower()
+                lines.append(f"{field} = {shown}")
         lines.append("")
     return "\n".join(lines)
 

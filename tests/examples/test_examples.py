@@ -30,9 +30,11 @@ def test_the_digits_model_learns(tmp_path):
         *TORCHRUN,
         *("--nproc-per-node", "4", "examples/train_digits_vlm.py", "--steps", "15"),
         *("--log-losses", str(log), "--plot", str(plot), "--eval-interval", "15"),
-        *("--layout", str(layout)),
+        *("--layout", str(layout), "--timeline", str(tmp_path / "timeline.json")),
     )
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^vision +\d+% +\d+% +\d+% +\d\.\d\d$", done.stdout, re.MULTILINE)
+    assert len(json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]) > 100
     assert re.search(r"^vision +0-1 .* 32 .*fan-in 2:1", done.stdout, re.MULTILINE)
     assert re.search(r"^language +2-3 +1 +1 +2 ", done.stdout, re.MULTILINE)
     assert re.search(r"step 15/15 +loss \d", done.stdout)
