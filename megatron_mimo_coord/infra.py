@@ -6,7 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from attrs import asdict, frozen
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo import MimoModel
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import (
     MultiModuleProcessGroupCollection,
@@ -207,6 +209,30 @@ class MegatronMIMOInfra:
             "post_process": self.is_last_stage(module_name),
             "pg_collection": self.pg_collections[module_name],
         }
+
+    def wrap_in_ddp(self, model: MimoModel, ddp_config: DistributedDataParallelConfig) -> None:
+        """Wrap each module on this rank in Megatron's DDP, over the module's own groups.
+
+        The same as ``DistributedDataParallel(config, ddp_config, module, pg_collection=...)`` for
+        each, where modules need no settings of their own. ``Float16Module`` goes around a module
+        before, or around the model.
+
+        Args:
+            model: the model, on its device; what is frozen is frozen already.
+            ddp_config: settings of every module's DDP.
+        """
+        for name in self.participating_modules:
+            is_language = name == LANGUAGE
+            parent = model if is_language else model.modality_submodules
+            attribute = "language_model" if is_language else name
+            module = getattr(parent, attribute)
+            ddp = DistributedDataParallel(
+                getattr(module, "config", model.config),
+                ddp_config,
+                module,
+                pg_collection=self.pg_collections[name],
+            )
+            setattr(parent, attribute, ddp)
 
     def destroy(self) -> None:
         """Give every process group back, those of the bridges between the grids included.
