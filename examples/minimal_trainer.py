@@ -116,5 +116,5 @@ if __name__ == "__main__":
     has_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if has_gpus else enable_cpu_ranks()
     dist.init_process_group("nccl" if has_gpus else "gloo")
-    train(sys.argv[1] if sys.argv[1:] else "checkpoints", steps=50)
+    train(sys.argv[1] if sys.argv[1:] else "checkpoints", steps=30)
     dist.destroy_process_group()
