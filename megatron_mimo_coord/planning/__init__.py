@@ -4,7 +4,21 @@ This room imports neither torch nor Megatron, and of this package only ``layout`
 """
 
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.memory import StageMemory, layout_memory
+from megatron_mimo_coord.planning.model_file import read_model
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Span, StageShares, Timeline
 
-__all__ = ["Cluster", "ModuleCosts", "Span", "StageShares", "Timeline", "simulate_step"]
+__all__ = [
+    "Cluster",
+    "ModuleCosts",
+    "ModuleSizes",
+    "Span",
+    "StageMemory",
+    "StageShares",
+    "Timeline",
+    "layout_memory",
+    "read_model",
+    "simulate_step",
+]

@@ -1,5 +1,6 @@
 """Where no layout fits: which comes closest, and what it lacks."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from math import inf
 
@@ -57,10 +58,19 @@ def _options(task: Task, room: Room) -> dict[str, Options]:
 
 def _disjoint(task: Task, options: Mapping[str, Options]) -> dict[str, ModuleParallelism] | None:
     """Modules on ranks of their own, the fullest of which holds as little as can be."""
-    for limit in sorted({least for found in options.values() for least, _ in found}):
-        chosen = _smallest(options, limit)
-        if chosen and sum(module.size for module in chosen.values()) <= task.room.gpus:
-            return side_by_side(chosen, task.room.gpus_per_node)
+    limits = sorted({least for found in options.values() for least, _ in found})
+    first = bisect_left(limits, True, key=lambda limit: bool(_within(task, options, limit)))
+    chosen = _within(task, options, limits[first]) if first < len(limits) else None
+    return chosen and side_by_side(chosen, task.room.gpus_per_node)
+
+
+def _within(
+    task: Task, options: Mapping[str, Options], limit: float
+) -> dict[str, ModuleParallelism] | None:
+    """Modules that hold no more than a limit and that the GPUs suffice for."""
+    chosen = _smallest(options, limit)
+    if chosen and sum(module.size for module in chosen.values()) <= task.room.gpus:
+        return chosen
     return None
 
 

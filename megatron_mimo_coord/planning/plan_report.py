@@ -31,7 +31,14 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     )
     sizes = "TP PP DP EP" if has_experts else "TP PP DP"
     titles = ["", *(f"{name}\n{sizes}" for name in names), "micro\nbatch", "step\nseconds"]
-    titles += ["samples\n/s", "per GPU", "GPUs", "empty", *(f"{name}\nidle" for name in names)]
+    titles += [
+        "samples\n/s",
+        "per\nGPU",
+        "GPUs",
+        "ranks",
+        "empty",
+        *(f"{name}\nidle" for name in names),
+    ]
     titles += ["free\nGB"]
     table = [titles]
     for index, each in enumerate(proposals, 1):
@@ -43,7 +50,7 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
         row += [f"{each.micro_batch_size}", f"{each.timeline.seconds:.4g}"]
         row += [f"{each.samples_per_second:.4g}"]
         row += [f"{each.samples_per_second / each.allocated:.4g}", f"{each.allocated}"]
-        row += [str(each.allocated - each.gpus)]
+        row += ["shared" if each.is_colocated else "own", str(each.allocated - each.gpus)]
         row += [f"{each.idle(name) + each.waiting(name):.0%}" for name in names]
         row += [f"{each.headroom / GB:.1f}"]
         table.append(row)
@@ -79,6 +86,7 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
         "gpus": proposal.gpus,
         "allocated_gpus": proposal.allocated,
         "empty_gpus": proposal.allocated - proposal.gpus,
+        "colocated": proposal.is_colocated,
         "micro_batch_size": proposal.micro_batch_size,
         "num_microbatches": proposal.num_microbatches,
         "headroom_bytes": proposal.headroom,

@@ -18,7 +18,14 @@ from math import inf
 
 from attrs import evolve, frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, pack, ranks_taken
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    ModuleGrid,
+    ModuleParallelism,
+    is_colocated,
+    pack,
+    ranks_taken,
+)
 from megatron_mimo_coord.planning.activations import stage_activations
 from megatron_mimo_coord.planning.bounds import (
     Choice,
@@ -103,6 +110,11 @@ class Proposal:
     def grids(self) -> dict[str, ModuleGrid]:
         """Where each module lies."""
         return pack(self.modules)
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether several modules share all ranks."""
+        return len(self.modules) > 1 and is_colocated(self.grids.values())
 
     @property
     def num_microbatches(self) -> int:
