@@ -11,6 +11,7 @@ Vocabulary, kept everywhere in the package:
     replicas     R_m = DP x CP of module m, the group that Megatron's DDP reduces it over
     stage        one of the PP parts of a module; its ranks run the same layers
     bridge       the edge of the topology over which an encoder sends to the language model
+    link         a bridge, or the way from one stage of a module to the next
     fan-in       a bridge from more data-parallel ranks to fewer; fan-out is the reverse
     colocated    all modules on the same ranks; disjoint is the reverse
     slice        the equal, consecutive part of a microbatch's samples that a DP rank reads
