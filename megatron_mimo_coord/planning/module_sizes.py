@@ -86,6 +86,7 @@ class ModuleSizes:
             moe_shared_expert_intermediate_size, recompute_granularity, recompute_method,
             recompute_num_layers, recompute_modules, deallocate_pipeline_outputs, params_dtype: as
             in ``TransformerConfig``; a dtype is ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+            ``sequence_parallel`` counts where TP is above 1, as Megatron's trainers have it.
         vocab_size: words of a language model, with padding; tensor parallelism must divide it.
             None for an encoder.
         seq_length: tokens of a sample, of a language model. None for an encoder.

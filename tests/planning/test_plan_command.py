@@ -67,7 +67,7 @@ def test_layouts_are_listed_with_their_numbers(ask):
     code, shown, complaints = ask(MODEL, *ASKED)
     assert (code, complaints) == (0, "")
     assert "8 GPUs, 4 a node; 12 samples a step; the 10 best layouts" in shown
-    for title in ("TP PP DP", "seconds", "shared", "empty", "idle", "free"):
+    for title in ("TP PP DP", "seconds", "ranks", "empty", "idle", "free"):
         assert title in shown
     assert max(map(len, shown.partition("assumed:")[0].splitlines())) <= 120
     for assumed in ("a GPU achieves 400 TFLOP/s", "Korthikanti", "1F1B"):
