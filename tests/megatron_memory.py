@@ -131,8 +131,10 @@ def build_module(sizes: ModuleSizes, groups: Any, width: int) -> Any:
         1, **ranks, etp_rank=groups.expt_tp.rank(), force_reset_rng=True
     )
     dtype = DTYPES[sizes.params_dtype]
+    settings = _taken(TransformerConfig, sizes) | {"params_dtype": dtype, "pipeline_dtype": dtype}
+    settings["sequence_parallel"] = sizes.sequence_parallel and groups.tp.size() > 1
     config = TransformerConfig(
-        **_taken(TransformerConfig, sizes) | {"params_dtype": dtype, "pipeline_dtype": dtype},
+        **settings,
         bf16=sizes.params_dtype == "bf16",
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),

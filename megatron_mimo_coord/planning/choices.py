@@ -41,6 +41,12 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // each for each in small)})
 
 
+def is_bridgeable(left: ModuleParallelism, right: ModuleParallelism) -> bool:
+    """Whether one DP divides the other, so that a bridge can join two modules."""
+    sizes = left.data_parallel_size, right.data_parallel_size
+    return max(sizes) % min(sizes) == 0
+
+
 def choices(name: str, sizes: ModuleSizes, room: Room) -> Iterator[ModuleParallelism]:
     """Every way to lay out a module: sizes that divide, tensor parallelism inside a node.
 

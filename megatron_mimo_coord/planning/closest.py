@@ -7,7 +7,7 @@ from math import inf
 from attrs import evolve, field, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
-from megatron_mimo_coord.planning.choices import Room, choices, side_by_side
+from megatron_mimo_coord.planning.choices import Room, choices, is_bridgeable, side_by_side
 from megatron_mimo_coord.planning.memory import StageMemory
 from megatron_mimo_coord.planning.search import Proposal, Task, cost, least_memory, propose
 
@@ -86,12 +86,8 @@ def _smallest(options: Mapping[str, Options], limit: float) -> dict[str, ModuleP
         if not fit:
             return None
         chosen[name] = min(fit, key=lambda choice: (choice.size, choice.data_parallel_size))
-    replicas = chosen[LANGUAGE].data_parallel_size
-    for module in chosen.values():
-        dp = module.data_parallel_size
-        if max(dp, replicas) % min(dp, replicas):
-            return None
-    return chosen
+    language = chosen[LANGUAGE]
+    return chosen if all(is_bridgeable(each, language) for each in chosen.values()) else None
 
 
 def _colocated(options: Mapping[str, Options]) -> dict[str, ModuleParallelism] | None:
@@ -110,7 +106,7 @@ def _colocated(options: Mapping[str, Options]) -> dict[str, ModuleParallelism] |
                 for each in found
                 if each[1].size == language.size
                 and each[1].pipeline_model_parallel_size == 1
-                and _divide(each[1].data_parallel_size, language.data_parallel_size)
+                and is_bridgeable(each[1], language)
             ]
             if not fit:
                 break
@@ -120,10 +116,6 @@ def _colocated(options: Mapping[str, Options]) -> dict[str, ModuleParallelism] |
             if total < least:
                 best, least = chosen, total
     return best and {name: evolve(best[name], rank_offset=0) for name in options}
-
-
-def _divide(left: int, right: int) -> bool:
-    return max(left, right) % min(left, right) == 0
 
 
 def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int | None:

@@ -34,7 +34,13 @@ from megatron_mimo_coord.planning.bounds import (
     disjoint_bound,
     fastest,
 )
-from megatron_mimo_coord.planning.choices import Room, choices, divisors, side_by_side
+from megatron_mimo_coord.planning.choices import (
+    Room,
+    choices,
+    divisors,
+    is_bridgeable,
+    side_by_side,
+)
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.memory import (
     StageMemory,
@@ -86,7 +92,7 @@ class Task:
         return all(sizes.use_distributed_optimizer for sizes in self.sizes.values())
 
 
-@frozen(slots=False)
+@frozen(eq=False)
 class Proposal:
     """A layout and what it costs.
 
@@ -315,13 +321,15 @@ class Search:
     def smaller(self, branch: Branch) -> Iterator[Branch]:
         """A branch for each choice of the next encoder."""
         name = self.encoders[len(branch.chosen) - 1]
-        replicas = branch.chosen[LANGUAGE].replicas
+        language = branch.chosen[LANGUAGE].parallelism
         for choice in (self.colocated if branch.colocated else self.disjoint)[name]:
             if branch.colocated and choice.gpus != branch.gpus:
                 continue
             if not branch.colocated and branch.gpus + choice.gpus > self.task.room.gpus:
                 return  # the others are larger still
-            if branch.samples % choice.replicas == 0 and _divide(choice.replicas, replicas):
+            if branch.samples % choice.replicas == 0 and is_bridgeable(
+                choice.parallelism, language
+            ):
                 yield evolve(branch, chosen={**branch.chosen, name: choice})
 
     def bound(self, branch: Branch) -> float:
@@ -392,11 +400,6 @@ def _at_most(steps: Sequence[tuple[int, float]], gpus: int) -> float:
     """Seconds of a sample on so many GPUs or fewer; infinite if they are too few."""
     index = bisect_right(steps, (gpus, inf))
     return steps[index - 1][1] if index else inf
-
-
-def _divide(left: int, right: int) -> bool:
-    """Whether one of two numbers divides the other."""
-    return max(left, right) % min(left, right) == 0
 
 
 def least_memory(task: Task, name: str, parallelism: ModuleParallelism) -> float:
