@@ -23,6 +23,7 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
 from megatron_mimo_coord.bridges.token_counts import TokenCounts, fan_in_ratios
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
 from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.module import ModuleGradients
@@ -76,6 +77,10 @@ class MultiModuleCoordinator:
             ``HeteroTopology``.
         model: the ``MimoModel``, its submodules wrapped in Megatron's ``DistributedDataParallel``;
             ``Float16Module`` may be around it, around its submodules, or both.
+
+    A mixture-of-experts encoder's auxiliary loss follows the layout: each replica adds its own to
+    the gradient, and the sum over the encoder's replicas is divided by the language model's, or by
+    the tokens of the step. A warning says so once.
 
     Raises:
         ValueError: the layout cannot run, the model lacks a module or its DDP, or ranks disagree;
@@ -654,13 +659,19 @@ class MultiModuleCoordinator:
             pg_collection,
             job.gradient_scaling_factors[name],
         )
-        is_after = isinstance(module.scaling, ScalingAfterReduction)
-        if is_after and job.rank == self._grids[name].rank_offset:
-            logger.warning(
-                "module %s: this Megatron-Core does not scale its gradient buckets as 0.19 does; "
-                "its gradients are scaled in a pass of their own after the reduction",
-                name,
-            )
+        if job.rank == self._grids[name].rank_offset:
+            remarks = [
+                auxiliary_loss_remark(
+                    module.ddp, self._grids[name], self._grids[LANGUAGE], job.per_token
+                )
+            ]
+            if isinstance(module.scaling, ScalingAfterReduction):
+                remarks.append(
+                    f"module {name}: this Megatron-Core does not scale its gradient buckets as "
+                    f"0.19 does; its gradients are scaled in a pass of their own"
+                )
+            for remark in filter(None, remarks):
+                logger.warning("%s", remark)
         return module
 
     def _hooks_for(self, optimizer: Any) -> dict[str, Any]:

@@ -110,6 +110,30 @@ def needs_global_state(ddp: DistributedDataParallel) -> bool:
     )
 
 
+def auxiliary_loss_remark(
+    ddp: DistributedDataParallel, grid: ModuleGrid, language: ModuleGrid, per_token: bool
+) -> str:
+    """What a mixture-of-experts encoder's auxiliary loss weighs, if it has one.
+
+    It is no part of the one loss whose gradient the coordinator makes: each replica adds the
+    gradient of its own to what flows back from the language model, and is scaled like it.
+    """
+    config = ddp.config
+    given = config.moe_aux_loss_coeff
+    coefficients = [*given] if isinstance(given, list) else [given]
+    coefficients.append(config.moe_z_loss_coeff or 0.0)
+    if grid.name == LANGUAGE or not config.num_moe_experts or not any(coefficients):
+        return ""
+    divisor = (
+        "the tokens of the step" if per_token else f"{language.replicas} of the language model"
+    )
+    return (
+        f"module {grid.name}: the auxiliary loss of its mixture of experts follows the layout: a "
+        f"sum over its {grid.replicas} replicas, divided by {divisor}; adapt moe_aux_loss_coeff "
+        f"and moe_z_loss_coeff where you change its data_parallel_size"
+    )
+
+
 def _gather_problems(name: str, settings: Any) -> list[str]:
     """Parameters are gathered as a step begins, when the gradients have been zeroed."""
     if not settings.overlap_param_gather:

@@ -215,6 +215,14 @@ def test_bf16_with_fp32_reduction(layout, where):
     assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
 
 
+def test_ranks_with_and_without_images_send_the_same_dtype():
+    # Float16Module makes fp32 of the output of the rank that has images.
+    case = Case(
+        modules=LAYOUTS["colocated"], wrap="submodules", images={"vision": (((1, 1, 0, 0),),)}
+    )
+    assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
+
+
 # -- drawn layouts ---------------------------------------------------------------------------------
 
 
