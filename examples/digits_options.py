@@ -150,6 +150,12 @@ def parse_options(description: str = "") -> argparse.Namespace:
         help="reduce gradients while backward still computes others",
     )
 
+    training.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="on CPU ranks that demand what NCCL demands: what would hang on GPUs is an error",
+    )
+
     add_checkpoint_options(parser)
 
     output = parser.add_argument_group("output")

@@ -6,17 +6,21 @@ import torch
 import torch.distributed as dist
 
 
-def start_ranks() -> None:
-    """Join the other ranks: on a GPU each if this machine has as many, else on its CPU."""
-    backend = "gloo"
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+def start_ranks(rehearse: bool = False) -> None:
+    """Join the other ranks: on a GPU each if this machine has as many, else on its CPU.
+
+    Args:
+        rehearse: on the CPU in any case, where ranks then demand what NCCL demands.
+    """
+    backend = "nccl"
+    if not rehearse and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl"
     else:
         from megatron_mimo_coord.cpu import enable_cpu_ranks
 
-        enable_cpu_ranks()
+        enable_cpu_ranks(rehearse)
         torch.set_num_threads(1)  # the ranks already share the cores
+        backend = "nccl" if rehearse else "gloo"
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # torchrun starts ranks again with the same store: apart from where lost ones left addresses

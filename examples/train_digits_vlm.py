@@ -42,7 +42,7 @@ def main() -> None:
         from digits_trainer import Trainer, model_shape, train
         from job import start_ranks
 
-        start_ranks()
+        start_ranks(options.rehearse)
         trainer = Trainer.build(parallelism(options), model_shape(options, HIDDEN, HEADS), options)
     done = 0
     if options.load:

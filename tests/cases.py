@@ -192,7 +192,8 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
         name: torch.randn((sum(counts[name]), PATCHES, PATCH_DIM), generator=generator)
         for name in case.encoders
     }
-    return Microbatch(microbatch, tokens, mask.float(), images, counts)
+    images = {name: drawn.cuda() for name, drawn in images.items()}
+    return Microbatch(microbatch, tokens.cuda(), mask.float().cuda(), images, counts)
 
 
 def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
@@ -244,9 +245,11 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     try:
         for step in range(case.steps):
             if case.evaluate:
-                run_schedule(case, wrapped, coordinator, communicator, step + 1, forward_only=True)
+                run_schedule(
+                    case, wrapped, coordinator, communicator, _data(case, step + 1), forward_only=True
+                )
             coordinator.zero_grad_buffer()
-            losses = run_schedule(case, wrapped, coordinator, communicator, step)
+            losses = run_schedule(case, wrapped, coordinator, communicator, _data(case, step))
             yield infra, model, coordinator.reduce_losses(losses)
             if optimizer is not None:
                 optimizer.step()
@@ -278,13 +281,13 @@ def run_schedule(
     model: Any,
     coordinator: MultiModuleCoordinator,
     communicator: Any,
-    step: int,
+    data: Iterator[Microbatch],
     forward_only: bool = False,
 ) -> Any:
-    """Megatron's own schedule on a step's data; what it returns."""
+    """Megatron's own schedule on the microbatches of a step; what it returns."""
     return forward_backward_pipelining_without_interleaving(
         forward_step_func=partial(_forward_step, case, coordinator),
-        data_iterator=_data(case, step),
+        data_iterator=data,
         model=[model],
         num_microbatches=case.num_microbatches,
         seq_length=case.sequence,
@@ -355,7 +358,7 @@ def _forward_step(
     tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
     output, mask = model(
         input_ids=tokens,
-        position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
+        position_ids=torch.arange(tokens.shape[1]).cuda().expand_as(tokens),
         labels=tokens.roll(-1, 1),
         loss_mask=mask,
         modality_inputs=inputs,
@@ -446,7 +449,7 @@ class Oracle:
             tokens = microbatch.tokens
             losses, _ = self.model(
                 input_ids=tokens,
-                position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
+                position_ids=torch.arange(tokens.shape[1]).cuda().expand_as(tokens),
                 labels=tokens.roll(-1, 1),
                 modality_inputs={
                     name: {"images": images} if len(images) else None

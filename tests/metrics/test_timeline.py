@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import PATCHES, Case, built, optimizer_of, run_schedule
+from cases import PATCHES, Case, _data, built, optimizer_of, run_schedule
 from layouts import COLOCATED, LAYOUTS, SHARDED, layout_name
 from ranks import world
 
@@ -28,9 +28,9 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
     recording = coordinator.record_timeline(path, range(1, 1 + STEPS), gpus_per_node=8)
     for step in range(4):
         coordinator.zero_grad_buffer()
-        run_schedule(case, model, coordinator, communicator, step)
+        run_schedule(case, model, coordinator, communicator, _data(case, step))
         optimizer.step()
-        run_schedule(case, model, coordinator, communicator, step, forward_only=True)
+        run_schedule(case, model, coordinator, communicator, _data(case, step), forward_only=True)
     assert before == [vars(owner).keys() for owner in owners], "nothing is left behind"
     assert not profiler_ranges.observers
     model.destroy()

@@ -1,0 +1,110 @@
+"""What one GPU can show: NCCL with one rank, which both modules share.
+
+    uv run pytest -m gpu
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case
+from layouts import OVERLAP, PER_TOKEN, SHARDED, VARYING, parallel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="no GPU here: NCCL, streams and CUDA graphs need one (tests/cpu rehearses NCCL's rules)",
+    ),
+]
+MODULES = {"vision": parallel(rank_offset=0), "language": parallel(rank_offset=0)}
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_digits_vlm.py"
+DDPS = {"plain": {}, "overlap": OVERLAP, "sharded": {**OVERLAP, **SHARDED}}
+
+
+@pytest.fixture(scope="module")
+def _nccl() -> Iterator[None]:
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_nccl")
+@pytest.mark.parametrize("ddp", DDPS.values(), ids=DDPS)
+def test_gradients_are_the_oracles(ddp):
+    case = Case(modules=MODULES, images=VARYING, steps=2, per_token=PER_TOKEN, ddp=ddp)
+    # A GPU adds up an embedding's gradient in any order.
+    assert cases.check(case, tolerance=1e-4) > 0
+
+
+@pytest.mark.usefixtures("_nccl")
+@pytest.mark.parametrize("ddp", DDPS.values(), ids=DDPS)
+def test_a_step_never_waits_for_the_device(ddp):
+    case = Case(modules=MODULES, steps=1, per_token=PER_TOKEN, ddp=ddp, no_optimizer=True)
+    infra, model, coordinator = cases.built(case)
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    for is_warm in (False, True):
+        coordinator.zero_grad_buffer()
+        data = cases._data(case, 0)  # copies to the device wait
+        torch.cuda.set_sync_debug_mode("error" if is_warm else "default")
+        try:
+            losses = cases.run_schedule(case, model, coordinator, communicator, data)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert coordinator.reduce_losses(losses)["loss"] > 0
+    model.destroy()
+    infra.destroy()
+
+
+@pytest.mark.usefixtures("_nccl")
+@pytest.mark.parametrize("ddp", [{}, SHARDED], ids=["plain", "sharded"])
+def test_a_cuda_graph_holds_the_finalize(ddp):
+    infra, model, coordinator = cases.built(Case(modules=MODULES, per_token=PER_TOKEN, ddp=ddp))
+    tokens = torch.full((), 5, dtype=torch.int, device="cuda")
+    grads = [
+        buffer.grad_data
+        for module, _ in coordinator.module_to_grid_tuples
+        for buffer in module.buffers
+    ]
+
+    def prepare() -> None:
+        coordinator.zero_grad_buffer()
+        for grad in grads:
+            grad.fill_(2.0)
+
+    prepare()
+    coordinator.finalize_model_grads([model], tokens)
+    expected = [grad.clone() for grad in grads]
+    prepare()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog thread queries events meanwhile, which the default mode forbids.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        coordinator.finalize_model_grads([model], tokens)
+    for _ in range(2):
+        for grad in grads:
+            grad.fill_(2.0)
+        graph.replay()
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, wanted)
+    model.destroy()
+    infra.destroy()
+
+
+def test_the_digits_are_learnt(tmp_path):
+    sizes = ["--vision-dp", "1", "--language-pp", "1", "--language-dp", "1", "--colocated"]
+    log = tmp_path / "losses.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    command += [str(EXAMPLE), *sizes, "--steps", "60", "--log-losses", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    assert losses[-1] < losses[0] / 2
