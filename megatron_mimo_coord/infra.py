@@ -350,10 +350,12 @@ def _create_groups(
         "tp_ep_pp": ["expt_tp", "ep", "pp"],
     }
     groups: dict[str, Any] = {
-        key: grid.create_pg(dims, timeout=timeout) for key, dims in dense.items()
+        key: grid.create_pg(dims, timeout=timeout, group_desc=f"{name} {key}")
+        for key, dims in dense.items()
     }
     groups |= {
-        key: grid.create_pg(dims, view=EXPERT_VIEW, timeout=timeout) for key, dims in expert.items()
+        key: grid.create_pg(dims, view=EXPERT_VIEW, timeout=timeout, group_desc=f"{name} {key}")
+        for key, dims in expert.items()
     }
     if name == LANGUAGE:
         groups |= _create_embedding_groups(grid, timeout)
@@ -372,7 +374,7 @@ def _create_embedding_groups(grid: HyperCommGrid, timeout: timedelta | None) -> 
             ("embd", sorted({stages[0], stages[-1]})),
             ("pos_embd", [stages[0]]),
         ):
-            group = dist.new_group(ranks, timeout=timeout)
+            group = dist.new_group(ranks, timeout=timeout, group_desc=f"{LANGUAGE} {key}")
             if dist.get_rank() in ranks:
                 groups[key] = group
     return groups

@@ -246,7 +246,12 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         for step in range(case.steps):
             if case.evaluate:
                 run_schedule(
-                    case, wrapped, coordinator, communicator, _data(case, step + 1), forward_only=True
+                    case,
+                    wrapped,
+                    coordinator,
+                    communicator,
+                    _data(case, step + 1),
+                    forward_only=True,
                 )
             coordinator.zero_grad_buffer()
             losses = run_schedule(case, wrapped, coordinator, communicator, _data(case, step))

@@ -58,6 +58,8 @@ class GradientFinalizer:
             RuntimeError: they were accumulated, and nobody has finalized them.
         """
         self._step.check_finalized(if_begun=False)
+        for reduction in self._reductions:
+            reduction.abandon()
         for module in self._modules:
             module.ddp.zero_grad_buffer()
             for param in module.ddp.params_with_grad:

@@ -59,12 +59,16 @@ class OrderedReduction:
 
     def begin(self) -> None:
         """Forget the launches of a step that an exception cut short; gather the parameters."""
+        self.abandon()
+        self.gather_params()
+
+    def abandon(self) -> None:
+        """Forget the launches of a step that an exception cut short, which write until they end."""
         for _, group in self._overlapped:
             if group.grad_reduce_handle is not None:
                 group.grad_reduce_handle.wait()
                 group.grad_reduce_handle = None
         self._forget_launches()
-        self.gather_params()
 
     def gather_params(self) -> None:
         """Launch the gathering of parameters that forward waits for, in the order of forward.

@@ -54,7 +54,12 @@ class ExtraGroups:
     ) -> dist.ProcessGroup | None:
         key = backend, tuple(sorted(ranks))
         if key not in self._groups:
-            group = dist.new_group(list(key[1]), timeout=self._timeout, backend=backend)
+            group = dist.new_group(
+                list(key[1]),
+                timeout=self._timeout,
+                backend=backend,
+                group_desc="bridges and pipeline stages",
+            )
             self._groups[key] = group if isinstance(group, dist.ProcessGroup) else None
             if isinstance(group, dist.ProcessGroup):
                 prepare(group)

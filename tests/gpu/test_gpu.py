@@ -1,6 +1,6 @@
 """What one GPU can show: NCCL with one rank, which both modules share.
 
-    uv run pytest -m gpu
+uv run pytest -m gpu
 """
 
 import json
