@@ -363,7 +363,7 @@ def _forward_step(
     tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
     output, mask = model(
         input_ids=tokens,
-        position_ids=torch.arange(tokens.shape[1]).cuda().expand_as(tokens),
+        position_ids=torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
         labels=tokens.roll(-1, 1),
         loss_mask=mask,
         modality_inputs=inputs,
@@ -454,7 +454,7 @@ class Oracle:
             tokens = microbatch.tokens
             losses, _ = self.model(
                 input_ids=tokens,
-                position_ids=torch.arange(tokens.shape[1]).cuda().expand_as(tokens),
+                position_ids=torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
                 labels=tokens.roll(-1, 1),
                 modality_inputs={
                     name: {"images": images} if len(images) else None
