@@ -22,7 +22,7 @@ class PendingAssignments:
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[ImageAssignment]] = {}
-        self._checks: dict[str, list[SampleCheck]] = {}
+        self._checks: dict[str, SampleCheck] = {}
         self.passes = 0
 
     @classmethod
@@ -37,9 +37,9 @@ class PendingAssignments:
         for name in encoders:
             self._queues.setdefault(name, deque())
 
-    def compare(self, encoder: str, check: SampleCheck) -> None:
-        """From now on a check is told of each of this encoder's assignments."""
-        self._checks.setdefault(encoder, []).append(check)
+    def check(self, encoder: str) -> SampleCheck:
+        """Compares an encoder's samples that arrive on this rank with those that are put in."""
+        return self._checks.setdefault(encoder, SampleCheck(encoder))
 
     def begin_pass(self) -> None:
         """The schedule begins: messages count microbatches from 0."""
@@ -51,8 +51,8 @@ class PendingAssignments:
         Raises:
             RuntimeError: none was taken out for very long.
         """
-        for check in self._checks.get(assignment.module, ()):
-            check.given(assignment)
+        if assignment.module in self._checks:
+            self._checks[assignment.module].given(assignment)
         queue = self._queues.get(assignment.module)
         if queue is None:
             return
@@ -74,13 +74,12 @@ class PendingAssignments:
         waiting = {name: list(queue) for name, queue in self._queues.items()}
         for queue in self._queues.values():
             queue.clear()
-        checks = [check for each in self._checks.values() for check in each]
-        before = [check.set_aside() for check in checks]
+        before = {name: check.set_aside() for name, check in self._checks.items()}
         try:
             yield
         finally:
-            for check, given in zip(checks, before, strict=True):
-                check.put_back(given)
+            for name, given in before.items():
+                self._checks[name].put_back(given)
             for name, queue in self._queues.items():
                 queue.clear()
                 queue.extend(waiting.get(name, ()))
@@ -88,4 +87,8 @@ class PendingAssignments:
     def take(self, encoder: str) -> ImageAssignment | None:
         """That of the microbatch which runs now; None if its images stay with their slices."""
         queue = self._queues[encoder]
-        return queue.popleft() if queue else None
+        if queue:
+            return queue.popleft()
+        if encoder in self._checks:
+            self._checks[encoder].given_none()
+        return None

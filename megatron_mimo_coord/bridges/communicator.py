@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo import MimoModel
@@ -14,9 +15,9 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.colocated import allow_varying_token_counts
 from megatron_mimo_coord.bridges.headers import HostMessages
-from megatron_mimo_coord.bridges.links import Groups, Incoming, Outgoing, StageOutgoing
+from megatron_mimo_coord.bridges.incoming import Incoming
+from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
-from megatron_mimo_coord.bridges.sample_check import SampleCheck
 from megatron_mimo_coord.infra import Infra, default_output_ndim
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, is_colocated, stages_behind
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
@@ -60,7 +61,6 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self._extra_groups = ExtraGroups.of(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
         self._outgoing: list[Outgoing] = []
-        self._checks: dict[str, SampleCheck] = {}
         super().__init__(
             dict(module_to_grid_map),
             {name: list(targets) for name, targets in topology.items()},
@@ -94,14 +94,14 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
                 continue
             devices = grid.get_pg("pp")
             connect(devices)
-            groups = Groups(devices, HostMessages(hosts))
-            stage = stages.index(self.current_rank)
-            if stage > 0:
-                ends = Ends(((stages[stage - 1],),), ((self.current_rank,),))
-                self._receive_over(name, ends, groups)
-            if stage + 1 < len(stages):
-                ends = Ends(((self.current_rank,),), ((stages[stage + 1],),))
-                self._send_over(name, ends, groups, StageOutgoing)
+            here = stages.index(self.current_rank)
+            options = self._options(name, devices, hosts) | {"dim": 0}
+            if here > 0:
+                ends = Ends(((stages[here - 1],),), ((self.current_rank,),))
+                self._receive_over(name, ends=ends, **options)
+            if here + 1 < len(stages):
+                ends = Ends(((self.current_rank,),), ((stages[here + 1],),))
+                self._send_over(StageOutgoing, name, ends=ends, **options)
 
     def _link_modules(self, source: str, target: str) -> None:
         """The last stage of one module with the first stage of another."""
@@ -110,31 +110,34 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         devices = self._extra_groups.devices(ends.ranks)
         if hosts is None or devices is None:
             return
-        groups = Groups(devices, HostMessages(hosts))
+        options = self._options(source, devices, hosts)
         if self.current_rank in self._grids[source].ranks:
-            self._send_over(source, ends, groups, Outgoing)
+            self._send_over(Outgoing, source, ends=ends, **options)
         else:
-            self._receive_over(source, ends, groups)
+            self._receive_over(source, ends=ends, **options)
 
-    def _receive_over(self, name: str, ends: Ends, groups: Groups) -> None:
-        check = None
-        if name != LANGUAGE:
-            check = self._checks[name] = SampleCheck(name, self.current_rank)
-            self._assignments.compare(name, check)
-        link = Incoming(name, ends, self.current_rank, groups, check=check, **self._options(name))
-        self._incoming.append(link)
+    def _options(
+        self, name: str, devices: dist.ProcessGroup, hosts: dist.ProcessGroup
+    ) -> dict[str, Any]:
+        is_flat = self.module_output_ndim.get(name, 3) == 2
+        return {
+            "rank": self.current_rank,
+            "devices": devices,
+            "hosts": HostMessages(hosts),
+            "dtype": self.config.pipeline_dtype,
+            "dim": 0 if is_flat else DIM_MAPPING["b"],
+        }
 
-    def _send_over(self, name: str, ends: Ends, groups: Groups, kind: type[Outgoing]) -> None:
-        options = self._options(name)
+    def _send_over(self, kind: type[Outgoing], name: str, **options: Any) -> None:
         if name != LANGUAGE:
             self._assignments.open([name])
-            options |= {"assignments": self._assignments, "check": self._checks.get(name)}
-        self._outgoing.append(kind(name, ends, self.current_rank, groups, **options))
+            options["assignments"] = self._assignments
+        self._outgoing.append(kind(name=name, **options))
 
-    def _options(self, name: str) -> dict[str, Any]:
-        is_flat = name == LANGUAGE or self.module_output_ndim.get(name, 3) == 2
-        dim = 0 if is_flat else DIM_MAPPING["b"]
-        return {"dtype": self.config.pipeline_dtype, "dim": dim}
+    def _receive_over(self, name: str, **options: Any) -> None:
+        if name != LANGUAGE:
+            options["check"] = self._assignments.check(name)
+        self._incoming.append(Incoming(name=name, **options))
 
     def destroy(self) -> None:
         """Give the groups of the links back; ``MegatronMIMOInfra.destroy`` does it as well."""

@@ -70,6 +70,16 @@ def _in_turn(mine: int, here: int, there: int) -> range:
     return range(mine * (there // here), (mine + 1) * (there // here))
 
 
+def place(rank: int, side: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(data-parallel rank, lane) of a global rank on one side.
+
+    Example:
+        >>> place(6, [[4, 5], [6, 7]])
+        (1, 0)
+    """
+    return next((dp, lanes.index(rank)) for dp, lanes in enumerate(side) if rank in lanes)
+
+
 def pairs(mine: int, here: int, there: int) -> range:
     """Lanes on the other side that take from one of ``here`` lanes, so that each takes from one.
 

@@ -19,18 +19,16 @@ class SampleCheck:
 
     Args:
         encoder: the module.
-        rank: this one.
     """
 
-    def __init__(self, encoder: str, rank: int) -> None:
+    def __init__(self, encoder: str) -> None:
         self._encoder = encoder
-        self._rank = rank
-        self._arrived: tuple[int, Header] | None = None
+        self._arrived: tuple[int, int, Header] | None = None
         self._given: deque[ImageAssignment] = deque()
 
-    def arrived(self, rank: int, header: Header) -> None:
-        """A rank's header of the next microbatch."""
-        self._arrived = rank, header
+    def arrived(self, here: int, rank: int, header: Header) -> None:
+        """On rank ``here`` a rank's header of the next microbatch."""
+        self._arrived = here, rank, header
         if self._given and header.digests:
             self._compare(self._given.popleft())
 
@@ -61,8 +59,8 @@ class SampleCheck:
 
     def _compare_with(self, digests: Sequence[int]) -> None:
         assert self._arrived is not None, "whichever comes second compares"
-        (rank, header), self._arrived = self._arrived, None
-        sent, mine = (rank, header.digests), (self._rank, digests)
+        (here, rank, header), self._arrived = self._arrived, None
+        sent, mine = (rank, header.digests), (here, digests)
         refuse_other_samples(self._encoder, header.microbatch, sent, mine)
 
 

@@ -29,8 +29,13 @@ class TokenCounts:
 
     With Megatron's own communicator, samples that differ under fan-in fail far from their cause: a
     shape error inside backward, or a wait without end. So it refuses them with a sentence, until a
-    communicator that can carry them is built. That one is told how many tokens a sample has only
-    where an output goes to several ranks and no assignment says it.
+    communicator that can carry them is built.
+
+    That one needs to know how many tokens a sample has where an output goes to several ranks
+    (fan-out). An assignment says it; without one it is read from ``input_ids``, which waits for the
+    device if they are there. So does what ``MimoModel`` reads on the language model's first stage
+    to put text and modalities together (``get_text_embeddings``,
+    ``align_embeddings_by_token_positions``); that is inside its forward, and left to it.
 
     Args:
         model: the model; its forward is watched.

@@ -185,7 +185,7 @@ INTERNALS = (
     ),
     Internal(
         f"{_MIMO}.MimoModel",
-        "_attach_modality_split_sizes",
+        "_attach_modality_split_sizes _has_encoder_tokens",
         "bridges/token_counts.py",
         "samples with different numbers of tokens",
     ),

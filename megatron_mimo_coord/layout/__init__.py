@@ -12,6 +12,8 @@ Vocabulary, kept everywhere in the package:
     stage        one of the PP parts of a module; its ranks run the same layers
     bridge       the edge of the topology over which an encoder sends to the language model
     link         a bridge, or the way from one stage of a module to the next
+    lane         one of the ranks that hold the same tensors at one end of a link (TP ranks)
+    header       what the host of a sender tells the receiver's about a tensor on a link
     fan-in       a bridge from more data-parallel ranks to fewer; fan-out is the reverse
     colocated    all modules on the same ranks; disjoint is the reverse
     slice        the equal, consecutive part of a microbatch's samples that a DP rank reads

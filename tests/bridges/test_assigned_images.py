@@ -20,6 +20,7 @@ CASES = {
         assign=1,
         num_microbatches=4,
     ),
+    "four to two": Case(modules={"vision": parallel(dp=4), "language": parallel(dp=2)}, assign=1),
     "two encoders": Case(
         modules={"vision": parallel(dp=2), "audio": parallel(dp=2), "language": parallel(dp=2)},
         assign=1,
