@@ -88,7 +88,7 @@ def plan(options: argparse.Namespace) -> None:
         assert inputs.micro_batch_size, "there are no problems"
         proposals = [cost(inputs.task, inputs.modules, inputs.micro_batch_size)]
     else:
-        proposals = propose(inputs.task, options.count)
+        proposals = propose(inputs.task, options.count, per_gpu=options.per_gpu)
     if not proposals:
         end_without(closest(inputs.task), inputs, options)
     write_files(proposals[0], options)
@@ -160,6 +160,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked.add_argument("--layout", type=Path, metavar="FILE", help="cost this layout alone")
     asked.add_argument(
         "--count", type=positive, default=10, metavar="N", help="layouts to list (default: 10)"
+    )
+    asked.add_argument(
+        "--per-gpu",
+        action="store_true",
+        help="best are most samples per second and allocated GPU, not the shortest step",
     )
     for name, what in (
         ("write", "write the best layout, for mimo-layout and read_layout"),

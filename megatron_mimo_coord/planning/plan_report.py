@@ -22,7 +22,7 @@ def headline(room: Room, count: int, is_given: bool) -> str:
 
 
 def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
-    """A row for each layout, below a row of titles; idle is who does not compute."""
+    """A row for each layout, below a row of titles; idle are ranks that compute nothing."""
     names = list(proposals[0].modules)
     has_experts = any(
         module.expert_model_parallel_size > 1
@@ -51,7 +51,7 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
         row += [f"{each.samples_per_second:.4g}"]
         row += [f"{each.samples_per_second / each.allocated:.4g}", f"{each.allocated}"]
         row += ["shared" if each.is_colocated else "own", str(each.allocated - each.gpus)]
-        row += [f"{each.idle(name) + each.waiting(name):.0%}" for name in names]
+        row += [f"{each.ranks_idle(name):.0%}" for name in names]
         row += [f"{each.headroom / GB:.1f}"]
         table.append(row)
     return table
@@ -95,6 +95,7 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
                 **asdict(module),
                 "idle": proposal.idle(name),
                 "waiting": proposal.waiting(name),
+                "ranks_idle": proposal.ranks_idle(name),
                 "stages": [
                     {
                         **asdict(held),

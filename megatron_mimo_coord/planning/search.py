@@ -160,12 +160,16 @@ class Proposal:
         """Share of a step in which a rank of a module waits on a bridge."""
         return self._mean(module, "waiting")
 
+    def ranks_idle(self, module: str) -> float:
+        """Share of a step in which a rank of a module computes nothing, for this or another."""
+        here = self.grids[module].ranks
+        sharing = [name for name, grid in self.grids.items() if grid.ranks == here]
+        return max(0.0, 1 - sum(self._mean(name, "busy") for name in sharing))
+
     def _mean(self, module: str, share: str) -> float:
-        shares = [
-            getattr(stage, share)
-            for (name, _), stage in self.timeline.stages.items()
-            if name == module
-        ]
+        """A share of the step, of all stages of a module."""
+        stages = self.timeline.stages.items()
+        shares = [getattr(stage, share) for (name, _), stage in stages if name == module]
         return sum(shares) / len(shares)
 
 
@@ -199,7 +203,7 @@ def _memory(
     )
 
 
-def propose(task: Task, count: int = 10) -> list[Proposal]:
+def propose(task: Task, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
     """The layouts with the shortest steps, the shortest first; fewer than ``count`` if no more fit.
 
     Of equal ones those on fewer GPUs come first. Each layout is returned once, with its best
@@ -208,8 +212,9 @@ def propose(task: Task, count: int = 10) -> list[Proposal]:
     Args:
         task: what a layout is sought for.
         count: how many layouts are wanted.
+        per_gpu: whether those are best that take the fewest seconds of GPUs that are allocated.
     """
-    return Search(task).best(count)
+    return Search(task, per_gpu=per_gpu).best(count)
 
 
 @frozen(eq=False)
@@ -244,8 +249,9 @@ class Branch:
 class Search:
     """The choices of a task, and what has been worked out of them."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, *, per_gpu: bool = False) -> None:
         self.task = task
+        self.per_gpu = per_gpu
         self.encoders = [name for name in task.sizes if name != LANGUAGE]
         self.disjoint = self._choices(receives=bool(self.encoders))
         self.colocated: dict[str, list[Choice]] = {}
@@ -284,16 +290,22 @@ class Search:
         found: dict[object, Proposal] = {}
         heap: list[tuple[float, int, int, Branch | Proposal]] = []
         number = itertools.count()  # of equal ones the first comes first
-        for bound, branch in self._roots():
-            heappush(heap, (bound, branch.gpus, next(number), branch))
+        for seconds, branch in self._roots():
+            least = self._cost(seconds, branch.gpus)
+            heappush(heap, (least, branch.gpus, next(number), branch))
         while heap and len(found) < count:
-            bound, _, _, first = heappop(heap)
+            least, _, _, first = heappop(heap)
             if isinstance(first, Proposal):
                 found.setdefault(tuple(first.modules.items()), first)
                 continue
             for seconds, inside in self._opened(first):
-                heappush(heap, (max(bound, seconds), inside.gpus, next(number), inside))
+                more = max(least, self._cost(seconds, inside.gpus))
+                heappush(heap, (more, inside.gpus, next(number), inside))
         return list(found.values())
+
+    def _cost(self, seconds: float, gpus: int) -> float:
+        """What makes one layout better than another: seconds of a step, or of all its GPUs."""
+        return seconds * self.task.room.allocated(gpus) if self.per_gpu else seconds
 
     def _roots(self) -> Iterator[tuple[float, Branch]]:
         """A branch for each choice of the language model and each microbatch."""

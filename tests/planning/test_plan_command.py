@@ -84,10 +84,25 @@ def test_json_says_the_same(ask):
         assert proposal["allocated_gpus"] == 4 * -(-proposal["gpus"] // 4)
         assert proposal["empty_gpus"] == proposal["allocated_gpus"] - proposal["gpus"]
         for module in proposal["modules"].values():
+            busy = [stage["busy"] for stage in module["stages"]]
+            idle = 1 - sum(busy) / len(busy)
+            assert idle == pytest.approx(module["idle"] + module["waiting"])
+            if proposal["colocated"]:
+                assert module["ranks_idle"] < 0.2 < idle
+            else:
+                assert module["ranks_idle"] == pytest.approx(idle)
             for stage in module["stages"]:
                 parts = ("weights", "gradients", "optimizer", "activations", "working", "messages")
                 assert stage["total"] == pytest.approx(sum(stage[part] for part in parts))
                 assert stage["rank_total"] <= 76e9 - proposal["headroom_bytes"]
+
+
+def test_the_best_per_gpu_come_first_if_asked(ask):
+    found = json.loads(ask(MODEL, *ASKED, "--json", "--per-gpu")[1])["proposals"]
+    rates = [proposal["samples_per_second_per_allocated_gpu"] for proposal in found]
+    assert rates == sorted(rates, reverse=True)
+    fastest = json.loads(ask(MODEL, *ASKED, "--json")[1])["proposals"][0]
+    assert rates[0] >= fastest["samples_per_second_per_allocated_gpu"]
 
 
 def test_what_is_written_runs_and_costs_the_same(ask, tmp_path, capsys):

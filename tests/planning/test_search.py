@@ -143,13 +143,19 @@ def seconds(task, layout, samples):
 @settings(max_examples=20, phases=[Phase.explicit, Phase.generate])
 @given(tasks())
 def test_nothing_better_is_lost(task):
-    best: dict[tuple, float] = {}
+    steps: dict[tuple, float] = {}
+    shares: dict[tuple, float] = {}
     for layout, samples in every_layout(task):
-        key = tuple(layout.values())
-        best[key] = min(best.get(key, inf), seconds(task, layout, samples))
-    expected = sorted(best.values())[:4]
-    found = [proposal.timeline.seconds for proposal in propose(task, 4)]
-    assert found == pytest.approx(expected)
+        key, took = tuple(layout.values()), seconds(task, layout, samples)
+        ranks = max(grid.ranks.stop for grid in pack(layout).values())
+        nodes = -(-ranks // task.room.gpus_per_node)
+        rented = min(nodes * task.room.gpus_per_node, task.room.gpus)
+        steps[key] = min(steps.get(key, inf), took)
+        shares[key] = min(shares.get(key, inf), took * rented)
+    found = [each.timeline.seconds for each in propose(task, 4)]
+    assert found == pytest.approx(sorted(steps.values())[:4])
+    found = [each.timeline.seconds * each.allocated for each in propose(task, 4, per_gpu=True)]
+    assert found == pytest.approx(sorted(shares.values())[:4])
 
 
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
