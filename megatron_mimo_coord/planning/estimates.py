@@ -154,7 +154,7 @@ def estimated_costs(
         tensor_parallel_efficiency=efficiency,
         frozen=sizes.frozen,
         recompute=sizes.recompute_granularity == "full",
-        layers_per_stage=shares,
+        layers_per_stage=shares if forward else None,  # without images there is no work
     )
 
 

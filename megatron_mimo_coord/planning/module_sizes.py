@@ -5,21 +5,21 @@ from typing import Any
 
 from attrs import Attribute, field, frozen
 
-from megatron_mimo_coord.layout import is_count, shown
+from megatron_mimo_coord.layout import MAX_RANKS, is_count, shown
 
+MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # more are slips of the pen
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 
 
-def _count(least: int = 1, optional: bool = False) -> Any:
+def _count(optional: bool = False, most: int = MAX_RANKS - 1) -> Any:
     """A validator of whole numbers."""
 
     def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-        if (optional and value is None) or is_count(value, least):
+        if (optional and value is None) or (is_count(value) and value <= most):
             return
         raise ValueError(
-            f"{attribute.name} must be a whole number, {least} or more and below 2**31, got "
-            f"{shown(value)}"
+            f"{attribute.name} must be a whole number from 1 to {most}, got {shown(value)}"
         )
 
     return check
@@ -68,9 +68,9 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _optional(default: Any) -> Any:
-    """A size that Megatron works out from others if it is left out."""
-    return field(default=default, validator=_count(optional=True))
+def _optional(most: int = MAX_RANKS - 1) -> Any:
+    """A size that a module need not have."""
+    return field(default=None, validator=_count(optional=True, most=most))
 
 
 @frozen(kw_only=True, cache_hash=True)
@@ -114,7 +114,7 @@ class ModuleSizes:
         (256, 4, 16)
     """
 
-    num_layers: int = field(validator=_count())
+    num_layers: int = field(validator=_count(most=MOST_LAYERS))
     hidden_size: int = field(validator=_count())
     num_attention_heads: int = field(validator=_count())
     ffn_hidden_size: int = field(validator=_count())
@@ -133,25 +133,25 @@ class ModuleSizes:
     bias_activation_fusion: bool = field(default=False, validator=_flag)
     masked_softmax_fusion: bool = field(default=False, validator=_flag)
     sequence_parallel: bool = field(default=False, validator=_flag)
-    num_moe_experts: int | None = _optional(None)
+    num_moe_experts: int | None = _optional(MOST_EXPERTS)
     moe_layer_freq: int | Sequence[int] = field(
         default=1, converter=_hashable, validator=_layer_frequency
     )
     moe_ffn_hidden_size: int = field(validator=_count())
     moe_router_topk: int = field(default=2, validator=_count())
-    moe_shared_expert_intermediate_size: int | None = _optional(None)
+    moe_shared_expert_intermediate_size: int | None = _optional()
     recompute_granularity: str | None = field(
         default=None, validator=_one_of("full", "selective", None)
     )
     recompute_method: str | None = field(default=None, validator=_one_of("uniform", "block", None))
-    recompute_num_layers: int | None = _optional(None)
+    recompute_num_layers: int | None = _optional()
     recompute_modules: Sequence[str] = field(
         default=("core_attn",), converter=_hashable, validator=_modules
     )
     deallocate_pipeline_outputs: bool = field(default=False, validator=_flag)
     params_dtype: str = field(default="fp32", validator=_one_of(*BYTES))
-    vocab_size: int | None = _optional(None)
-    seq_length: int | None = _optional(None)
+    vocab_size: int | None = _optional()
+    seq_length: int | None = _optional()
     share_embeddings_and_output_weights: bool = field(default=False, validator=_flag)
     position_embedding_type: str = field(
         default="learned_absolute",
@@ -160,15 +160,15 @@ class ModuleSizes:
     use_distributed_optimizer: bool = field(default=False, validator=_flag)
     grad_reduce_in_fp32: bool = field(default=False, validator=_flag)
     overlap_grad_reduce: bool = field(default=False, validator=_flag)
-    bucket_size: int | None = _optional(None)
+    bucket_size: int | None = _optional()
     pad_buckets_for_high_nccl_busbw: bool = field(default=False, validator=_flag)
     frozen: bool = field(default=False, validator=_flag)
     images_per_sample: float = field(default=1.0, validator=_at_least_zero)
     max_images_per_sample: float = field(validator=_at_least_zero)
-    tokens_per_image: int | None = _optional(None)
-    output_tokens_per_image: int | None = _optional(None)
-    patch_size: int | None = _optional(None)
-    projection_hidden_size: int | None = _optional(None)
+    tokens_per_image: int | None = _optional()
+    output_tokens_per_image: int | None = _optional()
+    patch_size: int | None = _optional()
+    projection_hidden_size: int | None = _optional()
 
     @ffn_hidden_size.default
     def _ffn_hidden_size(self) -> int:

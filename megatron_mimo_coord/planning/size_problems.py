@@ -99,7 +99,9 @@ def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> 
     tp, expert_tp = "tensor_model_parallel_size", "expert_tensor_parallel_size"
     shares = [("num_layers", sizes.num_layers, "pipeline_model_parallel_size")]
     shares += [("num_attention_heads", sizes.num_attention_heads, tp)]
-    if sizes.num_moe_experts is None or not isinstance(sizes.moe_layer_freq, int):
+    qkv = sizes.query_size + 2 * sizes.key_size
+    shares += [("queries, keys and values of width", qkv, tp)]
+    if not all(map(sizes.has_experts, range(sizes.num_layers))):
         shares += [("ffn_hidden_size", sizes.ffn_hidden_size, tp)]
     if sizes.vocab_size is not None:
         shares += [("vocab_size", sizes.vocab_size, tp)]

@@ -97,6 +97,12 @@ def test_json_says_the_same(ask):
                 assert stage["rank_total"] <= 76e9 - proposal["headroom_bytes"]
 
 
+def test_an_encoder_without_images(ask):
+    model = MODEL.replace("patch_size = 588", "images_per_sample = 0\nfrozen = true")
+    found = json.loads(ask(model, *ASKED, "--json")[1])["proposals"]
+    assert len(found) == 10
+
+
 def test_the_best_per_gpu_come_first_if_asked(ask):
     found = json.loads(ask(MODEL, *ASKED, "--json", "--per-gpu")[1])["proposals"]
     rates = [proposal["samples_per_second_per_allocated_gpu"] for proposal in found]
@@ -197,7 +203,7 @@ num_attention_heads = "8"
     assert (code, shown) == (2, "")
     for part in (
         "model.toml:1 hiden_size: there is no size 'hiden_size'; did you mean hidden_size?",
-        "model.toml:3 [vision] num_layers: num_layers must be a whole number, 1 or more",
+        "model.toml:3 [vision] num_layers: num_layers must be a whole number from 1 to 10000, got 0",
         "model.toml:8 [language] num_attention_heads: num_attention_heads must be a whole number",
         "model.toml:6 [language]: language has no num_layers",
         "layout.toml:5 [language] foo: there is no size 'foo'",
@@ -221,6 +227,8 @@ num_attention_heads = "8"
         (MODEL + "num_query_groups = 3\n", ASKED, "model.toml:15 [language] num_query_groups: language has 8 attention heads, which 3"),
         (MODEL + "moe_layer_freq = [1, 0]\n", ASKED, "moe_layer_freq lists 2 layers, but language has 4"),
         (MODEL + 'recompute_granularity = "full"\n', ASKED, 'write recompute_method = "uniform"'),
+        (MODEL.replace("num_layers = 4", "num_layers = 4000000"), ASKED, "num_layers must be a whole number from 1 to 10000, got 4000000"),
+        (MODEL.replace("num_layers = 4", "images_per_sample = nan\nnum_layers = 4", 1), ASKED, "images_per_sample must be a number, 0 or more, got nan"),
         (MODEL, ("--gpus", "6", "--gpus-per-node", "4", "--global-batch-size", "8"), "--gpus 6 is no whole number of nodes of 4; give 4 or 8"),
         (MODEL, ("--gpus", "8"), "--global-batch-size is needed"),
         (MODEL, (*ASKED, "--micro-batch-size", "5"), "global_batch_size 12 is not a multiple of micro_batch_size 5"),
