@@ -78,18 +78,14 @@ def test_the_readme_shows_what_the_command_prints(tmp_path, monkeypatch, capsys)
     assert "\n".join(printed).strip() == blocks("text")[0].strip()
 
 
-def _run_readme(code: list[str], folder: str) -> dict[str, float]:
+def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, float]:
     """Run the README's Python as one trainer, and what it adds to other trainers."""
     import os
+    from unittest.mock import patch
 
-    import cases
-    import vlm
+    import torch
+    import torch.distributed as dist
     from attrs import frozen
-    from megatron.core.models.mimo.optimizer import get_mimo_optimizer
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.pipeline_parallel.schedules import (
-        forward_backward_pipelining_without_interleaving,
-    )
 
     import megatron_mimo_coord
 
@@ -98,37 +94,41 @@ def _run_readme(code: list[str], folder: str) -> dict[str, float]:
         grids: dict
         module_pgs: dict
 
+    def microbatch(generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        counts = [int(torch.randint(3, (), generator=generator)) for _ in range(8)]
+        tokens = torch.randint(1, 16, (8, 6), generator=generator)
+        for row, count in zip(tokens, counts, strict=True):
+            row[:count] = 0
+        return tokens, [torch.randn((count, 5), generator=generator) for count in counts]
+
     os.chdir(folder)
-    build, *trainer = code
-    names = {name: getattr(megatron_mimo_coord, name) for name in megatron_mimo_coord.__all__}
-    exec(build, names)
-    infra = names["infra"]
-    layout = megatron_mimo_coord.read_layout("layout.toml")
-    case = cases.Case(modules=layout, micro_batch_size=8, num_microbatches=2)
-    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
-    optimizer = get_mimo_optimizer(model, OptimizerConfig(optimizer="adam", lr=0.01))
+    generator = torch.Generator().manual_seed(1)
+    names = {"vocab_size": 16, "image_token": 0, "num_pixels": 5, "seq_length": 6, "steps": 2}
+    names |= {"num_microbatches": 2, "micro_batch_size": 8}
     names |= {
-        "model": model,
-        "config": model.config,
-        "optimizer": optimizer,
-        "topology": Topology(infra.module_to_grid_map, infra.pg_collections),
-        "batches": iter([cases.draw(case, 0, index) for index in range(2)]),
-        "num_microbatches": 2,
-        "micro_batch_size": 8,
-        "seq_length": case.sequence,
-        "forward_step": lambda data, model: cases._forward_step(
-            case, names["coordinator"], data, model
-        ),
-        "forward_backward_pipelining_without_interleaving": (
-            forward_backward_pipelining_without_interleaving
-        ),
+        kind: iter([microbatch(generator) for _ in range(4)])
+        for kind in ("batches", "held_out_batches")
     }
-    for part in trainer:
+    ours = {name: getattr(megatron_mimo_coord, name) for name in megatron_mimo_coord.__all__}
+    build, join, model, *trainer = code
+    shown = dict(ours)
+    exec(build, shown)
+    shown["infra"].destroy()
+    local = {"LOCAL_WORLD_SIZE": "12", "LOCAL_RANK": "0"}
+    with (
+        patch.dict(os.environ, local),
+        patch.object(dist, "init_process_group"),  # the world is there already
+    ):
+        exec(join, names)
+    for part in (model, *trainer):
         exec(part, names)
+    infra = names["infra"]
+    others = names | ours | {"topology": Topology(infra.module_to_grid_map, infra.pg_collections)}
+    for part in added:
+        exec(part, others)
     assert all(float(norm) > 0 for norm in names["norms"].values())
-    model.destroy()
     infra.destroy()
-    return names["metrics"]
+    return {"loss": names["metrics"]["loss"], "held out": names["held_out"]["loss"]}
 
 
 def test_the_readme_trains(tmp_path):
@@ -138,8 +138,7 @@ def test_the_readme_trains(tmp_path):
         for block in blocks("diff")
     ]
     assert [text.count("\n") for text in added] == [2, 2], "three lines change"
-    setup, step = blocks("python")[1:]
-    code = [blocks("python")[0], *added, setup, step]
-    first, *others = world(12).run("test_docs:_run_readme", code, str(tmp_path))
-    assert first["loss"] > 0
+    code = blocks("python")
+    first, *others = world(12).run("test_docs:_run_readme", code, added, str(tmp_path))
+    assert first["loss"] > 0 and first["held out"] > 0
     assert all(metrics == first for metrics in others)

@@ -78,7 +78,14 @@ class TokenCounts:
         """On an encoder rank without images: an assignment tells without asking the device."""
         assignment = self._assignments.next(encoder_name)
         if assignment is None:
-            return MimoModel._has_encoder_tokens(self._model, input_ids, encoder_name)
+            if MimoModel._has_encoder_tokens(self._model, input_ids, encoder_name):
+                raise RuntimeError(
+                    f"this rank was given no inputs for {encoder_name!r}, but its input_ids have "
+                    f"tokens of it: pass the inputs of its samples, and of input_ids its slice and "
+                    f"not the whole microbatch, input_ids[coordinator.data_parallel_slice("
+                    f"micro_batch_size, {encoder_name!r})]"
+                )
+            return False
         return any(assignment.tokens[sample][image] for sample, image in assignment.local)
 
     def _refuse_uneven_ranks(
