@@ -22,6 +22,7 @@ Nested = tuple[tuple[float, ...], ...]
 CLOSE, FAR = 1.002, 1.02
 # Bounds on the work, in comparisons and not in time: every rank has to find the same.
 MAX_TRIES = 1500
+MAX_TOGETHER = 64
 FEW = 32  # images among which a depth-first search can get anywhere
 
 
@@ -94,16 +95,19 @@ class ImageAssignment:
 
     @cached_property
     def sample_digests(self) -> tuple[int, ...]:
-        """For each sample 32 bits of its tokens and its id: two ranks find where they differ."""
+        """For each sample 64 bits of its tokens and its id: two ranks find where they differ.
+
+        The same in every process: Python hashes numbers alike everywhere, and ids that are none
+        by what they look like.
+        """
         ids = self.sample_ids or [None] * len(self.tokens)
-        return tuple(
-            zlib.crc32(repr(sample).encode()) for sample in zip(self.tokens, ids, strict=True)
-        )
+        numbers = [id if type(id) is int else zlib.crc32(repr(id).encode()) for id in ids]
+        return tuple(map(hash, zip(self.tokens, numbers, strict=True)))
 
     @cached_property
     def digest(self) -> int:
-        """32 bits of the tokens and the sample ids, the same in every process."""
-        return zlib.crc32(repr((self.tokens, self.sample_ids)).encode())
+        """64 bits of the tokens and the sample ids, the same in every process."""
+        return hash(self.sample_digests)
 
 
 def encoder_grid(grids: Mapping[str, ModuleGrid], name: str) -> ModuleGrid:
@@ -260,14 +264,16 @@ def _least_possible(costs: list[float], ranks: int) -> float:
     """A load that some rank has at least, whoever deals out.
 
     The mean, rounded up to what whole images can add up to; and j of the largest (j - 1) x ranks
-    + 1 images, for every j: some rank has as many of them.
+    + 1 images: some rank has as many of them. (With many on a rank that is hardly above the mean.)
     """
     least: float = sum(costs) / ranks
     if costs and set(map(type, costs)) == {int}:
         unit = gcd(*costs) or 1  # type: ignore[arg-type]
         least = -(-sum(costs) // (ranks * unit)) * unit
-    sums = list(accumulate(sorted(costs, reverse=True), initial=0.0))
-    for j in range(1, ceil(len(costs) / ranks) + 1):
+    together = min(MAX_TOGETHER, ceil(len(costs) / ranks))
+    largest = sorted(costs, reverse=True)[: (together - 1) * ranks + 1]
+    sums = list(accumulate(largest, initial=0.0))
+    for j in range(1, together + 1):
         end = (j - 1) * ranks + 1
         least = max(least, sums[end] - sums[end - j])
     return least
@@ -390,7 +396,8 @@ class _Loads:
 
     def go_home(self, homes: list[int]) -> None:
         """Return images to their slices where the largest load allows it; large ones first."""
-        away = [image for image, owner in enumerate(self.owners) if owner != homes[image]]
+        pairs = enumerate(zip(self.owners, homes, strict=True))
+        away = [image for image, (owner, home) in pairs if owner != home]
         away.sort(key=self.cost, reverse=True)
         before = len(away) + 1
         while len(away) < before:  # one that returns leaves room for others

@@ -1,13 +1,18 @@
 """Colocated modules: tokens that vary, images dealt out by cost, ranks that disagree."""
 
+from contextlib import ExitStack
+
 import cases
 import pytest
+import torch
 import torch.distributed as dist
 from cases import Case
 from layouts import COLOCATED, LAYOUTS, LOSSES, MANY_BUCKETS, SHARDED, VARYING, parallel
 from ranks import world
 
 from megatron_mimo_coord import MultiModuleCoordinator
+from megatron_mimo_coord.bridges import colocated
+from megatron_mimo_coord.cpu import host_sync
 from megatron_mimo_coord.layout.image_assignment import assign_images
 
 FAN_OUT = LAYOUTS["colocated, fan-out"]
@@ -131,3 +136,70 @@ def test_a_call_that_one_rank_leaves_out_is_found_without_siblings():
 
 def _raise_complaint(case):
     raise RuntimeError(_complaint(case, "no call", (1,)))
+
+
+# -- the device ------------------------------------------------------------------------------------
+
+
+def _without_waiting(case):
+    """Run a case; between modules no rank may wait for its device, nor send integers over it."""
+    watching = []
+
+    def watched(function):
+        def call(*args):
+            watching.append(True)
+            before, host_sync._inside[:] = list(host_sync._inside), [True]
+            try:
+                return function(*args)
+            finally:
+                watching.pop()
+                host_sync._inside[:] = before
+
+        return call
+
+    def counted(name):
+        original = getattr(dist, name)
+
+        def call(output, *args, **options):
+            if watching:
+                counts["hosts" if output.dtype == torch.int64 else name] += 1
+                if output.dtype == torch.int64:
+                    assert dist.get_backend(options["group"]) == "gloo"
+            return original(output, *args, **options)
+
+        return call
+
+    names = ["all_to_all_single", "all_gather_into_tensor"]
+    counts = dict.fromkeys([*names, "hosts"], 0)
+    with ExitStack() as stack:
+        for owner, name in (
+            (colocated._Exchange, "_between_modules"),
+            (colocated._RouteTokens, "backward"),
+            (colocated._ExchangeTokens, "backward"),
+        ):
+            replacement = watched(getattr(owner, name))
+            if name == "backward":
+                replacement = staticmethod(replacement)
+            stack.enter_context(cases._replaced(owner, name, replacement))
+        for name in names:
+            stack.enter_context(cases._replaced(dist, name, counted(name)))
+        cases.check(case)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("modules", "assign", "expected"),
+    [
+        # Three microbatches with images: one message out and one back each, two steps. A microbatch
+        # without images takes none. Hosts tell all, and siblings each other.
+        (COLOCATED, 1, {"all_to_all_single": 8, "all_gather_into_tensor": 0, "hosts": 12}),
+        (COLOCATED, 0, {"all_to_all_single": 0, "all_gather_into_tensor": 4, "hosts": 12}),
+        (FAN_OUT, 1, {"all_to_all_single": 8, "all_gather_into_tensor": 0, "hosts": 12}),
+        (EQUAL, 2, {"all_to_all_single": 8, "all_gather_into_tensor": 0, "hosts": 6}),
+    ],
+    ids=["in", "in slices", "out", "equal"],
+)
+def test_no_rank_waits_for_its_device_between_modules(modules, assign, expected):
+    images = {"vision": (((3, 0, 1, 0), (0, 0, 0, 0), (0, 0, 0, 2)),)}
+    case = Case(modules=modules, images=images, assign=assign, num_microbatches=3, steps=2)
+    assert world(2, rehearse=True).run("test_colocated:_without_waiting", case) == [expected] * 2
