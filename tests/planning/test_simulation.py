@@ -121,14 +121,14 @@ def test_the_real_schedule_does_the_same_and_takes_as_long(seed):
     longest = max(max(stage) for stages in units.values() for stage in stages)
     # What ranks do besides sleeping takes the time that this machine gives them: the longer they
     # sleep the less it counts. A wrong simulation is as wrong however long they sleep.
-    for stage_seconds in (0.08, 0.16, 0.32):
+    for stage_seconds, steps in ((0.08, 2), (0.16, 3), (0.32, 5)):
         scale = stage_seconds / longest
         seconds = {
             name: [(forward * scale, backward * scale) for forward, backward in stages]
             for name, stages in units.items()
         }
         job = SleepingJob(modules, frozen, seconds, **sizes)
-        answers = world(size).run("sleeping_stages:run_steps", job, 2)
+        answers = world(size).run("sleeping_stages:run_steps", job, steps)
         step = max(shortest for shortest, _ in answers)
         assert step >= 0.99 * scale * simulated.seconds, "nobody is faster than the simulation"
         if step <= (1 + TOLERANCE) * scale * simulated.seconds:
