@@ -121,15 +121,6 @@ class PipelinedSubmodules(VisionModalitySubmodules):
             return hidden_PNH
         return self.input_projections[0](hidden_PNH.transpose(0, 1).flatten(0, 1))
 
-    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a checkpoint holds of this rank; tensor-parallel ranks have one projection."""
-        found = super().sharded_state_dict(prefix, *args, **kwargs)
-        for name, tensor in found.items():
-            if name.startswith(f"{prefix}input_projections."):  # Megatron leaves TP out here
-                pp, _, dp = tensor.replica_id
-                tensor.replica_id = (pp, self.pg_collection.tp.rank(), dp)
-        return found
-
     @classmethod
     def from_spec(
         cls, module_spec: ModuleSpec, is_first_stage: bool = True, is_last_stage: bool = True

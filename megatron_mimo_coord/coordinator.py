@@ -51,11 +51,8 @@ from megatron_mimo_coord.metrics.timeline_recording import (
     gpus_of_a_node,
     steps_to_record,
 )
-from megatron_mimo_coord.training.checkpoints import (
-    Checkpoints,
-    CheckpointSave,
-    LoadedCheckpoint,
-)
+from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
+from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoint
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
 from megatron_mimo_coord.training.schedule_hooks import check_sequence_lengths, install_hooks

@@ -88,7 +88,7 @@ class ChunkFile:
     def write_tensor(self, chunk: Chunk) -> Entry:
         """Append a chunk; returns where it is."""
         # A copy: of a view, everything that it is a view of would be saved.
-        data = chunk.data.detach().to("cpu", copy=True)
+        data = chunk.data.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         buffer = io.BytesIO()
         torch.save(data.view(chunk.box.size), buffer)
         at = self._append(buffer.getbuffer())

@@ -6,7 +6,16 @@ from functools import partial
 from typing import Any
 
 import cases
-from attrs import frozen
+from attrs import evolve, frozen
+
+
+@frozen(kw_only=True)
+class GatedCase(cases.Case):
+    """One whose MLPs are gated: Megatron's checkpoints take their weights apart."""
+
+    def shape(self) -> Any:
+        shape = super().shape()
+        return evolve(shape, config={**shape.config, "gated_linear_unit": True})
 
 
 @frozen

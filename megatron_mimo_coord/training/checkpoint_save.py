@@ -1,0 +1,221 @@
+"""A checkpoint on its way to disk: each rank writes a file of its own, the first joins them.
+
+When a rank has written its tensors it lists them in a file of JSON. When all lists are there, the
+first rank joins them, and declares the checkpoint whole by one rename. So in the background nothing
+needs a process group: the ranks meet in the folder, also when their trainer has ended.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+from megatron_mimo_coord.training import checkpoint_folder as folders
+from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkFile, Index
+from megatron_mimo_coord.training.training_state import merge_settings
+from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of what is written here
+PATIENCE = 1800.0  # seconds that the first rank waits for the files of others, in the background
+LAST_PATIENCE = 30.0  # the same once its trainer has ended
+
+
+@define(eq=False)
+class CheckpointSave:
+    """A checkpoint that is being written, or was.
+
+    Args:
+        parent: the folder of checkpoints.
+        step: of the checkpoint.
+        rank: this rank.
+        keep: how many checkpoints the folder keeps.
+        is_over: whether there is nothing to wait for.
+        is_whole: whether it is known to be whole, on this rank as on all.
+
+    Attributes:
+        chunks: tensors that this rank writes.
+        objects: what Megatron keeps as objects, the same.
+        settings: of the optimizer of each module on this rank.
+        random_states: of this rank.
+        content: what the manifest says of the training.
+    """
+
+    parent: Path
+    step: int
+    rank: int = field(default=0, repr=False)
+    keep: int = field(default=1, repr=False)
+    is_over: bool = field(default=False, repr=False)
+    is_whole: bool = False
+    chunks: list[Chunk] = field(factory=list, init=False, repr=False)
+    objects: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    settings: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    random_states: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    content: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _folder: Path = field(factory=Path, init=False, repr=False)
+    _thread: threading.Thread | None = field(default=None, init=False, repr=False)
+    _written: threading.Event = field(factory=threading.Event, init=False, repr=False)
+    _abandoned: threading.Event = field(factory=threading.Event, init=False, repr=False)
+    _errors: list[Exception] = field(factory=list, init=False, repr=False)
+
+    @property
+    def path(self) -> Path:
+        """Where it is once it is whole."""
+        return folders.checkpoint_path(self.parent, self.step)
+
+    def problems(self) -> list[str]:
+        """What is wrong with what a trainer has asked for."""
+        found = []
+        if type(self.step) is not int or self.step < 0:
+            found.append(f"step must be a number of steps, 0 or more, not {self.step!r}")
+        if type(self.keep) is not int or self.keep < 1:
+            found.append(f"keep must be a number of checkpoints, 1 or more, not {self.keep!r}")
+        return found
+
+    def start(self, attempt: int, background: bool) -> None:
+        """Write this rank's part, now or in a thread of its own.
+
+        Args:
+            attempt: the number that the first rank has given to the folder it has made.
+            background: whether to return before it is written.
+        """
+        self._folder = folders.unfinished_path(self.parent, self.step, attempt)
+        if not background:
+            self._attempt(self._write)
+            return
+        copied = None
+        if torch.cuda.is_available():
+            copied = torch.cuda.Event()
+            copied.record()
+        # Not a daemon: a trainer that ends waits until its last checkpoint is there.
+        self._thread = threading.Thread(
+            target=self._run, args=(copied,), name=f"save {self.path.name}", daemon=False
+        )
+        self._thread.start()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint is whole. Collective, as it tells every rank what went wrong.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            ValueError: on every rank, if a rank could not write its part.
+        """
+        if self.is_over:
+            return self.path
+        self.is_over = True
+        headline = f"the checkpoint {self.path} could not be written"
+        if self._thread is not None:
+            self._written.wait()
+        try:
+            check_consistency(self._report, headline)
+        except ValueError:
+            self._abandoned.set()
+            raise
+        if self.rank == 0:
+            if self._thread is None:
+                self._attempt(self._finish)
+            else:
+                self._thread.join()
+        check_consistency(self._report, headline)
+        self.is_whole = True
+        return self.path
+
+    def _run(self, copied: Any) -> None:
+        """The thread."""
+        if copied is not None:
+            copied.synchronize()
+        self._attempt(self._write)
+        self._written.set()
+        if self.rank == 0 and not self._errors:
+            self._attempt(self._await_others)
+        if self.rank == 0 and not self._errors and not self._abandoned.is_set():
+            self._attempt(self._finish)
+        for error in self._errors:
+            logger.error("the checkpoint %s could not be written: %s", self.path, error)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Keep an error until all ranks can hear of it."""
+        try:
+            action()
+        except Exception as error:  # told by wait, which every save and load begins with
+            self._errors.append(error)
+
+    def _report(self) -> RankFacts:
+        return RankFacts({}, {}, [f"{type(each).__name__}: {each}" for each in self._errors])
+
+    def _write(self) -> None:
+        """This rank's part: a file of tensors, one of random states, and the list of both."""
+        folder, rank = self._folder, self.rank
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} was made, but not here: all ranks must share it")
+        file = ChunkFile(folder / f"__{rank}_0.distcp")
+        tensors = [file.write_tensor(chunk) for chunk in self.chunks]
+        objects = [file.write_object(key, value) for key, value in self.objects.items()]
+        if rank == 0:  # what Megatron's load looks for; here it is in the manifest
+            objects.append(file.write_object("common_state/shard_0_1", {"iteration": self.step}))
+        self.chunks, self.objects = [], {}
+        files = {f"__{rank}_0.distcp": file.close()}
+        states = folder / random_states_name(rank)
+        folders.write_durably(states, json.dumps(self.random_states))
+        files[states.name] = folders.describe_file(states)
+        listed = {"tensors": tensors, "objects": objects, "files": files, "settings": self.settings}
+        folders.write_durably(folder / f"rank-{rank}.json", json.dumps(listed))
+
+    def _lists(self) -> list[Path]:
+        return [self._folder / f"rank-{rank}.json" for rank in range(self.content["world_size"])]
+
+    def _await_others(self) -> None:
+        """Wait until every rank has written its list."""
+        missing, seconds, ended = self._lists(), 0.01, 0.0
+        deadline = time.monotonic() + PATIENCE
+        while missing := [path for path in missing if not path.exists()]:
+            if self._abandoned.wait(seconds):
+                return
+            seconds = min(1.0, 1.5 * seconds)
+            if not threading.main_thread().is_alive():
+                ended = ended or time.monotonic()
+                deadline = min(deadline, ended + LAST_PATIENCE)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{', '.join(path.name for path in missing[:8])} never came")
+
+    def _finish(self) -> None:
+        """Join the lists of all ranks, and declare the checkpoint whole."""
+        lists = [json.loads(path.read_text()) for path in self._lists()]
+        index = Index.merge(lists)
+        folder = self._folder
+        index.save_for_megatron(folder)
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        folders.put_on_disk(folder / "metadata.json")
+        files = {name: found for each in lists for name, found in each["files"].items()}
+        for name in (".metadata", "metadata.json"):
+            files[name] = folders.describe_file(folder / name)
+        for path in self._lists():
+            path.unlink()
+        modules = {name for each in lists for name in each["settings"]}
+        settings = {
+            name: merge_settings([e["settings"][name] for e in lists if name in e["settings"]])
+            for name in sorted(modules)
+        }
+        content = {
+            **self.content,
+            "optimizer": settings,
+            "files": files,
+            "tensors": index.tensors,
+            "objects": index.objects,
+        }
+        folders.finish(folder, content, self.keep)
+
+
+def random_states_name(rank: int) -> str:
+    """Name of the file with the random states of a rank."""
+    return f"random_states_{rank}.json"
