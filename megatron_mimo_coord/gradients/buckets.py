@@ -41,7 +41,7 @@ def shards(ddp: DistributedDataParallel) -> Iterator[torch.Tensor]:
             yield bucket.grad_data
 
 
-def shares(
+def disjoint_parts(
     ddp: DistributedDataParallel, counts: Callable[[torch.nn.Parameter], bool]
 ) -> Iterator[torch.Tensor]:
     """The reduced gradients dealt out to all replicas, each element to one of them.

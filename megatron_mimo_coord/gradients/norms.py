@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_mimo_coord.gradients.buckets import shares
+from megatron_mimo_coord.gradients.buckets import disjoint_parts
 
 
 class GradientShares:
@@ -65,4 +65,4 @@ def _shares(
             param, pg_collection.tp, expert_tp
         )
 
-    return list(shares(ddp, counts))
+    return list(disjoint_parts(ddp, counts))
