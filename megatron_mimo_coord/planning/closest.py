@@ -132,17 +132,18 @@ def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int 
 def _shortages(layout: Proposal, task: Task) -> Iterator[str]:
     """What a rank of each module lacks."""
     yield f"closest is {in_words(layout)}"
-    for name in layout.modules:
+    needed = "{:.1f} GB of {:.1f} GB a GPU: {}".format
+    for name in () if layout.is_colocated else layout.modules:
         held, stage = max(
-            (total, stage)
-            for (module, stage), total in layout.rank_memory.items()
-            if module == name
+            (held.total, stage) for (module, stage), held in layout.memory.items() if module == name
         )
         if held > task.memory_bytes:
-            yield (
-                f"{name} stage {stage} needs {held / GB:.1f} GB of {task.memory_bytes / GB:.1f} GB "
-                f"a GPU: {_parts(layout.memory[name, stage])}"
-            )
+            parts = _parts(layout.memory[name, stage])
+            yield f"{name} stage {stage} needs {needed(held / GB, task.memory_bytes / GB, parts)}"
+    if layout.is_colocated:
+        held = task.memory_bytes - layout.headroom
+        parts = "; ".join(f"{name} {_parts(held)}" for (name, _), held in layout.memory.items())
+        yield f"the modules together need {needed(held / GB, task.memory_bytes / GB, parts)}"
 
 
 def _parts(held: StageMemory) -> str:

@@ -13,7 +13,8 @@ ASSUMPTIONS = (
     "weights, gradient buffers and optimizer state as Megatron's DDP and Adam allocate them, "
     "padding included; moments and master copies in fp32",
     "activations: the tensors that Megatron's layers save for backward, after Korthikanti et al. "
-    "2022 (arXiv 2205.05198); experts get equal numbers of tokens",
+    "2022 (arXiv 2205.05198), within 2 % of what autograd keeps of small models; experts get equal "
+    "numbers of tokens",
     "1F1B: a stage holds its warm-up microbatches and one more; colocated modules hold one",
     "working memory: the gradients of one layer's MLP, one recomputed layer, the logits once more",
     "not in it: CUDA context, NCCL's buffers, fragmentation, workspaces, what the optimizer's step "
