@@ -5,11 +5,17 @@ from typing import Any
 from attrs import has
 from hypothesis import settings
 from layouts import LENGTH, case_name, layout_name
+from ranks import kill_all
 
 from megatron_mimo_coord import ModuleParallelism
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("default")
+
+
+def pytest_sessionfinish() -> None:
+    """Leave no rank behind, in whichever process the tests ran."""
+    kill_all()
 
 
 def is_module(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from ranks import world
 
 import megatron_mimo_coord
-from megatron_mimo_coord.planning import layout_command as command
+from megatron_mimo_coord.planning import layout_command, plan_command
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 PACKAGE = Path(megatron_mimo_coord.__file__).parent
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text().count(">>> ")
@@ -69,13 +71,28 @@ def test_every_public_name_has_an_example():
         assert ">>> " in text, name
 
 
-def test_the_readme_shows_what_the_command_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("layout.toml").write_text(blocks("toml")[0])
-    line = next(line for line in README.splitlines() if line.startswith("uv run mimo-layout "))
-    command.main(line.split()[3:])
-    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert "\n".join(printed).strip() == blocks("text")[0].strip()
+def test_the_readme_shows_what_the_commands_print_and_draw(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert tomllib.loads(blocks("toml")[0]) == tomllib.loads(
+        Path("examples/layout.toml").read_text()
+    )
+    layout, plan = (
+        next(line.split()[3:] for line in README.splitlines() if line.startswith(f"uv run {name} "))
+        for name in ("mimo-layout", "mimo-plan")
+    )
+    drawings = [tmp_path / "layout.svg", tmp_path / "plan.svg"]
+    drawn = plan.index("--svg") + 1
+    named, plan[drawn] = plan[drawn], str(drawings[1])
+    for main, words, shown in (
+        (layout_command.main, [*layout, "--svg", str(drawings[0])], blocks("text")[0]),
+        (plan_command.main, plan, blocks("text")[1]),
+    ):
+        main(words)
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert shown.strip() in "\n".join(printed)
+    for drawing, path in zip(drawings, (".github/layout.svg", named), strict=True):
+        assert drawing.read_text() == Path(path).read_text(), f"draw {path} again"
+        assert f"]({path})" in README
 
 
 def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, float]:
