@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -62,12 +63,21 @@ class NoStream:
     """A stream or event on a device that finishes each operation before it starts the next."""
 
     cuda_stream = 0
+    _recorded = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
 
-    wait_stream = wait_event = wait = record = synchronize = _nothing
+    wait_stream = wait_event = wait = synchronize = _nothing
+
+    def record(self, stream: "NoStream | None" = None) -> None:
+        """Remember when."""
+        self._recorded = perf_counter()
+
+    def elapsed_time(self, end: "NoStream") -> float:
+        """Milliseconds from this event to a later one."""
+        return (end._recorded - self._recorded) * 1000
 
     def record_event(self, event: "NoStream | None" = None) -> "NoStream":
         """The event itself."""
