@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import cases
@@ -54,7 +53,11 @@ def training(case: cases.Case, **settings: Any) -> Iterator[Training]:
     optimizer = cases.optimizer_of(case, coordinator, clip_grad=1.0, **settings)
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
-    run = partial(cases.run_schedule, case, model, coordinator, communicator)
+
+    def run(step: int, **options: Any) -> Any:
+        data = cases._data(case, step)
+        return cases.run_schedule(case, model, coordinator, communicator, data, **options)
+
     try:
         yield Training(model, coordinator, optimizer, run)
     finally:
