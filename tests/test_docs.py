@@ -127,17 +127,14 @@ def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, flo
         for kind in ("batches", "held_out_batches")
     }
     ours = {name: getattr(megatron_mimo_coord, name) for name in megatron_mimo_coord.__all__}
-    build, join, model, *trainer = code
-    shown = dict(ours)
-    exec(build, shown)
-    shown["infra"].destroy()
+    join, *trainer = code
     local = {"LOCAL_WORLD_SIZE": "12", "LOCAL_RANK": "0"}
     with (
         patch.dict(os.environ, local),
         patch.object(dist, "init_process_group"),  # the world is there already
     ):
         exec(join, names)
-    for part in (model, *trainer):
+    for part in trainer:
         exec(part, names)
     infra = names["infra"]
     others = names | ours | {"topology": Topology(infra.module_to_grid_map, infra.pg_collections)}
