@@ -32,6 +32,7 @@ TIMEOUT = timedelta(seconds=60)
 # Megatron's distributed optimizer keeps process groups alive, and each group has threads that wake
 # often: a world is replaced before they slow it down.
 RUNS = 12
+MAX_WAITING = 6  # ranks that wait for work besides those that have some
 REHEARSE = True  # whether worlds demand what NCCL demands, unless a test says otherwise
 _worlds: dict[tuple[int, bool], "World"] = {}
 
@@ -49,11 +50,15 @@ class RankError(AssertionError):
 def world(size: int, rehearse: bool = REHEARSE) -> "World":
     """The world of this size, started if need be."""
     key = size, rehearse
-    if key in _worlds and _worlds[key].runs >= RUNS:
-        _worlds[key].kill()
-    if key not in _worlds or not _worlds[key].is_alive():
-        _worlds[key] = World(size, rehearse)
-    return _worlds[key]
+    found = _worlds.pop(key, None)
+    if found is not None and found.runs >= RUNS:
+        found.kill()
+    if found is None or not found.is_alive():
+        found = World(size, rehearse)
+    while sum(waiting for waiting, _ in _worlds) > MAX_WAITING:
+        _worlds.pop(next(iter(_worlds))).kill()  # the one that was used longest ago
+    _worlds[key] = found
+    return found
 
 
 @cache
