@@ -5,8 +5,9 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from heapq import heapify, heapreplace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from math import ceil, gcd, inf
+from operator import ne
 from typing import Any
 
 from attrs import field, frozen
@@ -21,7 +22,7 @@ Nested = tuple[tuple[float, ...], ...]
 # second, all is dealt out anew, which moves most images.
 CLOSE, FAR = 1.002, 1.02
 # Bounds on the work, in comparisons and not in time: every rank has to find the same.
-MAX_TRIES = 1500
+MAX_TRIES = 2000
 MAX_TOGETHER = 64
 FEW = 32  # images among which a depth-first search can get anywhere
 
@@ -161,10 +162,11 @@ def assign_images(
         (((0, 2), (1, 0)), (16, 16), 1.0)
     """
     dp = grid.data_parallel_size
-    counts = _nested(tokens, "tokens", (int,), "a number of tokens, an integer from 0 on")
+    flat: Sequence[float]
+    counts, flat = _nested(tokens, "tokens", (int,), "a number of tokens, an integer from 0 on")
     weights: Nested = counts
     if costs is not None:
-        weights = _nested(costs, "costs", (int, float), "a finite cost, from 0 on")
+        weights, flat = _nested(costs, "costs", (int, float), "a finite cost, from 0 on")
         _refuse_other_nesting(counts, weights)
     if sample_ids is not None and len(sample_ids) != len(counts):
         raise ValueError(
@@ -178,14 +180,13 @@ def assign_images(
             f"of {dp}, samples without images as empty lists"
         )
     ends = list(accumulate(map(len, counts)))  # of each sample's images, and so of each slice's
-    flat = list(chain.from_iterable(weights))
-    owners = _deal_out(flat, ends[len(counts) // dp - 1 :: len(counts) // dp])
+    owners = tuple(_deal_out(flat, ends[len(counts) // dp - 1 :: len(counts) // dp]))
     return ImageAssignment(
         grid.name,
         counts,
         weights,
         None if sample_ids is None else tuple(sample_ids),
-        tuple([tuple(owners[start:end]) for start, end in pairwise([0, *ends])]),
+        tuple([owners[start:end] for start, end in pairwise([0, *ends])]),
         dp,
         grid.coordinate(rank, "dp") if rank in grid.ranks else None,
     )
@@ -193,8 +194,8 @@ def assign_images(
 
 def _nested[N: float](
     values: Sequence[Sequence[N]], name: str, types: tuple[type, ...], needed: str
-) -> tuple[tuple[N, ...], ...]:
-    """The same as tuples, if all are plain numbers."""
+) -> tuple[tuple[tuple[N, ...], ...], list[N]]:
+    """The same as tuples, and as one list, if all are plain numbers."""
     try:
         nested = tuple(map(tuple, values))
     except TypeError:
@@ -205,7 +206,7 @@ def _nested[N: float](
     flat = list(chain.from_iterable(nested))
     # One pass each in C; bool is an int to Python, and a tensor would be read on the host.
     if set(map(type, flat)) <= set(types) and min(flat, default=0) >= 0 and sum(flat) < inf:
-        return nested
+        return nested, flat
     for sample, images in enumerate(nested):
         for image, value in enumerate(images):
             if type(value) not in types or not 0 <= value < inf:
@@ -236,28 +237,39 @@ def _refuse_other_nesting(
 # -- the arithmetic: from costs and slices to owners -----------------------------------------------
 
 
-def _deal_out(costs: list[float], ends: list[int]) -> list[int]:
+def _deal_out(costs: Sequence[float], ends: list[int]) -> list[int]:
     """Owner of each image.
 
     Args:
         costs: of each image, in the order of the microbatch.
         ends: for each rank, the end of its slice of the images.
     """
-    least = _least_possible(costs, len(ends))
-    best = _Loads.of_slices(costs, ends)
-    if max(best.loads) > least:
-        homes = list(best.owners)
-        best.shed(least)
-        best.improve(least * CLOSE)
-        if max(best.loads) > least * FAR:
-            other = _Loads(costs, _longest_first(costs, len(ends)), len(ends))
-            other.improve(least * CLOSE)
-            best = min(best, other, key=lambda loads: max(loads.loads))
-        if len(costs) <= FEW and max(best.loads) > least:
-            owners = _search(costs, homes, len(ends), max(best.loads), least)
-            best = best if owners is None else _Loads(costs, owners, len(ends))
-        best.go_home(homes)
-    return best.owners
+    ranks = len(ends)
+    slices: list[int] = []
+    for rank, end in enumerate(ends):
+        slices += [rank] * (end - len(slices))
+    by_cost = sorted(range(len(costs)), key=costs.__getitem__)
+    homes = list(map(slices.__getitem__, by_cost))
+    best = _Loads(list(map(costs.__getitem__, by_cost)), homes, ranks)
+    least = _least_possible(best.costs, ranks)
+    if max(best.loads) <= least:
+        return slices
+    best.shed(least)
+    best.improve(least * CLOSE)
+    if max(best.loads) > least * FAR:
+        other = _Loads(best.costs, _longest_first(best.costs, ranks), ranks)
+        other.improve(least * CLOSE)
+        best = min(best, other, key=lambda loads: max(loads.loads))
+    if len(costs) <= FEW and max(best.loads) > least:
+        owners = _search(best.costs, homes, ranks, max(best.loads), least)
+        best = best if owners is None else _Loads(best.costs, owners, ranks)
+    best.go_home(homes)
+    for image, owner in zip(by_cost, best.owners, strict=True):
+        slices[image] = owner
+    return slices
+
+
+# From here on images are numbered by cost, ascending: those of a rank, in order, are so too.
 
 
 def _least_possible(costs: list[float], ranks: int) -> float:
@@ -266,13 +278,13 @@ def _least_possible(costs: list[float], ranks: int) -> float:
     The mean, rounded up to what whole images can add up to; and j of the largest (j - 1) x ranks
     + 1 images: some rank has as many of them. (With many on a rank that is hardly above the mean.)
     """
-    least: float = sum(costs) / ranks
-    if costs and set(map(type, costs)) == {int}:
-        unit = gcd(*costs) or 1  # type: ignore[arg-type]
-        least = -(-sum(costs) // (ranks * unit)) * unit
+    total = sum(costs)
+    least = total / ranks
+    if type(total) is int:  # and so are all costs
+        unit = gcd(*costs) or 1
+        least = -(-total // (ranks * unit)) * unit
     together = min(MAX_TOGETHER, ceil(len(costs) / ranks))
-    largest = sorted(costs, reverse=True)[: (together - 1) * ranks + 1]
-    sums = list(accumulate(largest, initial=0.0))
+    sums = list(accumulate(costs[: -(together - 1) * ranks - 2 : -1], initial=0))
     for j in range(1, together + 1):
         end = (j - 1) * ranks + 1
         least = max(least, sums[end] - sums[end - j])
@@ -283,7 +295,7 @@ def _longest_first(costs: list[float], ranks: int) -> list[int]:
     """Owners by Graham's rule: from the largest image on, each to the rank with the least."""
     owners = [0] * len(costs)
     heap = [(0.0, rank) for rank in range(ranks)]
-    for image in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+    for image in reversed(range(len(costs))):
         load, rank = heap[0]
         owners[image] = rank
         heapreplace(heap, (load + costs[image], rank))
@@ -294,111 +306,102 @@ class _Loads:
     """An assignment that is being improved: what each rank carries, and what of."""
 
     def __init__(self, costs: list[float], owners: list[int], ranks: int) -> None:
-        self.cost = costs.__getitem__
-        self.owners = owners
+        self.costs = costs
+        self.owners = list(owners)
         self.loads: list[float] = [0] * ranks
-        self.images: list[list[int]] = [[] for _ in range(ranks)]  # by cost, ascending
-        for image in sorted(range(len(costs)), key=self.cost):
-            self.loads[owners[image]] += costs[image]
-            self.images[owners[image]].append(image)
-
-    @classmethod
-    def of_slices(cls, costs: list[float], ends: list[int]) -> "_Loads":
-        """Each rank with its slice: the same as of all those owners, but quicker."""
-        loads = cls([], [], len(ends))
-        loads.cost = costs.__getitem__
-        for rank, (start, end) in enumerate(pairwise([0, *ends])):
-            loads.owners += [rank] * (end - start)
-            loads.loads[rank] = sum(costs[start:end])
-            loads.images[rank] = sorted(range(start, end), key=loads.cost)
-        return loads
+        self.images: list[list[int]] = [[] for _ in range(ranks)]  # ascending
+        for image, owner in enumerate(owners):
+            self.images[owner].append(image)
+        for rank, images in enumerate(self.images):
+            self.loads[rank] = sum(map(costs.__getitem__, images))
 
     def move(self, image: int, rank: int) -> None:
-        cost, source = self.cost(image), self.owners[image]
+        cost, source = self.costs[image], self.owners[image]
         self.images[source].remove(image)
-        insort(self.images[rank], image, key=self.cost)
+        insort(self.images[rank], image)
         self.loads[source] -= cost
         self.loads[rank] += cost
         self.owners[image] = rank
 
     def shed(self, level: float) -> None:
-        """Move images from ranks above a level to those below, without crossing it on either side.
-
-        Each time the largest that fits into the largest room, so that few move.
-        """
+        """Move images from ranks above a level to those below, the largest that fit: few move."""
         rooms = [(load - level, rank) for rank, load in enumerate(self.loads) if load < level]
         heapify(rooms)
-        if not rooms:
-            return
+        largest_room = -rooms[0][0] if rooms else 0
+        moving, costs = [], self.costs
         for source, images in enumerate(self.images):
-            surplus = self.loads[source] - level
-            while surplus > 0:
-                room, target = rooms[0]
-                place = bisect_right(images, min(surplus, -room), key=self.cost) - 1
-                if place < 0 or not (cost := self.cost(images[place])):
+            while (surplus := self.loads[source] - level) > 0:
+                place = bisect_left(images, bisect_right(costs, min(surplus, largest_room))) - 1
+                if place < 0 or not (cost := costs[images[place]]):
                     break
-                image = images.pop(place)
-                self.images[target].append(image)  # sorted below; targets have no surplus
-                self.owners[image] = target
-                self.loads[target] += cost
+                moving.append(images.pop(place))
                 self.loads[source] -= cost
-                surplus -= cost
-                heapreplace(rooms, (room + cost, target))
-        for _, target in rooms:
-            self.images[target].sort(key=self.cost)
+        for image in sorted(moving, reverse=True):
+            room, target = rooms[0]
+            insort(self.images[target], image)
+            self.loads[target] += costs[image]
+            self.owners[image] = target
+            heapreplace(rooms, (room + costs[image], target))
 
     def improve(self, enough: float) -> None:
         """Lower the largest load by moves, then by exchanges, until it is enough or none helps."""
         order = sorted((load, rank) for rank, load in enumerate(self.loads))
         tries = MAX_TRIES
         while order[-1][0] > enough:
-            largest, source = order[-1]
-            image = self._to_move(source, largest - order[0][0])
+            largest, source = order.pop()
+            place = order[0]
+            image = self._to_move(source, largest - place[0])
             if image is not None:
-                target = order[0][1]
-                self.move(image, target)
+                self.move(image, place[1])
             else:
-                for _, target in order:
-                    tries -= len(self.images[source])
-                    pair = self._to_swap(source, target) if tries > 0 else None
+                for place in order:
+                    tries -= len(self.images[source]) + len(self.images[place[1]])
+                    pair = self._to_swap(source, place[1], enough) if tries > 0 else None
                     if pair is not None:
-                        self.move(pair[0], target)
+                        self.move(pair[0], place[1])
                         self.move(pair[1], source)
                         break
                 else:
                     return
-            order = [place for place in order if place[1] not in (source, target)]
-            insort(order, (self.loads[source], source))
-            insort(order, (self.loads[target], target))
+            order.remove(place)
+            for rank in (source, place[1]):
+                insort(order, (self.loads[rank], rank))
 
     def _to_move(self, source: int, gap: float) -> int | None:
         """The image whose move leaves the two ranks closest, if any lowers the larger load."""
-        images = self.images[source]
-        place = bisect_left(images, gap / 2, key=self.cost)
-        near = [
-            image for image in images[max(place - 1, 0) : place + 1] if 0 < self.cost(image) < gap
-        ]
-        return min(near, key=lambda image: abs(self.cost(image) - gap / 2), default=None)
+        images, costs = self.images[source], self.costs
+        if not images or costs[images[0]] >= gap:
+            return None
+        place = bisect_left(images, bisect_left(costs, gap / 2))
+        near = [i for i in images[max(place - 1, 0) : place + 1] if 0 < costs[i] < gap]
+        return min(near, key=lambda image: abs(costs[image] - gap / 2), default=None)
 
-    def _to_swap(self, source: int, target: int) -> tuple[int, int] | None:
-        """The exchange that leaves the two ranks closest, if any lowers the larger load."""
+    def _to_swap(self, source: int, target: int, enough: float) -> tuple[int, int] | None:
+        """The first exchange that leaves neither rank above enough.
+
+        Else the one that leaves the two ranks closest, if any lowers the larger load.
+        """
         half = (self.loads[source] - self.loads[target]) / 2
+        tolerated = enough - (self.loads[source] + self.loads[target]) / 2
         best, pair = half, None
-        theirs = self.images[target]
-        for image in self.images[source]:
-            wanted = self.cost(image) - half
-            place = bisect_left(theirs, wanted, key=self.cost)
-            for other in theirs[max(place - 1, 0) : place + 1]:
-                off = abs(self.cost(other) - wanted)
-                if off < best:
-                    best, pair = off, (image, other)
+        costs, theirs = self.costs, iter(self.images[target])
+        other = next(theirs, None)
+        for image in self.images[source]:  # both ascend, so none is to be compared again
+            wanted = costs[image] - half
+            while other is not None:
+                off = costs[other] - wanted
+                if abs(off) < best:
+                    best, pair = abs(off), (image, other)
+                if off >= 0:
+                    break
+                other = next(theirs, None)
+            if best <= tolerated:
+                break
         return pair
 
     def go_home(self, homes: list[int]) -> None:
         """Return images to their slices where the largest load allows it; large ones first."""
-        pairs = enumerate(zip(self.owners, homes, strict=True))
-        away = [image for image, (owner, home) in pairs if owner != home]
-        away.sort(key=self.cost, reverse=True)
+        away = list(compress(range(len(homes)), map(ne, self.owners, homes)))[::-1]
         before = len(away) + 1
         while len(away) < before:  # one that returns leaves room for others
             before = len(away)
@@ -408,16 +411,19 @@ class _Loads:
     def _return(self, away: list[int], homes: list[int], largest: float) -> None:
         """One pass: alone where its slice has room, else in exchange for one that lives there."""
         waiting: dict[tuple[int, int], list[int]] = {}
+        loads, owners, costs = self.loads, self.owners, self.costs
+        ways = {(owners[image], homes[image]) for image in away}
         for image in away:
-            home, owner, cost = homes[image], self.owners[image], self.cost(image)
-            if self.loads[home] + cost <= largest:
+            home, owner, cost = homes[image], owners[image], costs[image]
+            if loads[home] + cost <= largest:
                 self.move(image, home)
                 continue
-            others = waiting.get((owner, home), [])  # those that want to go the other way
-            for other in others:
-                change = cost - self.cost(other)
-                if self.loads[home] + change <= largest and self.loads[owner] - change <= largest:
-                    others.remove(other)
+            if (home, owner) not in ways:
+                continue  # nobody goes the other way
+            for other in waiting.get((owner, home), ()):
+                change = cost - costs[other]
+                if loads[home] + change <= largest and loads[owner] - change <= largest:
+                    waiting[owner, home].remove(other)
                     self.move(image, home)
                     self.move(other, owner)
                     break
@@ -432,7 +438,7 @@ def _search(
 
     Exact for a handful of images, where rules of thumb are worst.
     """
-    order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    order = range(len(costs))[::-1]  # from the largest on
     owners, loads = list(homes), [0.0] * ranks
     best: list[int] | None = None
     tries = MAX_TRIES
