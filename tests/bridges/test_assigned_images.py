@@ -1,10 +1,15 @@
 """Images that any encoder rank may have encoded: their tokens and gradients find their way."""
 
+from contextlib import ExitStack
+
+import cases
 import pytest
 from attrs import evolve
 from cases import Case
 from layouts import LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
+
+from megatron_mimo_coord.bridges import colocated, incoming
 
 SKEWED = {
     "vision": (((5, 0, 1, 0), (0, 0, 0, 0), (0, 0, 1, 4)), ((1, 1, 1, 1), (3, 0, 0, 0))),
@@ -33,3 +38,63 @@ def test_gradients_are_the_oracles(case):
     images = {name: SKEWED[name] for name in case.encoders}
     case = evolve(case, images=images, steps=2)
     assert sum(world(case.world_size).run("cases:check", case)) > 0, repr(case)
+
+
+# -- routes that are broken on purpose -------------------------------------------------------------
+
+SENSITIVE = {
+    "disjoint": LAYOUTS["equal"],
+    "colocated": {name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")},
+}
+
+
+def _parts_turned(whole):
+    """The images of each sender, each in the place of the next."""
+    return evolve(whole, parts=tuple(evolve(p, runs=p.runs[1:] + p.runs[:1]) for p in whole.parts))
+
+
+def _route_turned(route):
+    return evolve(route, runs=[*route.runs[1:], *route.runs[:1]])
+
+
+def _tokens():
+    whole, route = incoming.Incoming._whole, colocated._Bridge.route
+    yield incoming.Incoming, "_whole", lambda *args: _parts_turned(whole(*args))
+    yield colocated._Bridge, "route", lambda *args: _route_turned(route(*args))
+
+
+def _gradients():
+    send, route = incoming.Incoming._backward, colocated._RouteTokens.backward
+
+    def send_turned(link, gradient):
+        link._to_return[0] = _parts_turned(link._to_return[0])
+        return send(link, gradient)
+
+    def route_turned(ctx, grad):
+        ctx.route = _route_turned(ctx.route)
+        return route(ctx, grad)
+
+    yield incoming.Incoming, "_backward", send_turned
+    yield colocated._RouteTokens, "backward", staticmethod(route_turned)
+
+
+MUTANTS = {"tokens": _tokens, "gradients": _gradients}
+
+
+def _is_caught(case, mutant):
+    with ExitStack() as stack:
+        for owner, name, replacement in MUTANTS[mutant]():
+            stack.enter_context(cases._replaced(owner, name, replacement))
+        try:
+            cases.check(case)
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("layout", SENSITIVE.values(), ids=SENSITIVE)
+def test_images_in_each_others_places_are_noticed(layout, mutant):
+    images = {"vision": (((5, 0, 1, 0),),)}
+    case = Case(modules=layout, images=images, assign=1, num_microbatches=1, no_optimizer=True)
+    assert any(world(case.world_size).run(_is_caught, case, mutant))
