@@ -152,7 +152,8 @@ class Outgoing(Link):
         """Compare with the other data-parallel ranks: each one with the one before it.
 
         If they were given different numbers, a language model rank would wait for what nobody means
-        to send.
+        to send. One that was left out of a call says nothing here: the others wait for it, until
+        its next call tells them that it is at a later microbatch than they are.
         """
         number = len(self.ends.sources)
         if number == 1:
@@ -161,8 +162,13 @@ class Outgoing(Link):
         owners = crc32(repr(assignment.owners).encode())
         before = self.ends.sources[(self._dp - 1) % number][self._lane]
         behind = self.ends.sources[(self._dp + 1) % number][self._lane]
-        self.hosts.send(behind, [owners, *digests])
-        their_owners, *theirs = self.hosts.receive(before)
+        self.hosts.send(behind, [self._microbatch, owners, *digests])
+        their_microbatch, their_owners, *theirs = self.hosts.receive(before)
+        if their_microbatch != self._microbatch:
+            (at, waits), (_, left_out) = sorted(
+                [(their_microbatch, before), (self._microbatch, self.rank)]
+            )
+            refuse_other_samples(self.name, at, (waits, digests), (left_out, ()))
         refuse_other_samples(self.name, self._microbatch, (before, theirs), (self.rank, digests))
         if their_owners != owners:
             raise RuntimeError(

@@ -160,6 +160,7 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
     import torch.distributed as dist
 
     from megatron_mimo_coord import MultiModuleCoordinator
+    from megatron_mimo_coord.bridges.sample_check import SampleCheck
 
     original = MultiModuleCoordinator.assign_images
     calls = []
@@ -176,7 +177,11 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
             costs = [
                 [100 * cost if sample else cost for cost in c] for sample, c in enumerate(costs)
             ]
-        assignment = original(self, name, tokens, costs, sample_ids)
+        with ExitStack() as stack:
+            if mistake == "not called once":
+                left_out = cases._replaced(self._pending_assignments, "put", lambda given: None)
+                stack.enter_context(left_out)
+            assignment = original(self, name, tokens, costs, sample_ids)
         if mistake == "tokens":
             self._pending_assignments._queues["vision"].clear()
             original(self, name, [[n + 1 for n in each] for each in tokens], costs, sample_ids)
@@ -184,6 +189,8 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
 
     if dist.get_rank() == rank:
         MultiModuleCoordinator.assign_images = assign_images
+    if mistake == "not called once":  # nor do the language model's ranks, which could tell
+        SampleCheck.given = lambda *args: None
     cases.check(case)
 
 
@@ -202,6 +209,10 @@ MISTAKES = {
     "an encoder rank is left out": (
         *(1, "not called"),
         r"microbatch 1: images of vision were assigned on rank 3, but not on rank 1",
+    ),
+    "an encoder rank is left out of one call": (
+        *(1, "not called once"),
+        r"microbatch 1: images of vision were assigned on rank 0, but not on rank 1",
     ),
     "an encoder makes another number of tokens": (
         *(0, "tokens"),
