@@ -29,9 +29,7 @@ from time import monotonic, sleep
 from typing import Any
 
 TIMEOUT = timedelta(seconds=60)
-# Megatron's distributed optimizer keeps process groups alive, and each group has threads that wake
-# often: a world is replaced before they slow it down.
-RUNS = 12
+RUNS = 60  # Megatron's distributed optimizer keeps groups alive: a world is replaced now and then
 MAX_WAITING = 6  # ranks that wait for work besides those that have some
 REHEARSE = True  # whether worlds demand what NCCL demands, unless a test says otherwise
 _worlds: dict[tuple[int, bool], "World"] = {}
@@ -205,6 +203,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -
     faulthandler.register(signal.SIGUSR1, open(f"{Path(store).parent}/stack-{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
     enable_cpu_ranks(rehearse)
+    _share_one_gloo_device()
     if rehearse:
         _finalize_without_host_sync()
     dist.init_process_group(
@@ -228,6 +227,24 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -
         pipe.send(answer)
         if not answer[0] and answer[1][0] != "ValueError":
             return  # as a trainer's rank ends: its peers must not wait for it
+
+
+def _share_one_gloo_device() -> None:
+    """Give all process groups one thread for their sockets; alone, each wakes up all the time."""
+    import torch.distributed as dist
+
+    gloo = dist.ProcessGroupGloo
+    device = gloo.create_default_device()
+
+    def create(asked: Any, _: Any) -> Any:
+        options = gloo._Options()
+        options._devices, options._threads, options._timeout = [device], 2, asked.timeout
+        group = gloo(asked.store, asked.group_rank, asked.group_size, options)
+        group.options.global_ranks_in_group = asked.global_ranks_in_group
+        group.options.group_name = asked.group_id
+        return group
+
+    dist.Backend._plugins["GLOO"] = dist.Backend._BackendPlugin(create, True)
 
 
 def _finalize_without_host_sync() -> None:
