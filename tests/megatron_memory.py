@@ -111,11 +111,11 @@ def _saved(module: Any, sizes: ModuleSizes, samples: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if sizes.vocab_size is None:
             images = int(samples * sizes.max_images_per_sample)
-            patches = torch.randn(images, sizes.sequence, sizes.patch_size)
+            patches = torch.randn(images, sizes.sequence, sizes.patch_size, device="cuda")
             output = module({"images": patches})
         else:
-            tokens = torch.zeros(samples, sizes.seq_length, dtype=torch.long)
-            positions = torch.arange(sizes.seq_length).expand_as(tokens).contiguous()
+            tokens = torch.zeros(samples, sizes.seq_length, dtype=torch.long, device="cuda")
+            positions = torch.arange(sizes.seq_length, device="cuda").expand_as(tokens).contiguous()
             output = module(tokens, positions, None, labels=tokens.clone())
     storages = {_storage(tensor) for tensor in kept} - parameters
     assert output.requires_grad
@@ -167,7 +167,7 @@ def build_module(sizes: ModuleSizes, groups: Any, width: int) -> Any:
             position_embedding_type=sizes.position_embedding_type,
             pg_collection=groups,
         )
-    return module.to(dtype)
+    return module.to("cuda", dtype)
 
 
 def _layers(config: TransformerConfig, groups: Any) -> Any:

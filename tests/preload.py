@@ -4,6 +4,7 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import digits  # noqa: F401
     import vlm  # noqa: F401
 
     import megatron_mimo_coord.cpu.cuda_means_cpu

@@ -60,7 +60,7 @@ def world(size: int, rehearse: bool = REHEARSE) -> "World":
 
 
 @cache
-def _start_forkserver() -> Any:
+def start_forkserver() -> Any:
     """The forkserver, with its imports done; it looks for them on PYTHONPATH alone."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preload"])
@@ -78,7 +78,7 @@ class World:
     """``size`` ranks that wait for work."""
 
     def __init__(self, size: int, rehearse: bool = REHEARSE) -> None:
-        context = _start_forkserver()
+        context = start_forkserver()
         self.size = size
         self.runs = 0
         self._store = tempfile.mkdtemp(prefix="ranks-")

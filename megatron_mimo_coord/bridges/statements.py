@@ -4,15 +4,16 @@ Statements travel between hosts. A rank that was assigned images waits for those
 it exchanges tokens with them; one that was not goes on and reads them when they have come.
 """
 
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from attrs import astuple, field, frozen
 
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.world.gather import all_gather_text
 
 # A rank that does not wait is at most so many microbatches ahead of the others.
 MAX_UNREAD = 64
@@ -41,7 +42,7 @@ class Statement:
 
 WIDTH = len(astuple(Statement(0)))
 Statements = Sequence[Statement]
-_Given = tuple[tuple[tuple[int, ...], ...], tuple[Any, ...] | None, tuple[tuple[float, ...], ...]]
+_Given = Sequence[tuple[str, str, str]]  # of each sample the tokens, the id and the costs
 
 
 class HostStatements:
@@ -142,9 +143,10 @@ class HostStatements:
 
     def _refuse_other_assignment(self, assignment: ImageAssignment, place: int) -> None:
         """Have the ranks show what they were given; only this rank 0 and ``place`` are named."""
-        mine: _Given = assignment.tokens, assignment.sample_ids, assignment.costs
-        given: list[_Given] = [mine] * len(self._ranks)
-        dist.all_gather_object(given, mine, group=self._group)
+        ids = assignment.sample_ids or (None,) * len(assignment.tokens)
+        samples = zip(assignment.tokens, ids, assignment.costs, strict=True)
+        mine = json.dumps([list(map(repr, sample)) for sample in samples])
+        given = [json.loads(text) for text in all_gather_text(mine, self._group)]
         raise RuntimeError(
             f"microbatch {self._microbatch}: rank {self._ranks[0]} and rank {self._ranks[place]} "
             f"called assign_images({assignment.module!r}, ...) with different numbers: "
@@ -156,22 +158,18 @@ class HostStatements:
 
 def _first_difference(one: _Given, other: _Given, rank: int, other_rank: int) -> str:
     """The first sample whose tokens or id differ, else whose costs do."""
-    if len(one[0]) != len(other[0]):
-        return f"{len(one[0])} samples on rank {rank}, {len(other[0])} on rank {other_rank}"
-    ids = [given[1] or (None,) * len(given[0]) for given in (one, other)]
-    for sample, (mine, theirs) in enumerate(
-        zip(zip(one[0], ids[0], strict=True), zip(other[0], ids[1], strict=True), strict=True)
-    ):
-        if mine != theirs:
+    if len(one) != len(other):
+        return f"{len(one)} samples on rank {rank}, {len(other)} on rank {other_rank}"
+    pairs = enumerate(zip(one, other, strict=True))
+    differing = [(sample, *pair) for sample, pair in pairs if pair[0] != pair[1]]
+    for sample, mine, theirs in differing:
+        if mine[:2] != theirs[:2]:
             return (
-                f"sample {sample} has tokens {mine[0]} and id {mine[1]!r} on rank {rank}, tokens "
-                f"{theirs[0]} and id {theirs[1]!r} on rank {other_rank}"
+                f"sample {sample} has tokens {mine[0]} and id {mine[1]} on rank {rank}, tokens "
+                f"{theirs[0]} and id {theirs[1]} on rank {other_rank}"
             )
-    sample = next(i for i, costs in enumerate(one[2]) if costs != other[2][i])
-    return (
-        f"sample {sample} has costs {one[2][sample]} on rank {rank}, {other[2][sample]} on rank "
-        f"{other_rank}"
-    )
+    sample, mine, theirs = differing[0]
+    return f"sample {sample} has costs {mine[2]} on rank {rank}, {theirs[2]} on rank {other_rank}"
 
 
 def _is_here(work: dist.Work | None) -> bool:

@@ -18,6 +18,7 @@ from attrs import frozen
 
 from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.gather import all_gather_text
 
 
 @frozen
@@ -170,16 +171,6 @@ def _digest(value: object) -> tuple[int, int]:
 
 def _exchange(statement: RankFacts) -> list[RankFacts]:
     """Gather everybody's statement as plain JSON."""
-    device = world_device()
     text = json.dumps([statement.job, statement.modules, list(statement.problems)])
-    payload = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    length = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
-    lengths = length.new_empty((dist.get_world_size(),))
-    dist.all_gather_into_tensor(lengths, length)
-    sizes = lengths.tolist()
-    padded = payload.new_zeros((1, max(sizes)))
-    padded[0, : payload.numel()] = payload
-    gathered = payload.new_empty((dist.get_world_size(), max(sizes)))
-    dist.all_gather_into_tensor(gathered, padded)
-    texts = [bytes(row[:size]).decode() for row, size in zip(gathered.tolist(), sizes, strict=True)]
+    texts = all_gather_text(text, device=world_device())
     return [RankFacts(*json.loads(text)) for text in texts]

@@ -1,4 +1,4 @@
-"""Plain text from every rank to the first one."""
+"""Text between ranks, as bytes of tensors: nothing is pickled."""
 
 import torch
 import torch.distributed as dist
@@ -13,18 +13,46 @@ def gather_text(text: str) -> list[str]:
         >>> gather_text("what this rank has to say")
         ['what this rank has to say']
     """
-    device = world_device()
-    payload = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    length = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
-    lengths = length.new_empty((dist.get_world_size(),))
-    dist.all_gather_into_tensor(lengths, length)
-    sizes = lengths.tolist()
-    padded = payload.new_zeros((max(sizes),))
-    padded[: payload.numel()] = payload
+    padded, sizes = _padded(text, dist.group.WORLD, world_device())
     is_first = dist.get_rank() == 0
     parts = [torch.empty_like(padded) for _ in sizes] if is_first else None
     dist.gather(padded, parts, dst=0)
-    return [
-        part[:size].cpu().numpy().tobytes().decode()
-        for part, size in zip(parts or [], sizes, strict=is_first)
-    ]
+    return [_text(part, size) for part, size in zip(parts or [], sizes, strict=is_first)]
+
+
+def all_gather_text(
+    text: str, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> list[str]:
+    """The texts of all ranks of a group, in their order, on each of them. Collective.
+
+    Args:
+        text: this rank's.
+        group: the world by default.
+        device: where the group's tensors must be.
+
+    Example:
+        >>> all_gather_text("what this rank has to say")
+        ['what this rank has to say']
+    """
+    padded, sizes = _padded(text, group, device)
+    parts = padded.new_empty((len(sizes), *padded.shape))
+    dist.all_gather_into_tensor(parts, padded[None], group=group)
+    return [_text(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _padded(
+    text: str, group: dist.ProcessGroup | None, device: torch.device | str
+) -> tuple[torch.Tensor, list[int]]:
+    """This rank's bytes, as many as the longest text has, and each rank's number of bytes."""
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([content.numel()], dtype=torch.int64, device=device)
+    lengths = length.new_empty((dist.get_world_size(group),))
+    dist.all_gather_into_tensor(lengths, length, group=group)
+    sizes = lengths.tolist()
+    padded = content.new_zeros((max(sizes),))
+    padded[: content.numel()] = content
+    return padded, sizes
+
+
+def _text(part: torch.Tensor, size: int) -> str:
+    return part[:size].cpu().numpy().tobytes().decode()

@@ -8,17 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import run_job
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def start(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+EXAMPLES = ROOT / "examples"
 
 
 def test_the_digits_model_learns(tmp_path):
@@ -26,19 +19,20 @@ def test_the_digits_model_learns(tmp_path):
     layout.write_text(
         "[vision]\ndata_parallel_size = 2\n[language]\npipeline_model_parallel_size = 2\n"
     )
-    done = start(
-        *TORCHRUN,
-        *("--nproc-per-node", "4", "examples/train_digits_vlm.py", "--steps", "15"),
+    code, output = run_job(
+        EXAMPLES / "train_digits_vlm.py",
+        *("--steps", "15"),
         *("--log-losses", str(log), "--plot", str(plot), "--eval-interval", "15"),
         *("--layout", str(layout), "--timeline", str(tmp_path / "timeline.json")),
+        ranks=4,
     )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^vision +\d+% +\d+% +\d+% +\d\.\d\d$", done.stdout, re.MULTILINE)
+    assert code == 0, output
+    assert re.search(r"^vision +\d+% +\d+% +\d+% +\d\.\d\d$", output, re.MULTILINE)
     assert len(json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]) > 100
-    assert re.search(r"^vision +0-1 .* 32 .*fan-in 2:1", done.stdout, re.MULTILINE)
-    assert re.search(r"^language +2-3 +1 +1 +2 ", done.stdout, re.MULTILINE)
-    assert re.search(r"step 15/15 +loss \d", done.stdout)
-    assert "1437 images to learn from, 360 held out" in done.stdout
+    assert re.search(r"^vision +0-1 .* 32 .*fan-in 2:1", output, re.MULTILINE)
+    assert re.search(r"^language +2-3 +1 +1 +2 ", output, re.MULTILINE)
+    assert re.search(r"step 15/15 +loss \d", output)
+    assert "1437 images to learn from, 360 held out" in output
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
     assert len(losses) == 15
     assert losses[-1] < 0.75 * losses[0]
@@ -66,7 +60,7 @@ def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_
     )
     environment = {**os.environ, "WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/train_digits_vlm.py"), *options],
+        [sys.executable, EXAMPLES / "train_digits_vlm.py", *options],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -88,18 +82,24 @@ def test_wrong_options_are_refused_before_anything_starts(options, message, tmp_
     ],
 )
 def test_help_explains_without_torchrun(example):
-    done = start(sys.executable, f"examples/{example}.py", "--help", timeout=60)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{example}.py", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0
     assert "--help" in done.stdout
 
 
 def test_the_benchmark_measures():
-    done = start(
-        *TORCHRUN,
-        *("--nproc-per-node", "3", "examples/benchmark_finalize.py", "--rounds", "2"),
+    code, output = run_job(
+        EXAMPLES / "benchmark_finalize.py",
+        *("--rounds", "2"),
         *("--encoder-hidden", "64", "--language-hidden", "64"),
         *("--encoder-layers", "1", "--language-layers", "1"),
+        ranks=3,
     )
-    assert done.returncode == 0, done.stderr
-    assert "per-token" in done.stdout
-    assert "coordinator/functional" in done.stdout
+    assert code == 0, output
+    assert "per-token" in output
+    assert "coordinator/functional" in output

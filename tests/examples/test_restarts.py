@@ -9,35 +9,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from jobs import run_job
 from ranks import world
 
 from megatron_mimo_coord.training import checkpoint_folder
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = "examples/train_digits_vlm.py"
+EXAMPLE = ROOT / "examples" / "train_digits_vlm.py"
 CAUSE = "the forward step of rank 1 failed"  # in faults.py
 SMALL = ["--steps", "12", "--global-batch-size", "64", "--micro-batch-size", "32"]
 TWO_RANKS = ["--vision-dp", "1", "--language-pp", "1"]
-
-
-def start(script: str, *options: str, restarts: int = 0, faults: str = "") -> tuple[int, str]:
-    """Exit code of a job of two ranks, and all that it printed, in that order."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts), script]
-    job = subprocess.Popen(
-        [*command, *TWO_RANKS, *SMALL, *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": faults},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = job.communicate(timeout=240)
-    finally:
-        job.terminate()  # torchrun then ends its ranks
-        job.wait(timeout=60)
-    return job.returncode, output
 
 
 # -- jobs ------------------------------------------------------------------------------------------
@@ -45,12 +26,15 @@ def start(script: str, *options: str, restarts: int = 0, faults: str = "") -> tu
 
 def test_a_job_that_loses_ranks_comes_back_by_itself(tmp_path):
     log, saved = tmp_path / "log", tmp_path / "saved"
-    code, output = start(
-        "tests/examples/faults.py",
+    code, output = run_job(
+        ROOT / "tests/examples/faults.py",
+        *TWO_RANKS,
+        *SMALL,
         *("--log-losses", str(log), "--plot", str(tmp_path / "curve.png"), "--eval-interval", "99"),
         *("--save", str(saved), "--load", str(saved), "--save-interval", "5"),
+        ranks=2,
         restarts=3,
-        faults="killed_while_saving raises_in_a_step killed_while_reading",
+        FAULTS="killed_while_saving raises_in_a_step killed_while_reading",
     )
     assert code == 0, output
     assert f"no whole checkpoint in {saved}: starts from the beginning" in output

@@ -283,7 +283,7 @@ def _first_launches(case: Case) -> list[int]:
 
     coordinator.zero_grad_buffer()
     with replaced(dist, all_reduce=recorded):
-        coordinator.finalize_model_grads([model], torch.ones((), dtype=torch.int))
+        coordinator.finalize_model_grads([model], torch.ones((), dtype=torch.int, device="cuda"))
     vision, language = (ddp for ddp, _ in coordinator.module_to_grid_tuples)
     expected = [[buffer.grad_data.numel() for buffer in ddp.buffers] for ddp in (vision, language)]
     infra.destroy()

@@ -108,7 +108,7 @@ def _noted(method: Any, events: list[Event]) -> Any:
 
 
 def _loss(output: torch.Tensor) -> Any:
-    return output.sum(), torch.tensor(1, dtype=torch.int), {}
+    return output.sum(), torch.tensor(1, dtype=torch.int, device="cuda"), {}
 
 
 class SleepingStage(torch.nn.Module):
@@ -133,7 +133,7 @@ class SleepingStage(torch.nn.Module):
         taken: dict[str, torch.Tensor] = {}
         for name in self.modules:
             # A weight that learns, and whatever comes from other modules or the stage before.
-            inputs = [torch.ones((), requires_grad=name not in self.job.frozen)]
+            inputs = [torch.ones((), device="cuda", requires_grad=name not in self.job.frozen)]
             if name == LANGUAGE and self.index == 0:
                 inputs += [tensor.sum() for tensor in (*self.received.values(), *taken.values())]
             elif self.index:
