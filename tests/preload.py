@@ -1,5 +1,6 @@
 """What the forkserver of ``ranks.py`` imports once for all ranks."""
 
+import gc
 import warnings
 
 with warnings.catch_warnings():
@@ -11,3 +12,5 @@ with warnings.catch_warnings():
     from megatron_mimo_coord import MultiModuleCoordinator  # noqa: F401
 
     list(megatron_mimo_coord.cpu.cuda_means_cpu.replacements())
+
+gc.freeze()  # ranks collect their garbage after each call: among what is theirs
