@@ -31,7 +31,7 @@ def all_gather_text(
         device: where the group's tensors must be.
 
     Example:
-        >>> all_gather_text("what this rank has to say")
+        >>> all_gather_text("what this rank has to say", device=world_device())
         ['what this rank has to say']
     """
     padded, sizes = _padded(text, group, device)

@@ -32,10 +32,10 @@ def test_pages_teach_the_same_whoever_encodes_them():
     for slices, assigned in ranks:
         assert assigned["losses"] == pytest.approx(slices["losses"], rel=1e-5)
         assert max(assigned["imbalance"]) < 1.1 < max(slices["imbalance"])
-        assert len(assigned["words"]) == 360 and set(assigned["words"]) <= set(slices["names"])
+        assert len(assigned["words"]) == 90 and set(assigned["words"]) <= set(slices["names"])
         # Close weights; where two letters are as likely as each other, either may come out.
         same = sum(map(str.__eq__, assigned["words"], slices["words"]))
-        assert same >= 350
+        assert same >= 87
 
 
 def _train(arguments):
@@ -58,7 +58,7 @@ def _train(arguments):
             {
                 "losses": [step.loss for step in steps],
                 "imbalance": [step.imbalance for step in steps],
-                "words": trainer.read(held_out.images),
+                "words": trainer.read(held_out.images[:90]),
                 "names": [*digits.NAMES, "no numeral"],
             }
         )
