@@ -179,7 +179,7 @@ INTERNALS = (
     ),
     Internal(
         f"{_PIPELINE}.multimodule_communicator.MultiModulePipelineCommunicator",
-        "_build_bridge_comms",
+        "_build_bridge_comms current_stage total_stages",
         "bridges/communicator.py",
         "activations between modules on disjoint ranks",
     ),

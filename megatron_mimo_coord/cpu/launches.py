@@ -204,9 +204,12 @@ def refuse_what_nccl_refuses(launch: Launch) -> None:
 def _reduction(boxed: Any) -> str:
     if is_average():
         return "AVG"
-    op = _ReduceOp.unbox(boxed) if hasattr(_ReduceOp, "unbox") else boxed
+    if isinstance(boxed, torch.ScriptObject):
+        if not hasattr(_ReduceOp, "unbox"):
+            return "unknown"  # PyTorch 2.6 does not tell
+        boxed = _ReduceOp.unbox(boxed)
     names = ("SUM", "PRODUCT", "MIN", "MAX", "AVG", "BAND", "BOR", "BXOR")
-    return next((name for name in names if op == getattr(dist.ReduceOp, name)), "another")
+    return next((name for name in names if boxed == getattr(dist.ReduceOp, name)), "another")
 
 
 def _share(

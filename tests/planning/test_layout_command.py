@@ -58,6 +58,14 @@ def test_a_layout_is_shown_with_its_numbers_and_ranks(look):
     assert ["dp", "1", "1", "dp", "1", "6-7", "10-11"] in rows
 
 
+def test_the_first_line_says_who_shares_ranks(look):
+    apart = "rank_offset = 2\n[audio]\nrank_offset = 2\n[video]\nrank_offset = 3\n"
+    _, shown, _ = look(f"[language]\ndata_parallel_size = 2\n[vision]\n{apart}")
+    assert "4 ranks, modules on disjoint ranks, but vision and audio share rank 2; " in shown
+    _, shown, _ = look("[vision]\nrank_offset = 0\n[language]\nrank_offset = 0\n")
+    assert "1 rank, modules colocated; " in shown
+
+
 def test_json_says_the_same(look):
     code, shown, _ = look(FAN_IN, "--json", *BATCH)
     summary = json.loads(shown)
