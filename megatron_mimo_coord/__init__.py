@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_mimo_coord.layout import ModuleParallelism
     from megatron_mimo_coord.layout.toml_file import read_layout
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MegatronMIMOInfra",
