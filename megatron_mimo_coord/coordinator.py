@@ -27,10 +27,10 @@ from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
 from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.module import ModuleGradients
-from megatron_mimo_coord.gradients.norms import GradientShares
+from megatron_mimo_coord.gradients.norms import GradientNorms
+from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
 from megatron_mimo_coord.gradients.scaling import ScalingAfterReduction
 from megatron_mimo_coord.gradients.step_state import StepState
-from megatron_mimo_coord.gradients.token_count import TokenCount, holds_a_distinct_count
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
     Infra,
@@ -55,7 +55,11 @@ from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
 from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoint
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
-from megatron_mimo_coord.training.schedule_hooks import check_sequence_lengths, install_hooks
+from megatron_mimo_coord.training.schedule_hooks import (
+    check_sequence_lengths,
+    hooks_of,
+    install_hooks,
+)
 from megatron_mimo_coord.world.device import world_device
 
 logger = logging.getLogger(__name__)
@@ -117,7 +121,7 @@ class MultiModuleCoordinator:
         )
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
-            TokenCount(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
+            NumTokens(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
             self._step,
         )
         self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now)
@@ -205,7 +209,8 @@ class MultiModuleCoordinator:
         """
         if not is_colocated(self._grids.values()):
             check_sequence_lengths(config)
-        install_hooks(config, self._hooks_for(optimizer))
+        hooks = hooks_of(self, [ddp.ddp_config for ddp in self._job.ddps.values()], optimizer)
+        install_hooks(config, hooks)
         self._config = self._finalizer.config = config
         self._step.attached(config, self.finalize_model_grads)
         self._optimizer = optimizer
@@ -389,8 +394,8 @@ class MultiModuleCoordinator:
         """
         self._step.check_norms()
         scale = torch.ones((), device=self._device)
-        scale_loss = self._config and self._config.grad_scale_func
-        return self._shares.norms(scale if scale_loss is None else scale_loss(scale))
+        scale_loss = (self._config or self._job.model.config).grad_scale_func
+        return self._norms.norms(scale if scale_loss is None else scale_loss(scale))
 
     def num_trainable_parameters(self) -> dict[str, int]:
         """Parameters of each module that have a gradient, over all ranks, each counted once.
@@ -401,11 +406,11 @@ class MultiModuleCoordinator:
             >>> list(coordinator.num_trainable_parameters())
             ['vision', 'language']
         """
-        return self._shares.counts()
+        return self._norms.counts()
 
     @cached_property
-    def _shares(self) -> GradientShares:
-        return GradientShares(
+    def _norms(self) -> GradientNorms:
+        return GradientNorms(
             list(self._grids),
             {name: (each.ddp, each.pg_collection) for name, each in self._modules.items()},
             self._device,
@@ -670,20 +675,6 @@ class MultiModuleCoordinator:
             for remark in filter(None, remarks):
                 logger.warning("%s", remark)
         return module
-
-    def _hooks_for(self, optimizer: Any) -> dict[str, Any]:
-        configs = [ddp.ddp_config for ddp in self._job.ddps.values()]
-        hooks: dict[str, Any] = {
-            "no_sync_func": self.no_sync,
-            "finalize_model_grads_func": self.finalize_model_grads,
-        }
-        if optimizer is not None:
-            hooks["grad_scale_func"] = optimizer.scale_loss
-        if any(config.overlap_grad_reduce for config in configs):
-            hooks["grad_sync_func"] = None  # with one, most stages would reduce after backward
-        if any(config.overlap_param_gather and config.align_param_gather for config in configs):
-            hooks["param_sync_func"] = self.start_param_sync
-        return hooks
 
     def _only_module(self, asked: str, plural: str) -> ModuleGradients:
         if len(self._modules) != 1:

@@ -34,7 +34,7 @@ from megatron_mimo_coord import (
     MultiModuleCoordinator,
 )
 from megatron_mimo_coord.checks import job
-from megatron_mimo_coord.gradients import scaling, token_count
+from megatron_mimo_coord.gradients import num_tokens, scaling
 from megatron_mimo_coord.gradients.buckets import buckets
 from megatron_mimo_coord.layout import pack, ranks_taken
 
@@ -614,8 +614,8 @@ MUTANTS = {
     "no flag is read": lambda: _formula(ddp_sums=lambda v: False),
     "the module's replicas are ignored": lambda: _formula(replicas=lambda v: 1),
     "the language replicas are ignored": lambda: _formula(language_replicas=lambda v: 1),
-    "tokens are not summed": lambda: _replaced(token_count.TokenCount, "start", _uncounted),
+    "tokens are not summed": lambda: _replaced(num_tokens.NumTokens, "start", _uncounted),
     "every rank's tokens are summed": lambda: _replaced(
-        token_count, "holds_a_distinct_count", token_count.ModuleGrid.is_on_last_stage
+        num_tokens, "holds_a_distinct_count", num_tokens.ModuleGrid.is_on_last_stage
     ),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mimo_coord.gradients.token_count import holds_a_distinct_count
+from megatron_mimo_coord.gradients.num_tokens import holds_a_distinct_count
 from megatron_mimo_coord.layout import ModuleGrid
 from megatron_mimo_coord.layout.batch import data_parallel_slice
 

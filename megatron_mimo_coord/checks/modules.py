@@ -139,14 +139,14 @@ def _gather_problems(name: str, settings: Any) -> list[str]:
     if not settings.overlap_param_gather:
         return []
     if settings.reuse_grad_buf_for_mxfp8_param_ag:
-        cure = "set reuse_grad_buf_for_mxfp8_param_ag=False, or overlap_param_gather=False"
+        advice = "set reuse_grad_buf_for_mxfp8_param_ag=False, or overlap_param_gather=False"
     elif not settings.use_distributed_optimizer:
-        cure = "set use_distributed_optimizer=True, or overlap_param_gather=False"
+        advice = "set use_distributed_optimizer=True, or overlap_param_gather=False"
     else:
         return []
     return [
         f"the DDP of module {name!r} gathers parameters into its gradient buffer, and a rank whose "
-        f"microbatches do not use them would find them there instead of gradients: {cure}"
+        f"microbatches do not use them would find them there instead of gradients: {advice}"
     ]
 
 

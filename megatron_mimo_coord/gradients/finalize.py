@@ -1,9 +1,9 @@
 """A step's way from backward to the gradient of the one loss.
 
 All ranks launch collectives in one order, whatever their data holds: the reductions that backward
-finds ready, in the order of ``launch_order.py``; at finalize the missing ones of all modules,
-encoders before the language model; the sum of the token counts; then what Megatron's own finalize
-adds, module after module.
+finds ready, in the order of ``launch_order.py``; at finalize those that overlap and are missing, of
+all modules, encoders before the language model; the sum of the token counts; then Megatron's own
+finalize, module after module, which launches the reductions that do not overlap.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,9 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 
 from megatron_mimo_coord.gradients.launch_order import OrderedReduction, reduces_everything
 from megatron_mimo_coord.gradients.module import ModuleGradients
+from megatron_mimo_coord.gradients.num_tokens import NumTokens
+from megatron_mimo_coord.gradients.param_gather import ParamGather
 from megatron_mimo_coord.gradients.step_state import StepState
-from megatron_mimo_coord.gradients.token_count import TokenCount
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.metrics.profiler_ranges import named_range
 
@@ -26,7 +27,7 @@ class GradientFinalizer:
 
     Args:
         modules: the modules on this rank.
-        token_count: the N of a per-token loss.
+        num_tokens: the N of a per-token loss.
         step: where a step stands.
 
     Attributes:
@@ -34,7 +35,7 @@ class GradientFinalizer:
     """
 
     def __init__(
-        self, modules: Sequence[ModuleGradients], token_count: TokenCount, step: StepState
+        self, modules: Sequence[ModuleGradients], num_tokens: NumTokens, step: StepState
     ) -> None:
         self.config: ModelParallelConfig | None = None
         encoders = [module for module in modules if module.name != LANGUAGE]
@@ -43,12 +44,10 @@ class GradientFinalizer:
         # One backward runs through all modules of a rank, the encoder that ran last first; on ranks
         # of encoders alone the schedule runs one for each, in order.
         in_backward = encoders[::-1] if language else encoders
-        self._reductions = [
-            OrderedReduction.shared([module.ddp for module in some])
-            for some in (in_backward, language)
-            if some
-        ]
-        self._token_count = token_count
+        together = [[module.ddp for module in some] for some in (in_backward, language) if some]
+        self._reductions = [OrderedReduction.shared(ddps) for ddps in together]
+        self._gathers = [ParamGather(ddps) for ddps in together]
+        self._num_tokens = num_tokens
         self._step = step
 
     def zero_grad_buffer(self) -> None:
@@ -71,7 +70,8 @@ class GradientFinalizer:
         """Gradients of the microbatches inside only accumulate."""
         self._step.begin()
         for reduction in self._reductions:
-            reduction.begin()
+            reduction.abandon()
+        self.start_param_sync()
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(module.ddp.no_sync())
@@ -79,18 +79,20 @@ class GradientFinalizer:
 
     def start_grad_sync(self) -> None:
         """Launch the overlapped reductions of all modules."""
+        for gather in self._gathers:
+            gather.wait()
         for reduction in self._reductions:
             reduction.launch()
 
     def start_param_sync(self) -> None:
         """Launch the overlapped gathering of parameters of all modules."""
-        for reduction in self._reductions:
-            reduction.gather_params()
+        for gather in self._gathers:
+            gather.launch()
 
     def gather_params_now(self) -> None:
         """Have the parameters of all modules as the last update left them. Collective."""
-        for reduction in self._reductions:
-            reduction.gather_params_now()
+        for gather in self._gathers:
+            gather.gather_now()
 
     def finalize(self, num_tokens: torch.Tensor | None, force_all_reduce: bool) -> None:
         """Make every module's gradients those of the one loss.
@@ -106,10 +108,10 @@ class GradientFinalizer:
                 zeroed since they were last finalized.
         """
         self._step.check_finalize()
-        self._token_count.check(num_tokens)
+        self._num_tokens.check(num_tokens)
         with named_range("finalize_model_grads"):
             self.start_grad_sync()
-            counting = self._token_count.start(num_tokens)
+            counting = self._num_tokens.start(num_tokens)
             for module in self._modules:
                 with named_range(module.name), self._timers_of_config(module):
                     finalize_model_grads(
@@ -121,13 +123,13 @@ class GradientFinalizer:
             inverse_tokens = None
             if counting is not None:
                 counting.wait()
-                inverse_tokens = self._token_count.reciprocal()
+                inverse_tokens = self._num_tokens.reciprocal()
             for module in self._modules:
                 everything = reduces_everything(module.ddp, force_all_reduce)
                 module.scaling.apply(inverse_tokens, everything)
             for reduction in self._reductions:
                 reduction.end(force_all_reduce)
-        self._step.finalized(None if counting is None else self._token_count.total)
+        self._step.finalized(None if counting is None else self._num_tokens.total)
 
     @contextmanager
     def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:
@@ -136,15 +138,15 @@ class GradientFinalizer:
         Where timers start with a barrier, each rank must meet it as often as the others, however
         many modules it holds: those of the first one count.
         """
-        lender, borrower = self.config, module.ddp.config
-        if lender is None or lender.timers is None:
+        attached, config = self.config, module.ddp.config
+        if attached is None or attached.timers is None:
             yield
             return
-        before = borrower.timers, borrower.barrier_with_L1_time
-        borrower.timers = lender.timers
+        before = config.timers, config.barrier_with_L1_time
+        config.timers = attached.timers
         is_first = module is self._modules[0]
-        borrower.barrier_with_L1_time = lender.barrier_with_L1_time and is_first
+        config.barrier_with_L1_time = attached.barrier_with_L1_time and is_first
         try:
             yield
         finally:
-            borrower.timers, borrower.barrier_with_L1_time = before
+            config.timers, config.barrier_with_L1_time = before

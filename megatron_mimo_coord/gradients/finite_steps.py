@@ -55,7 +55,7 @@ class FiniteSteps:
             scaler.update = _later
 
     @classmethod
-    def of(cls, optimizer: Any, report: StepReport) -> None:
+    def install(cls, optimizer: Any, report: StepReport) -> None:
         """Guard an optimizer, once; one of another class stays as it is."""
         if isinstance(optimizer, MimoOptimizer):
             if optimizer not in _guards:
@@ -114,17 +114,17 @@ class FiniteSteps:
     def _decide(self, norms: list[float]) -> bool:
         """Whether to skip the step; the first rank says why, and all loss scales hear of it."""
         pairs = zip(self._names, norms, strict=True)
-        faulty = [name for name, norm in pairs if math.isinf(norm)]
-        if faulty and dist.get_rank() == 0:
+        not_finite = [name for name, norm in pairs if math.isinf(norm)]
+        if not_finite and dist.get_rank() == 0:
             logger.warning(
                 "optimizer step skipped on all ranks: the gradients of %s are not finite; look at "
                 "its inputs, its loss and the learning rate of the steps before",
-                " and ".join(f"module {name!r}" for name in faulty),
+                " and ".join(f"module {name!r}" for name in not_finite),
             )
         for update in self._updates:
-            update(bool(faulty))
-        self._norm = None if faulty else math.hypot(*norms)
-        return bool(faulty)
+            update(bool(not_finite))
+        self._norm = None if not_finite else math.hypot(*norms)
+        return bool(not_finite)
 
 
 def _norm(optimizer: Any) -> float:

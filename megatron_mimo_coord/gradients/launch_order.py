@@ -11,9 +11,6 @@ The list is the order of backward where every rank has images, so that next to n
 there: backward reaches parameters in the reverse of the order in which forward used them.
 Megatron's own list goes through one buffer after another, and the last group of each buffer waits
 for the first parameter of the module.
-
-With ``overlap_param_gather`` it is the same with parameters: Megatron gathers them from forward,
-which a rank without an image does not run. Here every rank launches the gathers as a step begins.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,11 +35,8 @@ class OrderedReduction:
 
     def __init__(self, ddps: Sequence[DistributedDataParallel]) -> None:
         self._ddps = ddps
-        groups = [(ddp, group) for ddp in ddps for group in _in_order_of_backward(ddp)]
+        groups = [(ddp, group) for ddp in ddps for group in in_order_of_backward(ddp)]
         self._overlapped = [pair for pair in groups if pair[0].ddp_config.overlap_grad_reduce]
-        self._gathered = [pair for pair in groups if pair[0].ddp_config.overlap_param_gather]
-        for _, group in self._gathered:
-            group.next_param_gather_bucket_group = None  # launched with all others, not in a chain
         for index, (_, group) in enumerate(self._overlapped):
             group.start_grad_sync = partial(self._request, index)
             group.reset = partial(self._reset_group, group)
@@ -57,11 +51,6 @@ class OrderedReduction:
             setattr(ddps[0], _SHARED, reduction)
         return reduction
 
-    def begin(self) -> None:
-        """Forget the launches of a step that an exception cut short; gather the parameters."""
-        self.abandon()
-        self.gather_params()
-
     def abandon(self) -> None:
         """Forget the launches of a step that an exception cut short, which write until they end."""
         for _, group in self._overlapped:
@@ -70,32 +59,8 @@ class OrderedReduction:
                 group.grad_reduce_handle = None
         self._forget_launches()
 
-    def gather_params(self) -> None:
-        """Launch the gathering of parameters that forward waits for, in the order of forward.
-
-        Only forward hooks of DDP wait for it. Where they are off, as in the first step of
-        Megatron-LM's training loop, parameters are as they must be.
-        """
-        for ddp, group in reversed(self._gathered):
-            if ddp.remove_forward_pre_hook_handles and not group.param_gather_dispatched:
-                group.start_param_sync()
-
-    def gather_params_now(self) -> None:
-        """Wait until this rank's parameters are those of the last update, which come late.
-
-        Megatron gathers them once a step, from the first forward after ``zero_grad_buffer``; who
-        reads them before sees those of other replicas as they were. Collective in the module.
-        """
-        for ddp in self._ddps:
-            if ddp.ddp_config.overlap_param_gather:
-                with torch.no_grad():
-                    ddp.start_param_sync(force_sync=True)
-
     def launch(self) -> None:
-        """Launch every reduction that backward did not; collect parameters that it did not use."""
-        for _, group in self._gathered:
-            if group.param_gather_handle is not None:
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
+        """Launch every reduction that backward did not."""
         for index, (ddp, _) in enumerate(self._overlapped):
             self._request(index, ddp.force_all_reduce)
 
@@ -148,7 +113,7 @@ def reduces_everything(ddp: DistributedDataParallel, force_all_reduce: bool) -> 
     return bool(ddp.force_all_reduce if ddp.ddp_config.overlap_grad_reduce else force_all_reduce)
 
 
-def _in_order_of_backward(ddp: DistributedDataParallel) -> list[Any]:
+def in_order_of_backward(ddp: DistributedDataParallel) -> list[Any]:
     """Bucket groups, dense and expert, in the order in which backward completes them.
 
     A group is complete when backward has reached that of its parameters which forward used first.

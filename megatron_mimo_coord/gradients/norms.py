@@ -18,7 +18,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_mimo_coord.gradients.buckets import disjoint_parts
 
 
-class GradientShares:
+class GradientNorms:
     """The parts of the gradients of this rank's modules that no other rank counts.
 
     Args:
@@ -35,12 +35,12 @@ class GradientShares:
     ) -> None:
         self._names = names
         self._device = device
-        self._shares = {name: _shares(*pair) for name, pair in modules.items()}
+        self._counted = {name: _counted_here(*pair) for name, pair in modules.items()}
 
     def norms(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """L2 norm of each module's gradients / ``scale``. Collective; no host sync."""
         squares = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
-        for name, grads in self._shares.items():
+        for name, grads in self._counted.items():
             if grads:
                 norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)) / scale
                 squares[self._names.index(name)] = norms.double().square().sum()
@@ -49,13 +49,13 @@ class GradientShares:
 
     def counts(self) -> dict[str, int]:
         """Trainable parameters of each module. Collective."""
-        here = {name: sum(share.numel() for share in grads) for name, grads in self._shares.items()}
+        here = {name: sum(grad.numel() for grad in grads) for name, grads in self._counted.items()}
         counts = torch.tensor([here.get(name, 0) for name in self._names], device=self._device)
         dist.all_reduce(counts)
         return dict(zip(self._names, counts.tolist(), strict=True))
 
 
-def _shares(
+def _counted_here(
     ddp: DistributedDataParallel, pg_collection: ProcessGroupCollection
 ) -> list[torch.Tensor]:
     expert_tp = getattr(pg_collection, "expt_tp", None)

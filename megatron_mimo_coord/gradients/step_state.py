@@ -118,7 +118,7 @@ class StepState:
 
     def watch(self, optimizer: Any) -> None:
         """Check the gradients before each step of an optimizer, and remember that it used them."""
-        FiniteSteps.of(optimizer, self.report)
+        FiniteSteps.install(optimizer, self.report)
         is_watched = hasattr(optimizer, _SHARED)
         setattr(optimizer, _SHARED, self)
         if hasattr(optimizer, "step") and not is_watched:
@@ -189,22 +189,22 @@ class StepState:
             return
         attached = [config for config, _ in self._attached]
         if not attached:
-            cure = (
+            advice = (
                 "call coordinator.attach(get_model_config(model), optimizer) before the first step"
             )
         elif not any(config is each for config in self._configs for each in attached):
-            cure = (
+            advice = (
                 "attach was given a config that the schedule does not read: give it "
                 "get_model_config(model) itself, and no copy of it"
             )
         else:
-            cure = (
+            advice = (
                 "leave config.finalize_model_grads_func as attach has set it, or call "
                 "coordinator.finalize_model_grads() after the last backward"
             )
         raise RuntimeError(
             f"gradients were accumulated, but finalize_model_grads did not run: they are neither "
-            f"reduced over the replicas nor those of the one loss; {cure}"
+            f"reduced over the replicas nor those of the one loss; {advice}"
         )
 
     def check_finalize(self) -> None:

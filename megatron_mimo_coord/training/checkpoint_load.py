@@ -79,8 +79,8 @@ class CheckpointLoad:
         found = folders.damages(self._manifest, self._job.rank, dist.get_world_size())
         if found:
             steps = folders.whole_steps(self._manifest.path.parent)[:-1]
-            cure = f"; to go on from step {steps[-1]}, delete this one" if steps else ""
-            found = [f"{problem}{cure}" for problem in found]
+            advice = f"; to go on from step {steps[-1]}, delete this one" if steps else ""
+            found = [f"{problem}{advice}" for problem in found]
         return RankFacts({}, {}, found)
 
     def fill(self) -> RankFacts:

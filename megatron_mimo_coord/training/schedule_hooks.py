@@ -1,8 +1,9 @@
 """The places in a config through which Megatron's schedule calls a coordinator; who owns each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 HOOKS = (
@@ -28,6 +29,30 @@ def check_sequence_lengths(config: ModelParallelConfig) -> None:
             'set it to True (a mixture-of-experts model then needs moe_token_dispatcher_type="'
             'alltoall")'
         )
+
+
+def hooks_of(
+    coordinator: Any, ddp_configs: Iterable[DistributedDataParallelConfig], optimizer: Any
+) -> dict[str, Callable[..., Any] | None]:
+    """What a coordinator has the schedule call, by the name of the place.
+
+    Args:
+        coordinator: whose methods they are.
+        ddp_configs: of the modules on this rank.
+        optimizer: Megatron's, which knows the loss scale; None if the trainer scales.
+    """
+    configs = list(ddp_configs)
+    hooks: dict[str, Callable[..., Any] | None] = {
+        "no_sync_func": coordinator.no_sync,
+        "finalize_model_grads_func": coordinator.finalize_model_grads,
+    }
+    if optimizer is not None:
+        hooks["grad_scale_func"] = optimizer.scale_loss
+    if any(config.overlap_grad_reduce for config in configs):
+        hooks["grad_sync_func"] = None  # with one, most stages would reduce after backward
+    if any(config.overlap_param_gather and config.align_param_gather for config in configs):
+        hooks["param_sync_func"] = coordinator.start_param_sync
+    return hooks
 
 
 def install_hooks(

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
-CURE = "call infra.initialize_megatron(seed) before the model is built"
+ADVICE = "call infra.initialize_megatron(seed) before the model is built"
 
 
 def initialize_global_state(seed: int, groups: ProcessGroupCollection) -> None:
@@ -47,11 +47,11 @@ def global_state_problems() -> list[str]:
     if not get_cuda_rng_tracker().is_initialized():
         problems.append(
             f"Megatron's random states are not initialised (model_parallel_cuda_manual_seed): "
-            f"{CURE}"
+            f"{ADVICE}"
         )
     if not has_memory_buffer():
         problems.append(
             f"Megatron's global memory buffer is not initialised "
-            f"(parallel_state._set_global_memory_buffer): {CURE}"
+            f"(parallel_state._set_global_memory_buffer): {ADVICE}"
         )
     return problems

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron_mimo_coord.layout import ModuleGrid
 
 
-class TokenCount:
+class NumTokens:
     """Sums what the ranks counted, in one collective of one number.
 
     Args:
@@ -57,7 +57,7 @@ class TokenCount:
 
 
 def holds_a_distinct_count(language: ModuleGrid, rank: int) -> bool:
-    """Ranks that differ in more than DP and CP hold the same count: one speaks for all."""
+    """Ranks that differ in more than DP and CP hold the same count: the first of them counts."""
     return language.is_on_last_stage(rank) and all(
         language.coordinate(rank, dim) == 0
         for dim in language.dim_names
