@@ -2,12 +2,18 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from math import inf
+from math import inf, lcm
 
 from attrs import evolve, field, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
-from megatron_mimo_coord.planning.choices import Room, choices, is_bridgeable, side_by_side
+from megatron_mimo_coord.planning.choices import (
+    Room,
+    choices,
+    divisors,
+    is_bridgeable,
+    side_by_side,
+)
 from megatron_mimo_coord.planning.memory import StageMemory
 from megatron_mimo_coord.planning.search import Proposal, Task, cost, least_memory, propose
 
@@ -35,9 +41,9 @@ def closest(task: Task) -> Closest:
     """The layout that comes closest, where none fits."""
     options = _options(task, task.room)
     layouts = [
-        cost(task, modules, samples)
+        cost(task, modules, _least_samples(task, modules))
         for modules in (_disjoint(task, options), _colocated(options))
-        if modules and (samples := _least_samples(task, modules))
+        if modules
     ]
     layout = max(layouts, key=lambda each: each.headroom, default=None)
     reasons = list(_shortages(layout, task)) if layout else []
@@ -46,14 +52,26 @@ def closest(task: Task) -> Closest:
             f"no combination of TP, PP and DP that divides the modules and the batch takes "
             f"{task.room.gpus} GPUs or fewer"
         )
+        reasons += _stages_with_costs(task)
     return Closest(layout, [*reasons, *_what_would_do(task)])
 
 
 def _options(task: Task, room: Room) -> dict[str, Options]:
-    return {
-        name: [(least_memory(task, name, choice), choice) for choice in choices(name, sizes, room)]
-        for name, sizes in task.sizes.items()
-    }
+    samples = task.micro_batch_size or room.global_batch_size
+    options: dict[str, Options] = {}
+    for name, sizes in task.sizes.items():
+        stages = {
+            pp
+            for pp in divisors(sizes.num_layers)
+            if task.has_costs(name, ModuleParallelism(pipeline_model_parallel_size=pp))
+        }
+        options[name] = [
+            (least_memory(task, name, choice), choice)
+            for choice in choices(name, sizes, room)
+            if choice.pipeline_model_parallel_size in stages
+            and samples % choice.data_parallel_size == 0
+        ]
+    return options
 
 
 def _disjoint(task: Task, options: Mapping[str, Options]) -> dict[str, ModuleParallelism] | None:
@@ -118,15 +136,9 @@ def _colocated(options: Mapping[str, Options]) -> dict[str, ModuleParallelism] |
     return best and {name: evolve(best[name], rank_offset=0) for name in options}
 
 
-def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int | None:
+def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int:
     """The smallest microbatch that all replicas of a layout can share."""
-    if task.micro_batch_size:
-        samples = [task.micro_batch_size]
-    else:
-        samples = [max(module.data_parallel_size for module in modules.values())]
-    replicas = [module.data_parallel_size for module in modules.values()]
-    fit = [each for each in samples if not any(each % dp for dp in replicas)]
-    return fit[0] if fit else None
+    return task.micro_batch_size or lcm(*(each.data_parallel_size for each in modules.values()))
 
 
 def _shortages(layout: Proposal, task: Task) -> Iterator[str]:
@@ -146,6 +158,17 @@ def _shortages(layout: Proposal, task: Task) -> Iterator[str]:
         yield f"the modules together need {needed(held / GB, task.memory_bytes / GB, parts)}"
 
 
+def _stages_with_costs(task: Task) -> Iterator[str]:
+    """The modules whose PP measured costs prescribe."""
+    for name in task.sizes:
+        layers = task.costs(name, ModuleParallelism()).layers_per_stage
+        if layers is not None and len(layers) > 1:
+            yield (
+                f"the costs of {name} are of {len(layers)} stages, so that its PP must be "
+                f"{len(layers)}: leave layers_per_stage out of the costs for any other"
+            )
+
+
 def _parts(held: StageMemory) -> str:
     parts = ("weights", "gradients", "optimizer", "activations", "working", "messages")
     return ", ".join(f"{part} {getattr(held, part) / GB:.1f}" for part in parts)
@@ -154,9 +177,11 @@ def _parts(held: StageMemory) -> str:
 def _what_would_do(task: Task) -> Iterator[str]:
     """The fewest nodes on which a layout fits, as far as each module's memory tells."""
     options = _options(task, evolve(task.room, gpus=MOST_GPUS))
+    if not all(options.values()):
+        return  # costs are of a PP that does not divide the layers
     for name, found in options.items():
         if not any(least <= task.memory_bytes for least, _ in found):
-            fullest = min((least for least, _ in found), default=inf)
+            fullest = min(least for least, _ in found)
             yield (
                 f"{name} fits on no number of GPUs: its fullest rank holds {fullest / GB:.1f} GB "
                 f"at least; recompute activations, use the distributed optimizer, or rent GPUs "

@@ -65,6 +65,7 @@ class CostsFile(TomlFile):
     Args:
         costs: of each module whose table is right.
         cluster: the links between ranks.
+        told: the fields that stand in each table without faults, with their values.
         problems: what is wrong.
     """
 
@@ -75,20 +76,21 @@ class CostsFile(TomlFile):
 
     costs: dict[str, ModuleCosts]
     cluster: Cluster
+    told: dict[str, dict[str, Any]]
     problems: list[Problem]
 
     @classmethod
     def of(cls, path: Path, text: str) -> "CostsFile":
         """What a file with this text says."""
-        costs, cluster, problems = {}, Cluster(), []
+        told, problems = {}, []
         for name, table in tomllib.loads(text).items():
             found = _problems(name, table)
             problems += found
-            if not found and name == CLUSTER:
-                cluster = Cluster(**table)
-            elif not found:
-                costs[name] = ModuleCosts(**table)
-        return cls(path, text, costs, cluster, problems)
+            if not found:
+                told[name] = table
+        costs = {name: ModuleCosts(**table) for name, table in told.items() if name != CLUSTER}
+        cluster = Cluster(**told.get(CLUSTER, {}))
+        return cls(path, text, costs, cluster, told, problems)
 
 
 def _problems(name: str, table: Any) -> list[Problem]:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from attrs import asdict, define, evolve, field, fields_dict
+from attrs import define, evolve, field
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack, ranks_taken
 from megatron_mimo_coord.layout.batch import batch_problems
@@ -13,7 +13,7 @@ from megatron_mimo_coord.layout.toml_file import LayoutFile
 from megatron_mimo_coord.layout.toml_tables import TomlFile
 from megatron_mimo_coord.planning.choices import Room
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
-from megatron_mimo_coord.planning.costs_file import CostsFile
+from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
 from megatron_mimo_coord.planning.estimates import ASSUMPTIONS as OF_COSTS
 from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs
 from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
@@ -59,7 +59,7 @@ class Inputs:
             sizes=model.sizes,
             room=Room(gpus, options.gpus_per_node, batch),
             memory_bytes=options.memory - options.reserve,
-            costs=_costs(model.sizes, options, cluster, costs.costs if costs else {}),
+            costs=_costs(model.sizes, options, cluster, costs.told if costs else {}),
             cluster=cluster,
             micro_batch_size=samples,
         )
@@ -67,7 +67,7 @@ class Inputs:
             task=task,
             modules=layout and layout.modules,
             micro_batch_size=samples,
-            assumptions=list(_assumptions(options, costs)),
+            assumptions=list(_assumptions(options, costs, cluster)),
         )
 
 
@@ -182,23 +182,22 @@ def _whole_nodes(layout: LayoutFile, gpus_per_node: int) -> int:
 
 
 def _cluster(options: argparse.Namespace, costs: CostsFile | None) -> Cluster:
-    """The links between ranks: as measured, or as assumed."""
-    if costs and costs.cluster != Cluster():
-        return evolve(costs.cluster, ranks_per_node=options.gpus_per_node)
-    return Cluster(
+    """The links between ranks: as measured, and as assumed where nothing was measured."""
+    assumed = Cluster(
         ranks_per_node=options.gpus_per_node,
         node_latency_seconds=options.node_latency * MICRO,
         node_bytes_per_second=options.node_bandwidth * GIGA,
         network_latency_seconds=options.network_latency * MICRO,
         network_bytes_per_second=options.network_bandwidth * GIGA,
     )
+    return evolve(assumed, **(costs.told.get(CLUSTER, {}) if costs else {}))
 
 
 def _costs(
     sizes: Mapping[str, ModuleSizes],
     options: argparse.Namespace,
     cluster: Cluster,
-    measured: Mapping[str, ModuleCosts],
+    measured: Mapping[str, Mapping[str, Any]],
 ) -> Callable[[str, ModuleParallelism], ModuleCosts]:
     """What a module costs in a layout: as measured, and as estimated where nothing was measured."""
     accelerator = Accelerator(
@@ -206,22 +205,19 @@ def _costs(
         memory_bytes_per_second=options.memory_bandwidth * GIGA,
     )
     width = sizes[LANGUAGE].hidden_size
-    defaults = {name: each.default for name, each in fields_dict(ModuleCosts).items()}
 
     def of(name: str, parallelism: ModuleParallelism) -> ModuleCosts:
         estimated = estimated_costs(sizes[name], parallelism, width, accelerator, cluster)
-        if name not in measured:
-            return estimated
-        known = asdict(measured[name])
-        told = {key: value for key, value in known.items() if value != defaults[key]}
-        return evolve(estimated, **told)
+        return evolve(estimated, **measured.get(name, {}))
 
     return of
 
 
-def _assumptions(options: argparse.Namespace, costs: CostsFile | None) -> Iterator[str]:
+def _assumptions(
+    options: argparse.Namespace, costs: CostsFile | None, cluster: Cluster
+) -> Iterator[str]:
     """What the numbers rest on."""
-    if costs:
+    if costs and costs.costs:
         yield (
             f"{', '.join(costs.costs)} cost what {options.costs} says; what it leaves out is "
             f"estimated from sizes"
@@ -229,12 +225,12 @@ def _assumptions(options: argparse.Namespace, costs: CostsFile | None) -> Iterat
     yield (
         f"a GPU achieves {options.flops:g} TFLOP/s and {options.memory_bandwidth:g} GB/s of memory"
     )
-    if not costs or costs.cluster == Cluster():
-        yield (
-            f"links: {options.node_bandwidth:g} GB/s and {options.node_latency:g} us inside a node "
-            f"of {options.gpus_per_node}, {options.network_bandwidth:g} GB/s and "
-            f"{options.network_latency:g} us between nodes"
-        )
+    yield (
+        f"links: {cluster.node_bytes_per_second / GIGA:g} GB/s and "
+        f"{cluster.node_latency_seconds / MICRO:g} us inside a node of {cluster.ranks_per_node}, "
+        f"{cluster.network_bytes_per_second / GIGA:g} GB/s and "
+        f"{cluster.network_latency_seconds / MICRO:g} us between nodes"
+    )
     yield from OF_COSTS
     yield f"{options.reserve} of each GPU's {options.memory} are for CUDA, NCCL and fragmentation"
     yield from OF_MEMORY

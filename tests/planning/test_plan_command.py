@@ -154,6 +154,42 @@ def test_measured_costs_replace_estimates(ask):
     assert work <= best["step_seconds"] < 1.4 * work
 
 
+def test_what_stands_in_the_costs_counts_even_if_it_is_the_default(ask):
+    layout = "[vision]\n[language]\ntensor_model_parallel_size = 2\n"
+    costs = COSTS + "optimizer_seconds = 0\ntensor_parallel_efficiency = 1.0\n"
+    costs += "[cluster]\nnode_latency_seconds = 0\n"
+    frozen = MODEL.replace("[language]", "frozen = true\n[language]")
+    files = ("--layout", "layout.toml", "--costs", "costs.toml", "--micro-batch-size", "12")
+
+    def seconds(model: str, costs: str) -> float:
+        shown = ask(model, *ASKED, *files, "--json", layout=layout, costs=costs)[1]
+        return json.loads(shown)["proposals"][0]["step_seconds"]
+
+    learns = costs.replace("[language]", "optimizer_seconds = 0\nfrozen = false\n[language]")
+    assert seconds(frozen, learns) == pytest.approx(12 * (0.5 + 1.5 + (1 + 2) / 2), rel=1e-4)
+    assert seconds(frozen, costs) == pytest.approx(12 * (0.5 + (1 + 2) / 2), rel=1e-4)
+    less_efficient = costs.replace("efficiency = 1.0", "efficiency = 0.5")
+    assert seconds(frozen, less_efficient) == pytest.approx(12 * (0.5 + 1 + 2), rel=1e-4)
+
+
+def test_links_that_nobody_measured_are_as_assumed(ask):
+    costs = COSTS + "[cluster]\nnetwork_bytes_per_second = 5e9\n"
+    shown = ask(MODEL, *ASKED, "--costs", "costs.toml", costs=costs)[1]
+    links = "links: 300 GB/s and 10 us inside a node of 4, 5 GB/s and 20 us between nodes"
+    assert links in shown
+
+
+def test_costs_of_more_stages_than_gpus_are_told(ask):
+    few = ("--gpus", "1", "--global-batch-size", "8", "--costs", "costs.toml")
+    code, _, complaints = ask(MODEL, *few, costs=COSTS + "layers_per_stage = [1, 1]\n")
+    assert code == 2
+    assert "the costs of language are of 2 stages, so that its PP must be 2" in complaints
+    assert "8 GPUs would do" in complaints
+    code, _, complaints = ask(MODEL, *few, costs=COSTS + "layers_per_stage = [1, 1, 1]\n")
+    assert code == 2
+    assert "are of 3 stages" in complaints
+
+
 def test_the_batch_may_stand_in_the_layout(ask):
     layout = "global_batch_size = 8\nmicro_batch_size = 4\n[vision]\n[language]\n"
     code, shown, _ = ask(MODEL, "--layout", "layout.toml", layout=layout)
@@ -174,6 +210,13 @@ def test_what_is_closest_and_why(ask):
     found = json.loads(shown)
     assert found["proposals"] == []
     assert found["closest"]["headroom_bytes"] < 0
+
+
+def test_what_is_closest_for_a_given_microbatch(ask):
+    tight = ("--micro-batch-size", "1", "--memory", "20MB", "--reserve", "1MB")
+    complaints = ask(MODEL, *ASKED, *tight)[2]
+    assert "closest is vision" in complaints
+    assert "with a microbatch of 1" in complaints
 
 
 def test_as_many_gpus_as_are_said_to_do_do(ask):
