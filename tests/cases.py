@@ -10,12 +10,13 @@ the same.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import vlm
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from megatron.core.models.mimo import MimoModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import (
@@ -37,6 +38,7 @@ from megatron_mimo_coord.checks import job
 from megatron_mimo_coord.gradients import num_tokens, scaling
 from megatron_mimo_coord.gradients.buckets import buckets
 from megatron_mimo_coord.layout import pack, ranks_taken
+from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 
 TOLERANCE = 1e-5
 VOCABULARY = 16
@@ -69,6 +71,7 @@ class Case:
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
         assign: assign images in every microbatch (1), in every second one (2), or never (0).
+        assign_ahead: call ``assign_images`` for a whole step before its schedule.
         evaluate: run the schedule forward_only, on the next step's data, before each step.
         seed: of the data.
     """
@@ -93,6 +96,7 @@ class Case:
     no_optimizer: bool = False
     megatron_communicator: bool = False
     assign: int = 0
+    assign_ahead: bool = False
     evaluate: bool = False
     seed: int = 0
 
@@ -167,6 +171,7 @@ class Microbatch:
     mask: torch.Tensor
     images: dict[str, torch.Tensor]
     counts: dict[str, list[int]]
+    assignments: Mapping[str, ImageAssignment] | None = None
 
     def images_of(self, name: str, samples: slice) -> torch.Tensor:
         """The images of a slice of the samples: [image, patch, number]."""
@@ -290,6 +295,8 @@ def run_schedule(
     forward_only: bool = False,
 ) -> Any:
     """Megatron's own schedule on the microbatches of a step; what it returns."""
+    if case.assign_ahead:
+        data = iter([evolve(m, assignments=_assign(case, coordinator, m)) for m in data])
     return forward_backward_pipelining_without_interleaving(
         forward_step_func=partial(_forward_step, case, coordinator),
         data_iterator=data,
@@ -355,11 +362,13 @@ def _forward_step(
     size = case.micro_batch_size
     text = vlm.LANGUAGE if vlm.LANGUAGE in here else here[0]
     samples = coordinator.data_parallel_slice(size, text)
+    assignments = microbatch.assignments
+    if assignments is None:
+        assignments = _assign(case, coordinator, microbatch)
     inputs = {}
-    for name in case.encoders:
-        images = _images(case, coordinator, microbatch, name)
-        if name in here:
-            inputs[name] = {"images": images} if len(images) else None
+    for name in filter(here.__contains__, case.encoders):
+        images = _images(case, coordinator, microbatch, name, assignments.get(name))
+        inputs[name] = {"images": images} if len(images) else None
     tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
     output, mask = model(
         input_ids=tokens,
@@ -371,14 +380,17 @@ def _forward_step(
     return output, partial(_loss, mask)
 
 
-def _images(
-    case: Case, coordinator: MultiModuleCoordinator, microbatch: Microbatch, name: str
-) -> torch.Tensor:
-    """What an encoder on this rank is fed."""
-    counts = microbatch.counts[name]
-    if case.assign and microbatch.index % case.assign == 0:
-        # The language model's ranks call it too: they check that their samples are the encoder's.
-        assignment = coordinator.assign_images(
+def _assign(
+    case: Case, coordinator: MultiModuleCoordinator, microbatch: Microbatch
+) -> Mapping[str, ImageAssignment]:
+    """Assignments of a microbatch, if the case has any for it.
+
+    The language model's ranks call it too: they check that their samples are the encoder's.
+    """
+    if not case.assign or microbatch.index % case.assign:
+        return {}
+    return {
+        name: coordinator.assign_images(
             name,
             [[PATCHES] * count for count in counts],
             costs=[
@@ -386,11 +398,23 @@ def _images(
             ],
             sample_ids=range(len(counts)),
         )
-        first = [sum(counts[:sample]) for sample in range(len(counts))]
-        return microbatch.images[name][[first[s] + image for s, image in assignment.local]]
-    if name not in coordinator.gradient_scaling_factors:
-        return microbatch.images[name][:0]
-    return microbatch.images_of(name, coordinator.data_parallel_slice(case.micro_batch_size, name))
+        for name, counts in microbatch.counts.items()
+    }
+
+
+def _images(
+    case: Case,
+    coordinator: MultiModuleCoordinator,
+    microbatch: Microbatch,
+    name: str,
+    assignment: ImageAssignment | None,
+) -> torch.Tensor:
+    """What an encoder on this rank is fed."""
+    if assignment is None:
+        samples = coordinator.data_parallel_slice(case.micro_batch_size, name)
+        return microbatch.images_of(name, samples)
+    first = list(accumulate(microbatch.counts[name], initial=0))
+    return microbatch.images[name][[first[s] + image for s, image in assignment.local]]
 
 
 def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:

@@ -29,7 +29,8 @@ class PendingAssignments:
     def of(cls, model: torch.nn.Module) -> "PendingAssignments":
         """The ones of this model, whichever coordinator or communicator asks."""
         if not hasattr(model, "_mimo_pending_assignments"):
-            model._mimo_pending_assignments = cls()  # type: ignore[assignment]
+            pending = model._mimo_pending_assignments = cls()  # type: ignore[assignment]
+            model.register_forward_pre_hook(lambda *_: pending.begin_forward())
         return model._mimo_pending_assignments  # type: ignore[return-value]
 
     def open(self, encoders: Iterable[str]) -> None:
@@ -44,6 +45,11 @@ class PendingAssignments:
     def begin_pass(self) -> None:
         """The schedule begins: messages count microbatches from 0."""
         self.passes += 1
+
+    def begin_forward(self) -> None:
+        """The model runs the next microbatch."""
+        for check in self._checks.values():
+            check.begin_forward()
 
     def put(self, assignment: ImageAssignment) -> None:
         """The next microbatch's.

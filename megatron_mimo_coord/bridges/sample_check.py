@@ -15,7 +15,8 @@ class SampleCheck:
     """Compares the samples of one encoder that arrive with those that this rank was given.
 
     A trainer calls ``assign_images`` when it reads a microbatch. In 1F1B that is after the
-    microbatch was received; if it reads ahead, before. Whichever comes second compares.
+    microbatch was received; if it reads ahead, before. Whichever comes second compares. Once the
+    forward of a microbatch has begun, calls are for later ones.
 
     Args:
         encoder: the module.
@@ -24,20 +25,25 @@ class SampleCheck:
     def __init__(self, encoder: str) -> None:
         self._encoder = encoder
         self._arrived: tuple[int, int, Header] | None = None
+        self._may_be_given = False
         self._given: deque[ImageAssignment] = deque()
 
     def arrived(self, here: int, rank: int, header: Header) -> None:
         """On rank ``here`` a rank's header of the next microbatch."""
-        self._arrived = here, rank, header
+        self._arrived, self._may_be_given = (here, rank, header), True
         if self._given and header.digests:
             self._compare(self._given.popleft())
 
     def given(self, assignment: ImageAssignment) -> None:
         """What ``assign_images`` made on this rank."""
-        if self._arrived is None:
+        if self._arrived is None or not self._may_be_given:
             self._given.append(assignment)
         else:
             self._compare(assignment)
+
+    def begin_forward(self) -> None:
+        """What has arrived is run: what ``assign_images`` makes from now on is for later ones."""
+        self._may_be_given = False
 
     def set_aside(self) -> deque[ImageAssignment]:
         """Other microbatches run for a while: what this rank was given for those that wait."""

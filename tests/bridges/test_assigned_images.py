@@ -26,6 +26,7 @@ CASES = {
         num_microbatches=4,
     ),
     "four to two": Case(modules={"vision": parallel(dp=4), "language": parallel(dp=2)}, assign=1),
+    "some, ahead": Case(modules=LAYOUTS["fan-in"], assign=2, assign_ahead=True),
     "two encoders": Case(
         modules={"vision": parallel(dp=2), "audio": parallel(dp=2), "language": parallel(dp=2)},
         assign=1,
