@@ -17,12 +17,14 @@ class PendingAssignments:
     """For each encoder whose messages leave this rank or arrive here, a queue of assignments.
 
     A trainer puts them in, the bridge takes one out a microbatch. An encoder that no bridge on this
-    rank asks for has no queue, and what is put in for it is dropped.
+    rank asks for has no queue, and what is put in for it is dropped; a rank that holds the encoder
+    must not run then.
     """
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[ImageAssignment]] = {}
         self._checks: dict[str, SampleCheck] = {}
+        self._not_taken: ImageAssignment | None = None
         self.passes = 0
 
     @classmethod
@@ -47,7 +49,19 @@ class PendingAssignments:
         self.passes += 1
 
     def begin_forward(self) -> None:
-        """The model runs the next microbatch."""
+        """The model runs the next microbatch.
+
+        Raises:
+            RuntimeError: images were assigned, and nothing brings their tokens where they belong.
+        """
+        if self._not_taken is not None:
+            name = self._not_taken.module
+            raise RuntimeError(
+                f"images of {name} were assigned to its {self._not_taken.data_parallel_size} "
+                f"data-parallel ranks, but nothing brings their tokens to the ranks that read "
+                f"their samples: build the schedule's p2p_communicator with "
+                f"coordinator.build_pipeline_communicator(config) before assign_images is called"
+            )
         for check in self._checks.values():
             check.begin_forward()
 
@@ -61,6 +75,8 @@ class PendingAssignments:
             self._checks[assignment.module].given(assignment)
         queue = self._queues.get(assignment.module)
         if queue is None:
+            if assignment.dp_rank is not None and assignment.data_parallel_size > 1:
+                self._not_taken = assignment
             return
         if len(queue) == MAX_PENDING:
             raise RuntimeError(

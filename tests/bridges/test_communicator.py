@@ -2,7 +2,7 @@
 
 import pytest
 from cases import Case
-from layouts import FAN_IN, VARYING, parallel
+from layouts import FAN_IN, LAYOUTS, VARYING, parallel
 from ranks import world
 
 UNEVEN_RANKS = {"vision": (((1, 1, 2, 2),),)}
@@ -17,6 +17,17 @@ def test_megatrons_communicator_fails_with_cause_and_cure(images):
         and "different numbers of vision tokens" in text
         and "coordinator.build_pipeline_communicator(config)" in text
         for name, text in errors.values()
+    ), errors
+
+
+def test_images_are_not_assigned_where_nothing_brings_their_tokens():
+    images = {"vision": (((2, 0, 2, 0),),)}
+    case = Case(modules=LAYOUTS["equal"], images=images, assign=1, megatron_communicator=True)
+    _, errors = world(case.world_size).try_run("cases:check", case)
+    assert any(
+        "images of vision were assigned to its 2 data-parallel ranks, but nothing" in text
+        and "coordinator.build_pipeline_communicator(config)" in text
+        for _, text in errors.values()
     ), errors
 
 
