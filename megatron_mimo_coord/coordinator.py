@@ -124,7 +124,7 @@ class MultiModuleCoordinator:
             NumTokens(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
             self._step,
         )
-        self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now)
+        self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now, self._step)
         if job.rank == 0:
             logger.info("%s", self.describe())
 
@@ -545,7 +545,9 @@ class MultiModuleCoordinator:
 
         Args:
             folder: what :meth:`save_checkpoint` was given.
-            optimizer: what :meth:`build_optimizer` made; None loads the weights alone.
+            optimizer: what :meth:`build_optimizer` made; None loads the weights alone, also into
+                the fp32 copies of optimizers that :meth:`build_optimizer` made or :meth:`attach`
+                was given. Any other optimizer is to be made after loading.
 
         Returns:
             ``step`` and ``extra``, as they were saved; 0 and ``{}`` if there is no checkpoint.

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo import MimoModel
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mimo_coord.gradients.buckets import grad_buffers
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
@@ -43,6 +45,9 @@ class StepState:
         ddps: the modules on this rank, whose ``zero_grad_buffer`` is routed through this object,
             whoever calls it.
         report: what the ranks tell each other before an optimizer step.
+
+    Attributes:
+        optimizers: Megatron's optimizers that are watched.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class StepState:
     ) -> None:
         self._ddps = ddps
         self.report = report
+        self.optimizers: WeakSet[MegatronOptimizer] = WeakSet()
         self._configs: list[ModelParallelConfig] = []
         self._attached: list[tuple[ModelParallelConfig, Any]] = []
         self._grads = [buffer.grad_data for ddp in ddps for buffer in grad_buffers(ddp)]
@@ -119,6 +125,8 @@ class StepState:
     def watch(self, optimizer: Any) -> None:
         """Check the gradients before each step of an optimizer, and remember that it used them."""
         FiniteSteps.install(optimizer, self.report)
+        if isinstance(optimizer, MegatronOptimizer):
+            self.optimizers.add(optimizer)
         is_watched = hasattr(optimizer, _SHARED)
         setattr(optimizer, _SHARED, self)
         if hasattr(optimizer, "step") and not is_watched:

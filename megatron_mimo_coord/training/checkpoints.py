@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.boxes import Box
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
@@ -50,11 +51,13 @@ class Checkpoints:
     Args:
         job: the modules, their grids, and which of them are here.
         gather_params: makes this rank's weights those of the last step, where they come late.
+        step_state: knows the optimizers of the model.
     """
 
-    def __init__(self, job: Job, gather_params: Callable[[], None]) -> None:
+    def __init__(self, job: Job, gather_params: Callable[[], None], step_state: StepState) -> None:
         self._job = job
         self._gather_params = gather_params
+        self._step_state = step_state
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
         self._last: CheckpointSave | None = None  # saved or loaded here
 
@@ -166,6 +169,9 @@ class Checkpoints:
         loading.refuse_unknown_tensors(headline)
         check_consistency(loading.verify_files, headline)
         check_consistency(loading.fill, headline)
+        if optimizer is None:
+            for known in self._step_state.optimizers:
+                known.reload_model_params()  # else its next step undoes the load
         self._last = CheckpointSave(folder, step, is_over=True, is_whole=True)
         return LoadedCheckpoint(step, loading.extra())
 

@@ -76,6 +76,12 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
             [loss for loss, _ in undisturbed], rel=tolerance
         )
     assert losses == undisturbed, "on the same layout, bit for bit"
+    with training(cases[0], lr=0.0) as other:
+        untrained = other.fingerprint()
+        other.coordinator.load_checkpoint(folder / "0", None)
+        loaded = other.fingerprint()
+        other.steps(2)
+        assert other.fingerprint() == loaded != untrained, "the optimizer knows the weights"
     return len(expected)
 
 
