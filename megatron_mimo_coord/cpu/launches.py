@@ -8,9 +8,9 @@ import torch.distributed as dist
 from attrs import field, frozen, mutable
 
 from megatron_mimo_coord.cpu.cuda_means_cpu import is_average
-from megatron_mimo_coord.cpu.device_tensors import is_on_device, tensors_in
+from megatron_mimo_coord.cpu.device_tensors import tensors_in
 from megatron_mimo_coord.cpu.location import caller
-from megatron_mimo_coord.cpu.process_groups import Group, is_destroyed
+from megatron_mimo_coord.cpu.process_groups import Group
 
 _ReduceOp: Any = torch._C._distributed_c10d.ReduceOp
 
@@ -25,19 +25,6 @@ NAMES = {
     "alltoall_": "all_to_all",
     "alltoall_base_": "all_to_all_single",
     "recv_any_source_": "recv",
-}
-NCCL_DTYPES = {
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
 }
 
 
@@ -148,7 +135,7 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
     if name in ("send", "recv"):
         index = given.get("dst", given.get("src"))
         others = [] if index is None else [(index, group.ranks[index])]
-        parts = tuple((_dtype(each), each.numel(), given["tag"]) for each in tensors)
+        parts = tuple((dtype_name(each), each.numel(), given["tag"]) for each in tensors)
         for _, other in others:
             launch.messages[other] = message(**{"sends" if is_send else "takes": parts})
         return launch
@@ -163,7 +150,7 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
     many = inputs if "scatter" in name else outputs
     agree = []
     if shared:
-        agree.append(("dtype", ", ".join(sorted({_dtype(each) for each in shared}))))
+        agree.append(("dtype", ", ".join(sorted({dtype_name(each) for each in shared}))))
         if len({each.numel() for each in many}) <= 1 or tensors or "coalesced" in name:
             agree.append(("elements", ", ".join(str(each.numel()) for each in shared)))
     if "reduce_op" in given:
@@ -173,32 +160,6 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
     one = message(agree=tuple(agree))
     launch.messages = {other: one for _, other in others}
     return launch
-
-
-def refuse_what_nccl_refuses(launch: Launch) -> None:
-    """Raise for tensors and groups that NCCL would not take.
-
-    Raises:
-        RuntimeError: a tensor is on the host, not contiguous or of a dtype that NCCL lacks, or the
-            group was destroyed.
-    """
-    start = f"{launch.name} on {launch.group} at {caller()}"
-    if is_destroyed(launch.group):
-        raise RuntimeError(f"{start}: the group was destroyed before")
-    for tensor in (*launch.reads, *launch.writes):
-        what = f"a tensor of shape {tuple(tensor.shape)} and dtype {_dtype(tensor)}"
-        if not is_on_device(tensor):
-            raise RuntimeError(
-                f"{start}: {what} is in the host's memory, and NCCL takes device tensors: make it "
-                f"for the device or move it there"
-            )
-        if not tensor.is_contiguous():
-            raise RuntimeError(
-                f"{start}: {what} is not contiguous, and NCCL takes contiguous tensors: call "
-                f".contiguous() first"
-            )
-        if tensor.dtype not in NCCL_DTYPES:
-            raise RuntimeError(f"{start}: {what}: NCCL does not know this dtype")
 
 
 def _reduction(boxed: Any) -> str:
@@ -217,12 +178,13 @@ def _share(
 ) -> tuple[tuple[str, int, int], ...]:
     """What one rank's part of an all-to-all is."""
     if sizes is None and len(tensors) == ranks:
-        return ((_dtype(tensors[index]), tensors[index].numel(), 0),)
+        return ((dtype_name(tensors[index]), tensors[index].numel(), 0),)
     [tensor] = tensors
     rows = sizes[index] if sizes else len(tensor) // ranks
     row = tensor.numel() // max(len(tensor), 1)
-    return ((_dtype(tensor), rows * row, 0),)
+    return ((dtype_name(tensor), rows * row, 0),)
 
 
-def _dtype(tensor: torch.Tensor) -> str:
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Its dtype as in ``float32``."""
     return str(tensor.dtype).removeprefix("torch.")

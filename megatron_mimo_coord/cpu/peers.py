@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from attrs import astuple, define, field
 
-from megatron_mimo_coord.cpu.agreement import disagreement
+from megatron_mimo_coord.cpu.launch_rules import disagreement
 from megatron_mimo_coord.cpu.launches import Launch, Message
 
 MOMENT = 0.5  # seconds of waiting after which a rank asks whether all wait

@@ -4,7 +4,7 @@ On every process group that would be NCCL's
 
 - tensors are on the device (``device_tensors.py``), contiguous, of a dtype that NCCL knows;
 - ranks that launch together launch the same, and two ranks that share several groups launch on
-  them in one order (``agreement.py``);
+  them in one order (``launch_rules.py``);
 - no rank waits for ever (``peers.py``), with ``CUDA_LAUNCH_BLOCKING=1`` not even one whose launches
   wait until they are done;
 - only public names exist, and none can be used once it is destroyed (``process_groups.py``);
@@ -36,7 +36,8 @@ from megatron_mimo_coord.cpu.device_tensors import (
     tensors_in,
 )
 from megatron_mimo_coord.cpu.host_sync import is_forbidden, waits_for_device
-from megatron_mimo_coord.cpu.launches import Launch, read_launch, refuse_what_nccl_refuses
+from megatron_mimo_coord.cpu.launch_rules import refuse_what_nccl_refuses
+from megatron_mimo_coord.cpu.launches import Launch, read_launch
 from megatron_mimo_coord.cpu.peers import Peers
 from megatron_mimo_coord.cpu.process_groups import nccl_group
 from megatron_mimo_coord.cpu.works import end_of_step, works
