@@ -24,6 +24,7 @@ from attrs import astuple, define, field
 
 from megatron_mimo_coord.cpu.launch_rules import disagreement
 from megatron_mimo_coord.cpu.launches import Launch, Message
+from megatron_mimo_coord.world.gather import all_gather_text
 
 MOMENT = 0.5  # seconds of waiting after which a rank asks whether all wait
 
@@ -75,8 +76,7 @@ class Peers:
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(path)
             listener.listen(size)
-            paths: list[Any] = [None] * size
-            dist.all_gather_object(paths, path)
+            paths = all_gather_text(path)
             connections = {}
             for other in range(rank):
                 sock = socket.socket(socket.AF_UNIX)
