@@ -6,13 +6,15 @@ storage lives, so nothing has to be looked up or cleaned. Whatever is computed f
 is marked where PyTorch dispatches it, see ``rehearsal.py``.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from megatron_mimo_coord.cpu.cuda_means_cpu import CPU, CudaMeansCpu, cuda_type_name, means_cuda
-from megatron_mimo_coord.cpu.host_sync import waits_for_device
+from megatron_mimo_coord.cpu.host_sync import host_sync_allowed, waits_for_device
+from megatron_mimo_coord.cpu.location import caller
 
 # What ``tensor.device`` of a device tensor says. To PyTorch it is the CPU like torch.device("cpu");
 # here it is told apart, so that ``torch.empty(..., device=tensor.device)`` is a device tensor too.
@@ -35,7 +37,8 @@ def any_on_device(values: Iterable[Any]) -> bool:
     """Whether any of an operator's arguments is; for callers that have turned off this mode."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            if value.layout is torch.strided and hasattr(value.untyped_storage(), _MARK):
+            storage = value.untyped_storage() if value.layout is torch.strided else _values(value)
+            if hasattr(storage, _MARK):
                 return True
         elif isinstance(value, (list, tuple)) and any_on_device(value):
             return True
@@ -48,6 +51,23 @@ def mark(value: Any) -> None:
         with torch._C.DisableTorchFunction():
             if tensor.layout is torch.strided:
                 setattr(tensor.untyped_storage(), _MARK, True)
+            elif (values := _values(tensor)) is not None:
+                setattr(values, _MARK, True)
+
+
+def _values(tensor: torch.Tensor) -> Any:
+    """The storage of a sparse tensor's values."""
+    get = _GET_VALUES.get(tensor.layout)
+    return get(tensor).untyped_storage() if get else None
+
+
+_GET_VALUES: dict[torch.layout, Callable[..., torch.Tensor]] = {
+    torch.sparse_coo: torch.Tensor._values,
+    **dict.fromkeys(
+        (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
+        torch.Tensor.values,
+    ),
+}
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -62,18 +82,54 @@ def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 class DeviceTensors(CudaMeansCpu):
     """Like its base, and marks what is made for "cuda" or moved there."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # What the function that Python called last was given; None: PyTorch's own C++ runs.
+        self._calls: list[tuple[Any, dict[str, Any]] | None] = []
+
+    def __enter__(self) -> "DeviceTensors":
+        """Also around backward, see ``inside``."""
+        self._calls.append(None)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Go back to what ran before."""
+        self._calls.pop()
+        super().__exit__(*error)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _SPECIAL:
             return _SPECIAL[func](func, args, kwargs)
-        if kwargs.get("device") is None:
-            return func(*args, **kwargs)
-        wants_device = _is_device(kwargs["device"])
-        if wants_device and func in _FROM_HOST:
-            waits_for_device(f"torch.{func.__name__} with device=")
-        return _placed(func(*args, **{**kwargs, "device": CPU}), wants_device, args)
+        self._calls.append((args, kwargs))
+        try:
+            if kwargs.get("device") is None:
+                return func(*args, **kwargs)
+            wants_device = _is_device(kwargs["device"])
+            if wants_device and func in _FROM_HOST and not _is_device_tensor(args[:1]):
+                waits_for_device(f"torch.{func.__name__} with device=")
+            return _placed(func(*args, **{**kwargs, "device": CPU}), wants_device, args)
+        finally:
+            self._calls.pop()
+
+    def makes_device_tensors(self) -> bool:
+        """Whether a tensor that PyTorch makes of no other is the device's.
+
+        So are those that a function of device tensors makes, and the zeros of backward where it has
+        no gradient. What Python makes says itself where.
+        """
+        call = self._calls[-1]
+        if call is None:
+            return bool(torch._C._current_graph_task_id() != -1)
+        args, kwargs = call
+        return any_on_device(args) or any_on_device(kwargs.values())
+
+
+def _is_device_tensor(first: Any) -> bool:
+    return bool(first) and isinstance(first[0], torch.Tensor) and is_on_device(first[0])
 
 
 def _is_device(value: Any) -> bool:
@@ -108,7 +164,14 @@ def _to(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         func(*(_host(each) for each in args), **{k: _host(v) for k, v in kwargs.items()}),
         _is_device(target),
         tensor,
-        kwargs.get("non_blocking", False),
+        _non_blocking(rest, kwargs),
+    )
+
+
+def _non_blocking(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """As given by name, or as the first truth value of ``to`` and ``cuda``."""
+    return kwargs.get(
+        "non_blocking", next((each for each in args if isinstance(each, bool)), False)
     )
 
 
@@ -117,7 +180,7 @@ def _host(value: Any) -> Any:
 
 
 def _cuda(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return _moved(args[0], True, args[0], kwargs.get("non_blocking", False))
+    return _moved(args[0], True, args[0], _non_blocking(args, kwargs))
 
 
 def _cpu(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -125,15 +188,54 @@ def _cpu(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _moved(result: Any, wants_device: bool, tensor: torch.Tensor, non_blocking: bool) -> Any:
-    if wants_device != is_on_device(tensor) and not (wants_device and non_blocking):
+    if wants_device != is_on_device(tensor) and not non_blocking:
         where = "the device" if wants_device else "the host"
-        waits_for_device(f"a copy to {where}{' without non_blocking' if wants_device else ''}")
+        waits_for_device(f"a copy to {where} without non_blocking")
     return _placed(result, wants_device, (tensor,))
 
 
 def _read(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if is_on_device(args[0]):
         waits_for_device(f"Tensor.{func.__name__}")
+    return func(*args, **kwargs)
+
+
+def pickling(reduce_ex: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``Tensor.__reduce_ex__``, which ``torch.save`` calls too; no mode sees it."""
+
+    def reduce_or_refuse(tensor: torch.Tensor, protocol: Any) -> Any:
+        if is_on_device(tensor) and not _is_shallow_copy():
+            waits_for_device("pickling a tensor")
+        return reduce_ex(tensor, protocol)
+
+    return reduce_or_refuse
+
+
+def _is_shallow_copy() -> bool:
+    """``copy.copy`` asks for what is pickled too, and copies no numbers."""
+    return f"{os.sep}copy.py:" in caller()
+
+
+def _deepcopy(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    with host_sync_allowed():  # its storage is copied as if it were the host's
+        result = func(*args, **kwargs)
+    if is_on_device(args[0]):
+        mark(result)
+    return result
+
+
+def _one_hot(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if not any_on_device((*args, *kwargs.values())):
+        return func(*args, **kwargs)
+    if kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1:
+        waits_for_device("one_hot without num_classes")
+    with host_sync_allowed():  # only CPUs check that classes are in range
+        return func(*args, **kwargs)
+
+
+def _tensor_split(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if any_on_device((*args[1:], *kwargs.values())):
+        waits_for_device("tensor_split at places that a device tensor tells")
     return func(*args, **kwargs)
 
 
@@ -161,6 +263,11 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.type: _type,
     torch.Tensor.device.__get__: _device,
     torch.Tensor.new_tensor: _new_tensor,
+    torch.Tensor.__deepcopy__: _deepcopy,
+    torch.Tensor.__array__: _read,
+    torch.Tensor.tensor_split: _tensor_split,
+    torch.tensor_split: _tensor_split,
+    torch.nn.functional.one_hot: _one_hot,
     torch.Tensor.tolist: _read,
     torch.Tensor.numpy: _read,
     torch.Tensor.__repr__: _read,

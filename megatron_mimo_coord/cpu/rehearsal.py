@@ -33,6 +33,7 @@ from megatron_mimo_coord.cpu.device_tensors import (
     any_on_device,
     is_on_device,
     mark,
+    pickling,
     tensors_in,
 )
 from megatron_mimo_coord.cpu.host_sync import is_forbidden, waits_for_device
@@ -53,8 +54,11 @@ _READS = {
     "unique_dim": "unique",
     "unique_consecutive": "unique_consecutive",
     "bincount": "bincount",
+    "allclose": "allclose",
+    "repeat_interleave": "repeat_interleave by device numbers without output_size",
 }
-_INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# Operators that are given indices, and where.
+_INDEXES = {"index": 1, "index_put": 1, "index_put_": 1, "_index_put_impl_": 1, "index_fill_": 2}
 _MOVES = {"copy_", "set_", "resize_", "resize_as_"}
 
 
@@ -65,25 +69,36 @@ class Operator:
     Args:
         name: its name without overload.
         is_view: it touches no data.
-        written: which arguments it writes to.
+        is_factory: it is given no tensor.
+        has_tensor_options: some of its tensors are given by name only, such as ``out``.
+        written: which arguments it writes to, by place and by name.
     """
 
     name: str
     is_view: bool
-    written: frozenset[int]
+    is_factory: bool
+    has_tensor_options: bool
+    written: frozenset[int | str]
 
     @classmethod
     def of(cls, func: Any) -> "Operator":
         """Read it from the operator's schema."""
         schema = func._schema
         written = {
-            index
+            key
             for index, argument in enumerate(schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
+            for key in (index, argument.name)
         }
         returned = [each.alias_info for each in schema.returns]
-        is_view = bool(returned) and all(returned) and not written
-        return cls(func._opname, is_view, frozenset(written))
+        tensors = [each for each in schema.arguments if "Tensor" in str(each.type)]
+        return cls(
+            name=func._opname,
+            is_view=bool(returned) and all(returned) and not written,
+            is_factory=not tensors,
+            has_tensor_options=any(each.kwarg_only for each in tensors),
+            written=frozenset(written),
+        )
 
 
 class Rehearsal(TorchDispatchMode):
@@ -108,25 +123,26 @@ class Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator; what is computed from device tensors becomes one."""
         kwargs = kwargs or {}
-        if func.namespace != "aten":
-            return (
-                self._launch(func, args, kwargs)
-                if func.namespace == "c10d"
-                else func(*args, **kwargs)
-            )
+        if func.namespace == "c10d":
+            return self._launch(func, args, kwargs)
         operator = self._operators.get(func)
         if operator is None:
             operator = self._operators[func] = Operator.of(func)
         with torch._C.DisableTorchFunction():
             if operator.is_view:
                 return func(*args, **kwargs)
-            on_device = any_on_device(args)
-            if works:
-                works.check_use(_uses(operator, args))
-            if is_forbidden():
-                _check_sync(operator, args, on_device)
+            if operator.is_factory:
+                on_device = self.device_tensors.makes_device_tensors()
+            else:
+                on_device = any_on_device(args) or (
+                    operator.has_tensor_options and any_on_device(kwargs.values())
+                )
+                if works:
+                    works.check_use(_uses(operator, args, kwargs))
+                if is_forbidden():
+                    _check_sync(operator, args, kwargs, on_device)
             result = func(*args, **kwargs)
-            if operator.name not in _MOVES and (on_device or _stands_for_a_gradient(args)):
+            if on_device and operator.name not in _MOVES:
                 mark(result)
         return result
 
@@ -138,6 +154,8 @@ class Rehearsal(TorchDispatchMode):
         if group is None or self._peers is None:
             return func(*args, **kwargs)
         launch = read_launch(group, self._peers.rank, func, args)
+        if launch.name == "barrier":
+            waits_for_device("barrier")
         tensors = (*launch.reads, *launch.writes)
         if group.takes_host_tensors and not any(map(is_on_device, tensors)):
             return func(*args, **kwargs)
@@ -173,6 +191,7 @@ class Rehearsal(TorchDispatchMode):
         process_groups.hide_private_methods()
         register_optimizer_step_pre_hook(lambda *args: end_of_step())
         yield torch.nn.Module, "cuda", lambda module, device=None: module._apply(lambda t: t.cuda())
+        yield torch.Tensor, "__reduce_ex__", pickling(torch.Tensor.__reduce_ex__)
         for owner in (torch.cuda, NoStream):
             yield owner, "synchronize", lambda *args: waits_for_device("synchronize")
         yield _C.Work, "wait", self._waiting()
@@ -283,29 +302,30 @@ def _process_group(args: Any) -> Any:
     return None
 
 
-def _uses(operator: Operator, args: Any) -> list[tuple[torch.Tensor, bool]]:
+def _uses(operator: Operator, args: Any, kwargs: Any) -> list[tuple[torch.Tensor, bool]]:
     return [
-        (tensor, index in operator.written)
-        for index, value in enumerate(args)
+        (tensor, key in operator.written)
+        for key, value in (*enumerate(args), *kwargs.items())
         for tensor in tensors_in((value,))
     ]
 
 
-def _check_sync(operator: Operator, args: Any, on_device: bool) -> None:
+def _check_sync(operator: Operator, args: Any, kwargs: Any, on_device: bool) -> None:
     """Raise if an operator makes the host wait for the device."""
     if operator.name == "copy_":
         target, source = map(is_on_device, args[:2])
-        if target != source and not (target and len(args) > 2 and args[2]):
-            waits_for_device(f"a copy from the {'host' if target else 'device'}")
-    is_mask = operator.name in _INDEXES and any(
-        each.dtype in (torch.bool, torch.uint8) for each in tensors_in(args[1])
-    )
-    if on_device and (operator.name in _READS or is_mask):
-        waits_for_device(
-            "an index that is a mask" if is_mask else f"{operator.name} of a device tensor"
-        )
-
-
-def _stands_for_a_gradient(args: Any) -> bool:
-    """PyTorch makes zeros of nothing where backward has no gradient; on GPUs they are there."""
-    return torch._C._current_graph_task_id() != -1 and not any(True for _ in tensors_in(args))
+        if target != source and not (len(args) > 2 and args[2]):
+            waits_for_device(
+                f"a copy from the {'host' if target else 'device'} without non_blocking"
+            )
+    if not on_device:
+        return
+    if operator.name in _INDEXES:
+        for index in tensors_in((args[_INDEXES[operator.name]],)):
+            if index.dtype in (torch.bool, torch.uint8):
+                waits_for_device("an index that is a mask")
+            if not is_on_device(index):
+                waits_for_device("an index in the host's memory")
+    # With output_size, repeat_interleave reads nothing.
+    if operator.name in _READS and not kwargs.get("output_size"):
+        waits_for_device(f"{_READS[operator.name]} of a device tensor")

@@ -1,14 +1,20 @@
 """Each of NCCL's rules, broken on purpose: the sentence comes on every rank that it concerns."""
 
+import copy
+import io
 import os
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from ranks import World
 from ranks import world as any_world
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_mimo_coord.cpu import end_of_step, no_host_sync
 
@@ -226,15 +232,58 @@ def _read(tensor: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "event": torch.cuda.Event().synchronize,
         "stream": torch.cuda.current_stream().synchronize,
         "copy to the device": lambda: torch.tensor([1.0], device="cuda"),
+        "allclose": lambda: torch.allclose(tensor, tensor),
+        "numpy's asarray": lambda: np.asarray(tensor),
+        "pickle": lambda: pickle.dumps(tensor),
+        "save": lambda: torch.save({"tensor": tensor}, io.BytesIO()),
+        "index of a list": lambda: tensor[[0, 1]],
+        "index on the host": lambda: tensor[torch.tensor([0, 1])],
+        "set by a list": lambda: tensor.clone().__setitem__([0, 1], 1.0),
+        "set by an index on the host": lambda: tensor.clone().__setitem__([0, 1], tensor[:2]),
+        "repeat": lambda: tensor.repeat_interleave(tensor.long()),
+        "split": lambda: tensor.tensor_split(tensor[:1].long()),
+        "one hot of unknown classes": lambda: one_hot(tensor.long()),
+        "barrier": dist.barrier,
+    }
+
+
+def _fine(tensor: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """What a GPU does without a wait."""
+    number = torch.zeros(3)
+    return {
+        "of a host tensor": lambda: (number[0].item(), number.tolist(), f"{number}"),
+        "host index": lambda: (number.nonzero(), number[number > 0], number[[0, 1]]),
+        "to where it is": lambda: (tensor + 1).sum().to("cuda"),
+        "copy on the device": lambda: tensor.clone().copy_(tensor),
+        "cuda": lambda: number.cuda(non_blocking=True),
+        "cuda by place": lambda: number.cuda(None, True),
+        "to": lambda: number.to("cuda", non_blocking=True),
+        "to by place": lambda: number.to("cuda", torch.float16, True),
+        "to with dtype by place": lambda: number.to(tensor, True),
+        "to the host": lambda: tensor.to("cpu", non_blocking=True),
+        "copy to the host": lambda: torch.zeros(3).copy_(tensor, non_blocking=True),
+        "copy to the device": lambda: tensor.clone().copy_(number, non_blocking=True),
+        "as tensor": lambda: torch.as_tensor(tensor, device="cuda"),
+        "one hot": lambda: one_hot(tensor.long(), 3),
+        "one hot by name": lambda: one_hot(tensor.long(), num_classes=3),
+        "deep copy": lambda: copy.deepcopy({"tensor": tensor}),
+        "shallow copy": lambda: copy.copy(tensor),
+        "padded": lambda: pad_sequence([tensor, tensor[:1]]),
+        "index": lambda: (tensor[tensor.long()], tensor[1], tensor[:2], tensor[None], tensor[True]),
+        "set": lambda: tensor.clone().__setitem__(tensor.long(), 1.0),
+        "set by a mask": lambda: tensor.clone().__setitem__(tensor > 0, 1.0),
+        "repeat": lambda: tensor.repeat_interleave(tensor.long() + 1, output_size=3),
+        "repeat alike": lambda: tensor.repeat_interleave(2),
+        "pickle": lambda: pickle.dumps(number),
     }
 
 
 def _sync() -> dict[str, str]:
-    tensor, number = device(3), torch.zeros(3)
+    tensor = device(3)
     assert not any(message_of(read) for read in _read(tensor).values()), "outside all is well"
     with no_host_sync():
-        number[0].item(), number.tolist(), f"{number}", number.nonzero(), number[number > 0]
-        (tensor + 1).sum().to("cuda"), tensor.clone().copy_(tensor), number.cuda(non_blocking=True)
+        refused = {name: message_of(fine) for name, fine in _fine(tensor).items()}
+        assert not any(refused.values()), refused
         return {name: message_of(read) for name, read in _read(tensor).items()}
 
 
@@ -259,7 +308,14 @@ def _marks() -> list[bool]:
         "gradient": leaf.grad,
         "of a list": torch.tensor([1.0], device="cuda"),
         "of the same": made.new_tensor([1.0]),
-        "one hot": torch.nn.functional.one_hot(made.long(), 3),
+        "one hot": one_hot(made.long(), 3),
+        "of a user's operator": _twice(made),
+        "by name": _twice(x=made),
+        "padded": pad_sequence([made, made[:2]]),
+        "deep copy": copy.deepcopy(made),
+        "from sparse": made.to_sparse().to_dense(),
+        "from rows": made.view(2, 2).to_sparse_csr().to_dense(),
+        "without gradient": _gradient_of_nothing(),
         "module": moved.weight.data,
     }
     hosts = {
@@ -270,6 +326,8 @@ def _marks() -> list[bool]:
         "of a host list": torch.tensor([1.0]),
         "host module": layer.weight.data,
         "filled from the device": torch.zeros(4).copy_(made),
+        "made in backward": _made_in_backward(),
+        "of device numbers": torch.tensor([made[0], made[1]]),
     }
     taken = {name: message_of(lambda t=t: dist.all_reduce(t)) for name, t in tensors.items()}
     assert not any(taken.values()), taken
@@ -279,6 +337,36 @@ def _marks() -> list[bool]:
     names: list[Any] = [None]
     dist.all_gather_object(names, "PyTorch puts them where the group wants them")
     return [bool(names[0])]
+
+
+@torch.library.custom_op("rehearsal_test::twice", mutates_args=())
+def _twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+class _Second(torch.autograd.Function):
+    """Backward is given a gradient for an output that nobody used."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
+        return nothing
+
+
+def _gradient_of_nothing() -> Any:
+    leaf = device(4, requires_grad=True)
+    _Second.apply(leaf)[0].sum().backward()
+    return leaf.grad
+
+
+def _made_in_backward() -> torch.Tensor:
+    leaf, made = device(4, requires_grad=True), []
+    leaf.register_hook(lambda gradient: made.append(torch.zeros(4)))
+    leaf.sum().backward()
+    return made[0]
 
 
 def _works() -> list[str]:
