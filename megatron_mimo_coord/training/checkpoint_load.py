@@ -14,6 +14,7 @@ from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, random_states_name
 from megatron_mimo_coord.training.checkpoint_tensors import ChunkReader, Index, wanted
+from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
 from megatron_mimo_coord.training.random_states import restore_random_states
 from megatron_mimo_coord.training.training_state import ModelState, OptimizerState
@@ -55,6 +56,9 @@ class CheckpointLoad:
         if self._optimizer is not None:
             self._states = OptimizerState.collect(self._optimizer, self._job.ddps)
         self._chunks = [chunk for each in self._states for chunk in each.chunks(self._model)]
+        for name, ddp in self._job.ddps.items():
+            saved_sizes = content.get("sizes", {}).get(name, [])
+            problems += size_problems(name, model_sizes(ddp.module), saved_sizes)
         problems += wanted([*self._model.chunks(), *self._chunks], self._index)
         for key, _, _ in self._model.objects():
             if key not in self._index.objects:

@@ -44,6 +44,7 @@ class CheckpointSave:
     Attributes:
         chunks: tensors that this rank writes.
         objects: what Megatron keeps as objects, the same.
+        sizes: of each module on this rank.
         settings: of the optimizer of each module on this rank.
         random_states: of this rank.
         content: what the manifest says of the training.
@@ -57,6 +58,7 @@ class CheckpointSave:
     is_whole: bool = False
     chunks: list[Chunk] = field(factory=list, init=False, repr=False)
     objects: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    sizes: dict[str, Any] = field(factory=dict, init=False, repr=False)
     settings: dict[str, Any] = field(factory=dict, init=False, repr=False)
     random_states: dict[str, Any] = field(factory=dict, init=False, repr=False)
     content: dict[str, Any] = field(factory=dict, init=False, repr=False)
@@ -168,7 +170,13 @@ class CheckpointSave:
         states = folder / random_states_name(rank)
         folders.write_durably(states, json.dumps(self.random_states))
         files[states.name] = folders.describe_file(states)
-        listed = {"tensors": tensors, "objects": objects, "files": files, "settings": self.settings}
+        listed = {
+            "tensors": tensors,
+            "objects": objects,
+            "files": files,
+            "sizes": self.sizes,
+            "settings": self.settings,
+        }
         folders.write_durably(folder / f"rank-{rank}.json", json.dumps(listed))
 
     def _lists(self) -> list[Path]:
@@ -206,8 +214,13 @@ class CheckpointSave:
             name: merge_settings([e["settings"][name] for e in lists if name in e["settings"]])
             for name in sorted(modules)
         }
+        sizes: dict[str, list[Any]] = {}
+        for name, parts in (pair for each in lists for pair in each["sizes"].items()):
+            known = sizes.setdefault(name, [])
+            known += [part for part in parts if part not in known]
         content = {
             **self.content,
+            "sizes": sizes,
             "optimizer": settings,
             "files": files,
             "tensors": index.tensors,

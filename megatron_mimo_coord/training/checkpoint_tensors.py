@@ -8,6 +8,7 @@ into memory and copies the elements that it wants. Nothing is unpickled.
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import struct
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_mimo_coord.training.boxes import Box
 
 _ALIGNMENT = 64  # of the elements in a file, so that they can be used where they are mapped
+_MAX_PADDING = 1024  # most rows for each tensor-parallel rank that a vocabulary is padded by
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before the lengths of its name and extra field
 
 Entry = dict[str, Any]
@@ -46,8 +48,8 @@ class Chunk:
         box: which part this is.
         data: the part, in any shape with its number of elements.
         writes: whether this rank writes it; others hold the same.
-        may_be_padded: whether the whole tensor may have other sizes elsewhere, as embeddings that
-            are padded to a multiple of TP do. What the file lacks becomes zero.
+        padded_for: TP, of a tensor whose first dim is padded to a multiple of it, as embeddings
+            are: it may have another size on another TP. What the file lacks becomes zero.
     """
 
     key: str
@@ -55,7 +57,7 @@ class Chunk:
     box: Box
     data: torch.Tensor
     writes: bool = True
-    may_be_padded: bool = False
+    padded_for: int = 0
 
     @property
     def dtype(self) -> str:
@@ -96,6 +98,7 @@ class ChunkFile:
             "key": chunk.key,
             "dtype": chunk.dtype,
             "shape": chunk.shape,
+            "padded_for": chunk.padded_for,
             "offset": chunk.box.offset,
             "size": chunk.box.size,
             "file": self._name,
@@ -169,12 +172,13 @@ class Index:
                 objects.setdefault(entry["key"], entry)
             for entry in entries["tensors"]:
                 entry = dict(entry)
-                key, kind = entry.pop("key"), (entry.pop("dtype"), entry.pop("shape"))
-                tensor = tensors.setdefault(key, {"dtype": kind[0], "shape": kind[1], "chunks": {}})
-                if (tensor["dtype"], tensor["shape"]) != kind:
+                key = entry.pop("key")
+                kind = {name: entry.pop(name) for name in ("dtype", "shape", "padded_for")}
+                tensor = tensors.setdefault(key, {**kind, "chunks": {}})
+                if tensor != {**kind, "chunks": tensor["chunks"]}:
                     raise ValueError(
                         f"ranks hold {key} as {tensor['dtype']} {tensor['shape']} and as "
-                        f"{kind[0]} {kind[1]}"
+                        f"{kind['dtype']} {kind['shape']}"
                     )
                 tensor["chunks"].setdefault((*entry["offset"], *entry["size"]), entry)
         for key, tensor in tensors.items():
@@ -250,7 +254,7 @@ class ChunkReader:
     def fill(self, chunk: Chunk) -> None:
         """Copy into a chunk what the checkpoint has of it."""
         target = chunk.data.detach().view(chunk.box.size)
-        if chunk.may_be_padded:
+        if chunk.padded_for:
             target.zero_()
         for entry in self._index.tensors[chunk.key]["chunks"]:
             box = _box(entry)
@@ -296,7 +300,18 @@ def wanted(chunks: Iterable[Chunk], index: Index) -> Iterator[str]:
             yield f"the checkpoint has no {key}"
         elif found["dtype"] != chunk.dtype:
             yield f"{key} is {found['dtype']} in the checkpoint, {chunk.dtype} here"
-        elif tuple(found["shape"]) != chunk.shape and not (
-            chunk.may_be_padded and len(found["shape"]) == len(chunk.shape)
-        ):
+        elif tuple(found["shape"]) != chunk.shape and not _is_other_padding(found, chunk):
             yield f"{key} is {list(found['shape'])} in the checkpoint, {list(chunk.shape)} here"
+
+
+def _is_other_padding(found: Mapping[str, Any], chunk: Chunk) -> bool:
+    """Whether both can be one vocabulary, padded for one TP in the checkpoint and for another here.
+
+    Megatron pads to a multiple of TP times a number that no model knows, by default 128.
+    """
+    tps = (found.get("padded_for", 0), chunk.padded_for)
+    if not all(tps) or tuple(found["shape"][1:]) != chunk.shape[1:]:
+        return False
+    sizes = (found["shape"][0], chunk.shape[0])
+    multiple = min(_MAX_PADDING, math.gcd(sizes[0] // tps[0], sizes[1] // tps[1]))
+    return max(sizes) - min(sizes) < multiple * tps[sizes.index(max(sizes))]

@@ -21,6 +21,7 @@ from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, CheckpointSave
 from megatron_mimo_coord.training.checkpoint_tensors import Chunk
+from megatron_mimo_coord.training.model_sizes import model_sizes
 from megatron_mimo_coord.training.plain_data import encode
 from megatron_mimo_coord.training.random_states import random_states
 from megatron_mimo_coord.training.training_state import (
@@ -143,6 +144,7 @@ class Checkpoints:
         chunks = [chunk for chunk in chunks if chunk.writes]
         saving.chunks = [chunk.copied() for chunk in chunks] if background else chunks
         saving.objects = {key: value for key, value, writes in model.objects() if writes}
+        saving.sizes = {name: model_sizes(ddp.module) for name, ddp in self._job.ddps.items()}
         saving.settings = {each.name: each.settings() for each in states}
         saving.random_states = random_states()
 

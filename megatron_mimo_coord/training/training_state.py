@@ -70,7 +70,7 @@ class ModelState:
                     box=_box(each),
                     data=each.data.detach(),
                     writes=is_main_replica(each.replica_id),
-                    may_be_padded=each.allow_shape_mismatch,
+                    padded_for=_padded_for(each),
                 )
 
     def objects(self) -> Iterator[tuple[str, Any, bool]]:
@@ -346,7 +346,7 @@ def _chunks_of_part(part: Part, shard: ShardedTensor, begin: int, sharded: bool)
                 box=Box(offset, size),
                 data=tensor.detach().view(-1)[at : at + box.volume],
                 writes=writes,
-                may_be_padded=shard.allow_shape_mismatch,
+                padded_for=_padded_for(shard),
             )
         at += box.volume
 
@@ -357,6 +357,11 @@ def _is_first_copy(replica_id: Any) -> bool:
     Megatron numbers copies by (pipeline stage, tensor-parallel rank, data-parallel rank).
     """
     return isinstance(replica_id, int) or not any(replica_id[:-1])
+
+
+def _padded_for(shard: ShardedTensor) -> int:
+    """TP, of what Megatron pads to a multiple of it."""
+    return int(shard.axis_fragmentations[0]) if shard.allow_shape_mismatch else 0
 
 
 def _box(shard: ShardedTensor) -> Box:

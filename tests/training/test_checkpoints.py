@@ -11,7 +11,7 @@ import pytest
 from cases import Case
 from layouts import FAN_IN, MANY_BUCKETS, PER_TOKEN, SHARDED, parallel
 from ranks import world
-from trainings import GatedCase
+from trainings import GatedCase, SizedCase
 
 from megatron_mimo_coord.training import checkpoint_folder
 from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, whole_steps
@@ -107,6 +107,31 @@ def test_what_is_saved_is_the_same_on_every_layout(layouts, ddps, settings, tole
     counts = world(4).run(chain, cases, tmp_path, tolerance)
     assert set(counts) == {counts[0]}
     assert counts[0] > 100
+
+
+def save_and_load(folder: Path, cases: list[Case]) -> list[float]:
+    """Loss on the same data after each case has loaded what the one before has saved."""
+    from trainings import training
+
+    losses = []
+    for step, case in enumerate(cases):
+        with training(case) as one:
+            assert one.coordinator.load_checkpoint(folder, one.optimizer).step == step
+            one.coordinator.save_checkpoint(folder, one.optimizer, step=step + 1)
+            losses.append(one.steps(0)[0][0])
+    return losses
+
+
+def test_a_vocabulary_may_be_padded_for_another_tensor_parallel_size(tmp_path):
+    one, two = (
+        SizedCase(
+            modules={"vision": parallel(dp=3 - tp), "language": parallel(tp=tp)}, vocabulary=size
+        )
+        for tp, size in ((1, 17), (2, 18))
+    )
+    for losses in world(3).run(save_and_load, tmp_path, [one, two, one]):
+        assert losses[2] == losses[0]
+        assert losses[1] == pytest.approx(losses[0], rel=0.1), "one more token, of zeros"
 
 
 # -- what else comes back --------------------------------------------------------------------------
@@ -366,6 +391,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(tmp_p
     folder = tmp_path
     manifest = (path / "checkpoint.json").read_text()
     refused("is [2, 16] in the checkpoint, [1, 16] here", case=Case(modules=FAN_IN, layers=1))
+    refused(
+        "num_attention_heads of module 'language' is 2 in the checkpoint, 4 here",
+        case=SizedCase(modules=FAN_IN, heads=4),
+    )
+    for vocabulary, tp in ((8, 1), (24, 1), (24, 2)):
+        modules = {"vision": parallel(dp=3 - tp), "language": parallel(tp=tp)}
+        refused(
+            f"word_embeddings.weight is [16, 16] in the checkpoint, [{vocabulary}, 16] here",
+            case=SizedCase(modules=modules, vocabulary=vocabulary),
+        )
     output = "language_model.module.output_layer.weight"
     refused(f"there is no {output} here", case=Case(modules=FAN_IN, tied_embeddings=True))
     refused("the checkpoint has no language_model", "router", case=Case(modules=FAN_IN, experts=4))

@@ -17,6 +17,19 @@ class GatedCase(cases.Case):
         return evolve(shape, config={**shape.config, "gated_linear_unit": True})
 
 
+@frozen(kw_only=True)
+class SizedCase(cases.Case):
+    """One with another vocabulary, or other heads, of the language model."""
+
+    vocabulary: int = cases.VOCABULARY
+    heads: int = 2
+
+    def shape(self) -> Any:
+        shape = super().shape()
+        sizes = {"vocabulary": self.vocabulary, "heads": self.heads}
+        return evolve(shape, language=evolve(shape.language, **sizes))
+
+
 @frozen
 class Training:
     """What a trainer holds."""
