@@ -21,7 +21,11 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
-from megatron_mimo_coord.bridges.token_counts import TokenCounts, fan_in_ratios
+from megatron_mimo_coord.bridges.token_counts import (
+    TokenCounts,
+    encoder_places,
+    fan_in_ratios,
+)
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
 from megatron_mimo_coord.gradients.buckets import gradient_bytes
@@ -108,7 +112,11 @@ class MultiModuleCoordinator:
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
-        self._token_counts = TokenCounts.of(job.model, fan_in_ratios(job.grids, job.infra.topology))
+        self._token_counts = TokenCounts.of(
+            job.model,
+            fan_in_ratios(job.grids, job.infra.topology),
+            encoder_places(job.grids, job.rank),
+        )
         self._pending_assignments = PendingAssignments.of(job.model)
         self._config: ModelParallelConfig | None = None
         self._optimizer: Any = None
@@ -293,7 +301,9 @@ class MultiModuleCoordinator:
             raise ValueError(
                 f"there is no module {module_name!r}; the modules are {', '.join(self._grids)}"
             )
-        return data_parallel_slice(micro_batch_size, self._grids[module_name], self._job.rank)
+        samples = data_parallel_slice(micro_batch_size, self._grids[module_name], self._job.rank)
+        self._token_counts.micro_batch_size = micro_batch_size
+        return samples
 
     def assign_images(
         self,
@@ -334,7 +344,6 @@ class MultiModuleCoordinator:
         grid = encoder_grid(self._grids, module_name)
         assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids)
         self._pending_assignments.put(assignment)
-        self._step.assigned()
         return assignment
 
     def validate_data_loader_contract(

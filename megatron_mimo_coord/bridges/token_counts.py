@@ -24,6 +24,15 @@ def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[s
     }
 
 
+def encoder_places(grids: Mapping[str, ModuleGrid], rank: int) -> dict[str, tuple[int, int]]:
+    """(DP, which of its DP ranks this one is) of each encoder on a rank."""
+    return {
+        name: (grid.data_parallel_size, grid.coordinate(rank, "dp"))
+        for name, grid in grids.items()
+        if name != LANGUAGE and rank in grid.ranks
+    }
+
+
 class TokenCounts:
     """Stands in for what a ``MimoModel`` reads on the host to split an encoder's output.
 
@@ -37,13 +46,26 @@ class TokenCounts:
     to put text and modalities together (``get_text_embeddings``,
     ``align_embeddings_by_token_positions``); that is inside its forward, and left to it.
 
+    Of an encoder's samples it reads the rows of ``input_ids`` that are theirs: all of them, or a
+    part where another encoder of the rank has a smaller DP, whose samples' text the rank is given.
+    Where it is given the whole microbatch's, it reads the right part too, so that the step goes on
+    to where all ranks hear of the mistake (``gradients/step_report.py``).
+
     Args:
         model: the model; its forward is watched.
         ratios: for each encoder, its ranks for one of the language model's.
+        places: (DP, DP rank) of each encoder on this rank.
+
+    Attributes:
+        micro_batch_size: samples in a microbatch over all ranks; None if it is not known.
     """
 
-    def __init__(self, model: MimoModel, ratios: Mapping[str, float]) -> None:
+    def __init__(
+        self, model: MimoModel, ratios: Mapping[str, float], places: Mapping[str, tuple[int, int]]
+    ) -> None:
         self._model = model
+        self._places = places
+        self.micro_batch_size: int | None = None
         self._fan_in = {name: int(ratio) for name, ratio in ratios.items() if ratio > 1}
         self._fan_out = {name for name, ratio in ratios.items() if ratio < 1}
         self._may_vary = False
@@ -53,10 +75,12 @@ class TokenCounts:
         model._has_encoder_tokens = self._has_encoder_tokens
 
     @classmethod
-    def of(cls, model: MimoModel, ratios: Mapping[str, float]) -> "TokenCounts":
+    def of(
+        cls, model: MimoModel, ratios: Mapping[str, float], places: Mapping[str, tuple[int, int]]
+    ) -> "TokenCounts":
         """The one of this model, whoever asked for it first."""
         if not hasattr(model, "_mimo_token_counts"):
-            model._mimo_token_counts = cls(model, ratios)
+            model._mimo_token_counts = cls(model, ratios, places)
         return model._mimo_token_counts
 
     def allow_varying(self) -> None:
@@ -70,23 +94,51 @@ class TokenCounts:
         """On an encoder rank: only under fan-out does it have several receivers to split for."""
         if encoder_name in self._fan_in:
             if not self._may_vary and input_ids is not None:
-                self._refuse_uneven(encoder_name, self._count(encoder_name, input_ids))
-        elif encoder_name in self._fan_out and self._assignments.next(encoder_name) is None:
-            MimoModel._attach_modality_split_sizes(self._model, output, input_ids, encoder_name)
+                text = self._text_of(encoder_name, input_ids, len(output))
+                self._refuse_uneven(encoder_name, self._count(encoder_name, text))
+        elif (
+            encoder_name in self._fan_out
+            and input_ids is not None
+            and self._assignments.next(encoder_name) is None
+        ):
+            text = self._text_of(encoder_name, input_ids, len(output))
+            MimoModel._attach_modality_split_sizes(self._model, output, text, encoder_name)
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
         """On an encoder rank without images: an assignment tells without asking the device."""
         assignment = self._assignments.next(encoder_name)
-        if assignment is None:
-            if MimoModel._has_encoder_tokens(self._model, input_ids, encoder_name):
-                raise RuntimeError(
-                    f"this rank was given no inputs for {encoder_name!r}, but its input_ids have "
-                    f"tokens of it: pass the inputs of its samples, and of input_ids its slice and "
-                    f"not the whole microbatch, input_ids[coordinator.data_parallel_slice("
-                    f"micro_batch_size, {encoder_name!r})]"
-                )
+        if assignment is not None:
+            return any(assignment.tokens[sample][image] for sample, image in assignment.local)
+        if input_ids is None:
             return False
-        return any(assignment.tokens[sample][image] for sample, image in assignment.local)
+        text = self._text_of(encoder_name, input_ids, 0)
+        if MimoModel._has_encoder_tokens(self._model, text, encoder_name):
+            raise RuntimeError(
+                f"this rank was given no inputs for {encoder_name!r}, but its input_ids have "
+                f"tokens of it: pass the inputs of its samples, and of input_ids its slice and "
+                f"not the whole microbatch, input_ids[coordinator.data_parallel_slice("
+                f"micro_batch_size, {encoder_name!r})]"
+            )
+        return False
+
+    def _text_of(self, name: str, input_ids: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The rows of an encoder's samples, in which so many tokens are its own."""
+        parts = self._parts(name, len(input_ids))
+        for part in parts if len(parts) > 1 else []:  # a choice waits for the device
+            if self._count(name, input_ids[part]).sum() == tokens:
+                return input_ids[part]
+        return input_ids[parts[-1]]
+
+    def _parts(self, name: str, rows: int) -> list[slice]:
+        """Where an encoder's samples may be among the rows of ``input_ids``, likeliest first."""
+        size, place = self._places[name]
+        fewest, place_of_fewest = min(self._places.values())
+        expected = _part(rows, size // fewest, place - place_of_fewest * (size // fewest))
+        of_whole = _part(rows, size, place)
+        is_whole = rows == self.micro_batch_size
+        if of_whole == expected or not (is_whole or self.micro_batch_size is None):
+            return [expected]
+        return [of_whole, expected] if is_whole else [expected, of_whole]
 
     def _refuse_uneven_ranks(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -113,3 +165,9 @@ class TokenCounts:
                 f"communicator splits the gradient evenly and would fail in backward. Build the "
                 f"schedule's p2p_communicator with coordinator.build_pipeline_communicator(config)"
             )
+
+
+def _part(rows: int, number: int, index: int) -> slice:
+    """One of so many equal parts of some rows; all of them where they do not divide."""
+    share = rows // number
+    return slice(index * share, (index + 1) * share) if share * number == rows else slice(None)

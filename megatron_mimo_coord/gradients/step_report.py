@@ -5,8 +5,9 @@ norms on the host sees them for nothing:
 
 - a loss function that returns no number of tokens, where the loss is per token: then N is 0, and
   yet there are gradients. If all tokens are masked there are none;
-- an encoder's rank that is given the ``input_ids`` of a whole microbatch, where its slice belongs:
-  then the samples of all its ranks together are more than those of the language model's.
+- an encoder's rank that is given the ``input_ids`` of a whole microbatch, or of another module's
+  larger slice, where its own belongs: then it has just as many rows as that. Other numbers of rows
+  are the trainer's affair: most layouts never read them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,8 +55,10 @@ class StepReport:
         """The modules whose samples the rows are."""
         if self.rows is None:
             return []
-        sizes = {self.data_parallel_sizes[name] for name in self.here}
-        return [LANGUAGE] if LANGUAGE in self.here else self.here if len(sizes) == 1 else []
+        if LANGUAGE in self.here:
+            return [LANGUAGE]
+        fewest = min(self.data_parallel_sizes[name] for name in self.here)
+        return [name for name in self.here if self.data_parallel_sizes[name] == fewest]
 
     def check(self, numbers: Sequence[float], has_gradients: bool) -> None:
         """Say what is wrong, alike on every rank.
@@ -74,18 +77,28 @@ class StepReport:
                 "num_tokens, report) from the loss function, with the sum of the losses and the "
                 "number of unmasked tokens of the microbatch"
             )
-        said = {}
-        for index, name in enumerate(self.data_parallel_sizes):
-            most, least = numbers[1 + 2 * index], -numbers[2 + 2 * index]
-            if most >= 0:
-                said[name] = sorted({int(least), int(most)})
+        most, least = numbers[1::2], [-number for number in numbers[2::2]]
+        said = dict(zip(self.data_parallel_sizes, zip(least, most, strict=True), strict=True))
         for name, samples in said.items():
-            if said.get(LANGUAGE, samples) != samples:
-                size = self.data_parallel_sizes[name]
-                each = " or ".join(f"{number // size}" for number in samples)
+            wrong = self._rows_of_others(name, *said[LANGUAGE])
+            rows = {number / self.data_parallel_sizes[name] for number in samples} & wrong
+            if rows:
                 raise RuntimeError(
                     f"by its input_ids, module {name!r} has other samples than the language model: "
-                    f"{each} on each of DP {size}, where a microbatch has {said[LANGUAGE][-1]} in "
-                    f"all: give each rank of {name!r} its slice, "
+                    f"{max(rows):.0f} on each of DP {self.data_parallel_sizes[name]}, where a "
+                    f"microbatch has {said[LANGUAGE][1]:.0f} in all: give each rank of {name!r} "
+                    f"its slice, "
                     f"input_ids[coordinator.data_parallel_slice(micro_batch_size, {name!r})]"
                 )
+
+    def _rows_of_others(self, name: str, least: float, most: float) -> set[float]:
+        """Rows of the whole microbatch and of larger slices than a module's.
+
+        Args:
+            name: the module.
+            least, most: samples of a microbatch by the language model's rows on any rank.
+        """
+        if least != most:
+            return set()
+        sizes = {1, *self.data_parallel_sizes.values()}
+        return {most / size for size in sizes if size < self.data_parallel_sizes[name]}

@@ -19,9 +19,11 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo import MimoModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.gradients.buckets import grad_buffers
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
 from megatron_mimo_coord.gradients.step_report import StepReport
+from megatron_mimo_coord.layout import LANGUAGE
 
 _SHARED = "_mimo_step_state"
 """Attribute of a model and of an optimizer: the state that all coordinators of the model share."""
@@ -54,6 +56,7 @@ class StepState:
         self, model: MimoModel, ddps: Sequence[DistributedDataParallel], report: StepReport
     ) -> None:
         self._ddps = ddps
+        self._assignments = PendingAssignments.of(model)
         self.report = report
         self.optimizers: WeakSet[MegatronOptimizer] = WeakSet()
         self._configs: list[ModelParallelConfig] = []
@@ -109,10 +112,6 @@ class StepState:
         """The schedule's communicator has seen a backward pass end, on every rank alike."""
         self._backward_passes += 1
 
-    def assigned(self) -> None:
-        """Images are dealt out by cost: a rank's ``input_ids`` no longer say which it encodes."""
-        self._reads_rows = False
-
     def finalized(self, num_tokens: torch.Tensor | None) -> None:
         """The gradients are those of the one loss.
 
@@ -137,14 +136,17 @@ class StepState:
         self._versions = self._current_versions()
         self._forward_passes = self._backward_passes = 0
         self._begun = False
-        self._reads_rows = True
 
     def _count_forward(self, _: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.is_grad_enabled():
             self._forward_passes += 1
             input_ids = kwargs.get("input_ids", args[0] if args else None)
             is_packed = kwargs.get("packing_kwargs") is not None
-            has_rows = self._reads_rows and input_ids is not None and not is_packed
+            # Images that are dealt out by cost: a rank encodes others than its text says.
+            is_assigned = LANGUAGE not in self.report.here and any(
+                map(self._assignments.next, self.report.here)
+            )
+            has_rows = input_ids is not None and not is_packed and not is_assigned
             self.report.rows = len(input_ids) if has_rows else None
 
     def _reporting_zeroing(

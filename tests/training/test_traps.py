@@ -1,11 +1,13 @@
 """Lines that a trainer forgets: each is told at once, on every rank, with the cure."""
 
 from copy import copy
+from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
 from cases import Case, built
-from layouts import COLOCATED, FAN_IN, OVERLAP, PER_TOKEN, SHARDED
+from layouts import COLOCATED, FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
 SKEWED = {"vision": (((1, 1, 0, 0), (1, 1, 1, 1)),)}
@@ -30,8 +32,6 @@ class Trainer:
         self.communicator = self.coordinator.build_pipeline_communicator(self.model.config)
 
     def schedule(self, **options: Any) -> Any:
-        from functools import partial
-
         from cases import _data, _forward_step
         from megatron.core.pipeline_parallel.schedules import (
             forward_backward_pipelining_without_interleaving,
@@ -64,10 +64,14 @@ class Trainer:
         self.infra.destroy()
 
 
-def said_by(call: Any, *args: Any) -> str:
+def said_by(*calls: Any) -> str:
+    """What is said by the first of some calls that raises; none waits for long."""
+    start = monotonic()
     try:
-        call(*args)
+        for call in calls:
+            call()
     except (RuntimeError, ValueError) as error:
+        assert monotonic() - start < 10, "seconds until this rank hears of it"
         return str(error)
     return ""
 
@@ -81,7 +85,7 @@ def _unattached(case: Case, on_a_copy: bool) -> list[str]:
     coordinator.zero_grad_buffer()
     losses = trainer.schedule()
     said = [
-        said_by(coordinator.reduce_losses, losses),
+        said_by(partial(coordinator.reduce_losses, losses)),
         said_by(coordinator.grad_norms),
         said_by(coordinator.zero_grad_buffer),
         said_by(trainer.optimizer.step),
@@ -150,24 +154,25 @@ def test_lines_forgotten_in_a_step(case):
 
 
 def _wrong_reports(case: Case, mistake: str) -> str:
-    """What the optimizer's step says of a mistake in the forward step; a right step goes before."""
-    from functools import partial
-
+    """What is said of a mistake in the forward step; a right step goes before and behind."""
     import torch
     from cases import _forward_step, draw
 
     trainer = Trainer(case)
     coordinator, model = trainer.coordinator, trainer.model
     coordinator.attach(model.config, trainer.optimizer)
+    is_encoder = "language" not in trainer.infra.participating_modules
 
     def forward_step(data: Any, model: Any) -> Any:
-        if mistake == "whole input_ids" and "vision" in trainer.infra.participating_modules:
-            whole = draw(case, 0, 0).tokens
+        microbatch = next(data)
+        data = iter([microbatch])
+        if is_encoder and mistake in TEXTS:
 
-            def with_all(**inputs: Any) -> Any:
-                return trainer.model(**inputs | {"input_ids": whole})
+            def with_other_text(**inputs: Any) -> Any:
+                text = TEXTS[mistake](microbatch.tokens, inputs["input_ids"])
+                return model(**inputs | {"input_ids": text})
 
-            return _forward_step(case, coordinator, data, with_all)
+            return _forward_step(case, coordinator, data, with_other_text)
         output, loss = _forward_step(case, coordinator, data, model)
         if mistake == "two values":
             return output, lambda losses: loss(losses)[::2]
@@ -178,18 +183,25 @@ def _wrong_reports(case: Case, mistake: str) -> str:
     trainer.step()
     if mistake == "no inputs":
         said = REPORTS[mistake]  # a rank without images is the only one to see it
-        if trainer.infra.participating_modules == ["vision"]:
+        if is_encoder:
             said = said_by(partial(model, draw(case, 0, 0).tokens, modality_inputs={}))
         trainer.end()
         return said
     before = [parameter.detach().clone() for parameter in model.parameters()]
     coordinator.zero_grad_buffer()
-    trainer.schedule(forward_step_func=forward_step)
-    said = said_by(trainer.optimizer.step)
-    assert all(map(torch.equal, before, model.parameters())) or mistake == "all masked"
+    said = said_by(
+        partial(trainer.schedule, forward_step_func=forward_step), trainer.optimizer.step
+    )
+    assert not said or all(map(torch.equal, before, model.parameters()))
     trainer.step()
     trainer.end()
     return said
+
+
+TEXTS = {
+    "whole input_ids": lambda whole, mine: whole,
+    "flattened input_ids": lambda whole, mine: mine.flatten()[None],
+}
 
 
 def _setup_faults() -> dict[str, str]:
@@ -207,8 +219,8 @@ def _setup_faults() -> dict[str, str]:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     get_cuda_rng_tracker().reset()
     said = {
-        "before the model": said_by(infra.stage_arguments, "language"),
-        "global state": said_by(MultiModuleCoordinator, infra, model),
+        "before the model": said_by(partial(infra.stage_arguments, "language")),
+        "global state": said_by(partial(MultiModuleCoordinator, infra, model)),
     }
     infra.initialize_megatron(1)
     infra.stage_arguments("language")
@@ -216,12 +228,12 @@ def _setup_faults() -> dict[str, str]:
     ddp = vlm.submodules(model)[name]
     if name == "vision":
         model.modality_submodules[name] = ddp.module
-    said["no DDP"] = said_by(MultiModuleCoordinator, infra, model)
+    said["no DDP"] = said_by(partial(MultiModuleCoordinator, infra, model))
     if name == "vision":
         model.modality_submodules[name] = ddp
     coordinator = MultiModuleCoordinator(infra, model)
-    said["attach"] = said_by(coordinator.attach, model.config)
-    said["communicator"] = said_by(coordinator.build_pipeline_communicator, model.config)
+    said["attach"] = said_by(partial(coordinator.attach, model.config))
+    said["communicator"] = said_by(partial(coordinator.build_pipeline_communicator, model.config))
     coordinator.print_description(4)
     infra.destroy()
     return said
@@ -243,6 +255,7 @@ REPORTS = {
     "all masked": "",
     "no inputs": "of input_ids its slice and not the whole microbatch",
     "whole input_ids": "module 'vision' has other samples than the language model: 4 on each of DP 2, where a microbatch has 4 in all",
+    "flattened input_ids": "",
 }
 
 
@@ -252,3 +265,59 @@ def test_mistakes_of_a_forward_step(mistake):
     for said in world(3).run("test_traps:_wrong_reports", case, mistake):
         assert REPORTS[mistake] in said
         assert bool(said) == bool(REPORTS[mistake])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(modules=FAN_IN, images=SKEWED),
+        Case(modules=LAYOUTS["equal"], images={"vision": (((1, 2, 0, 0),),)}, ddp=OVERLAP),
+        Case(
+            modules={"vision": parallel(dp=2), "language": parallel(dp=4)},
+            micro_batch_size=8,
+            images={"vision": (((0, 2, 1, 3, 1, 1, 1, 2), (0, 2, 1, 3, 0, 0, 0, 0)),)},
+        ),
+    ],
+    ids=["fan-in", "equal", "fan-out"],
+)
+def test_the_whole_text_where_a_rank_has_no_image_or_several_receivers(case):
+    for said in world(case.world_size).run("test_traps:_wrong_reports", case, "whole input_ids"):
+        assert "give each rank of 'vision' its slice" in said
+
+
+def _assigned_ahead(case: Case) -> None:
+    """Images are assigned before gradients are zeroed; the text of all samples is no mistake."""
+    from attrs import evolve
+    from cases import PATCHES, _forward_step, draw
+
+    trainer = Trainer(case)
+    coordinator = trainer.coordinator
+    coordinator.attach(trainer.model.config, trainer.optimizer)
+    is_encoder = "language" not in trainer.infra.participating_modules
+    assigned = []
+    for index in range(case.num_microbatches):
+        tokens = [[PATCHES] * count for count in draw(case, 0, index).counts["vision"]]
+        assigned.append(coordinator.assign_images("vision", tokens))
+
+    def forward_step(data: Any, model: Any) -> Any:
+        microbatch = next(data)
+        counts = microbatch.counts["vision"]
+        local = [sum(counts[:s]) + image for s, image in assigned[microbatch.index].local]
+        images = microbatch.images["vision"][local]
+
+        def fed(**inputs: Any) -> Any:
+            if is_encoder:
+                vision = {"images": images} if len(images) else None
+                inputs |= {"input_ids": microbatch.tokens, "modality_inputs": {"vision": vision}}
+            return model(**inputs)
+
+        return _forward_step(evolve(case, assign=0), coordinator, iter([microbatch]), fed)
+
+    coordinator.zero_grad_buffer()
+    trainer.schedule(forward_step_func=forward_step)
+    assert trainer.optimizer.step()[0]
+    trainer.end()
+
+
+def test_images_may_be_assigned_before_gradients_are_zeroed():
+    world(3).run("test_traps:_assigned_ahead", Case(modules=FAN_IN, images=SKEWED))
