@@ -23,9 +23,9 @@ from math import inf
 
 from attrs import evolve, frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
-from megatron_mimo_coord.planning.durations import busiest
+from megatron_mimo_coord.planning.durations import Durations, busiest
 
 
 def fastest(cluster: Cluster) -> Cluster:
@@ -178,7 +178,10 @@ class Load:
 
 
 def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[float, float]:
-    """A message over the bridge from an encoder at its fastest, forward and backward."""
+    """A message over the bridge from an encoder at its fastest, forward and backward.
+
+    Replicas that reach over a node, or one from its end on, have a message between nodes.
+    """
     sizes = [choice.parallelism for choice in (encoder, language)]
     ends = [
         (each.data_parallel_size, each.tensor_model_parallel_size * each.context_parallel_size)
@@ -187,7 +190,48 @@ def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[flo
     part = encoder.costs.output_bytes_per_sample * samples / max(ends)[0]
     ahead, back = (busiest(*way) * part for way in (ends, ends[::-1]))
     cluster = encoder.cluster
-    return cluster.message_seconds((0, 0), ahead), cluster.message_seconds((0, 0), back)
+    reach = 1 + max((replicas - 1) * ranks for replicas, ranks in ends)
+    return cluster.message_seconds((0, reach), ahead), cluster.message_seconds((0, reach), back)
+
+
+@frozen
+class LeastDurations(Durations):
+    """Durations that no place of the modules makes shorter.
+
+    Args:
+        chosen: a choice for each module.
+    """
+
+    chosen: Mapping[str, Choice]
+
+    @classmethod
+    def of(cls, chosen: Mapping[str, Choice], samples: int) -> "LeastDurations":
+        """Those of some modules side by side, for microbatches of so many samples."""
+        names = [*(name for name in chosen if name != LANGUAGE), LANGUAGE]
+        modules = {name: chosen[name].parallelism for name in names}
+        language = chosen[LANGUAGE]
+        return cls(
+            modules=modules,
+            grids=pack(modules),
+            costs={name: choice.costs for name, choice in chosen.items()},
+            cluster=language.cluster,
+            micro_batch_size=samples,
+            distributed_optimizer=language.distributed_optimizer,
+            chosen=chosen,
+        )
+
+    def between_stages(self, module: str, stage: int) -> float:
+        """A message from a stage to the next of the same module, or back."""
+        return self.chosen[module].message(self.micro_batch_size)
+
+    def over_bridge(self, encoder: str, *, forward: bool) -> float:
+        """The messages of a microbatch over a bridge, forward or back."""
+        ways = bridge_seconds(self.chosen[encoder], self.chosen[LANGUAGE], self.micro_batch_size)
+        return ways[0 if forward else 1]
+
+    def reduction(self, module: str, stage: int) -> float:
+        """The sum of a stage's gradients over its replicas."""
+        return self.chosen[module].reductions[stage]
 
 
 def disjoint_bound(

@@ -15,9 +15,10 @@ from megatron_mimo_coord.planning.choices import (
     side_by_side,
 )
 from megatron_mimo_coord.planning.memory import StageMemory
-from megatron_mimo_coord.planning.search import Proposal, Task, cost, least_memory, propose
+from megatron_mimo_coord.planning.search import Proposal, Search, Task, cost, least_memory
 
 MOST_GPUS = 2**16  # that are looked at for how many would do
+MOST_LOOKS = 200  # branches of a search for how many GPUs would do
 GB = 1e9
 
 Options = list[tuple[float, ModuleParallelism]]
@@ -195,8 +196,14 @@ def _what_would_do(task: Task) -> Iterator[str]:
     gpus = -(-ranks // task.room.gpus_per_node) * task.room.gpus_per_node
     for more in (1, 2, 4):
         room = evolve(task.room, gpus=gpus * more)
-        if room.gpus > task.room.gpus and (fit := propose(evolve(task, room=room), 1)):
-            yield f"{fit[0].allocated} GPUs would do: {in_words(fit[0])}"
+        if room.gpus <= task.room.gpus:
+            continue
+        search = Search(evolve(task, room=room))
+        for fit in search.best(1, is_any_enough=True, most=MOST_LOOKS):
+            yield f"{fit.allocated} GPUs would do: {in_words(fit)}"
+            return
+        if not search.is_complete:
+            yield f"whether {room.gpus} GPUs would do was not found in {MOST_LOOKS} tries"
             return
 
 

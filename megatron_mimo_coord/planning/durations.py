@@ -74,20 +74,20 @@ class Durations:
         end that sends or receives most takes longest.
         """
         source, target = self.grids[encoder], self.grids[LANGUAGE]
-        replicas = source.data_parallel_size, target.data_parallel_size
-        parts = max(replicas)
+        parts = max(source.data_parallel_size, target.data_parallel_size)
         message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
         last = source.dim("pp") - 1
-        pairs = (
-            (
-                source.rank_at(pp=last, dp=part * replicas[0] // parts),
-                target.rank_at(dp=part * replicas[1] // parts),
-            )
-            for part in range(parts)
-        )
         ends = [
             (each.data_parallel_size, each.dim("tp") * each.dim("cp")) for each in (source, target)
         ]
+        firsts = source.rank_at(pp=last), target.rank_at()
+        pairs = (
+            [
+                first + part * dp // parts * ranks
+                for first, (dp, ranks) in zip(firsts, ends, strict=True)
+            ]
+            for part in range(parts)
+        )
         messages = busiest(*(ends if forward else reversed(ends))) * message
         return max(self.cluster.message_seconds(pair, messages) for pair in pairs)
 

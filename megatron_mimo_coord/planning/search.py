@@ -4,8 +4,10 @@ Every combination of sizes that divide is considered (:func:`choices.choices`), 
 microbatch that divides the batch, on ranks of their own and colocated. Simulating all of them would
 take hours. So the search goes best first (branch and bound): it begins with the choices of the
 language model, each with what a step takes at least whatever the encoders are (:mod:`bounds`), and
-always goes on with the branch whose bound is lowest. It adds one encoder after the other, and
-simulates a layout once all modules are chosen and fit into memory. A layout is returned when its
+always goes on with the branch whose bound is lowest. It adds one encoder after the other, as far as
+it fits into memory, and simulates a layout once all modules are chosen. A branch's bound is made
+tighter when its turn comes: by the GPUs that the remaining encoders need together, and by
+simulating the modules that are chosen without the others. A layout is returned when its
 time is the lowest of all times and bounds that are left. Nothing better is lost, for all that was
 not simulated lies in a branch with a bound, and so a time, no better than those returned.
 """
@@ -13,6 +15,7 @@ not simulated lies in a branch with a bound, and so a time, no better than those
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from heapq import heappop, heappush
 from math import inf
 
@@ -29,6 +32,7 @@ from megatron_mimo_coord.layout import (
 from megatron_mimo_coord.planning.activations import stage_activations
 from megatron_mimo_coord.planning.bounds import (
     Choice,
+    LeastDurations,
     Load,
     colocated_bound,
     disjoint_bound,
@@ -50,7 +54,7 @@ from megatron_mimo_coord.planning.memory import (
 )
 from megatron_mimo_coord.planning.model_states import least_states
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.simulation import simulate_step
+from megatron_mimo_coord.planning.simulation import simulate_step, timeline_of
 from megatron_mimo_coord.planning.timeline import Timeline
 
 
@@ -76,8 +80,7 @@ class Task:
 
     def has_costs(self, name: str, parallelism: ModuleParallelism) -> bool:
         """Whether costs are known: those of unequal stages are of one number of stages."""
-        layers = self.costs(name, parallelism).layers_per_stage
-        return layers is None or len(layers) == parallelism.pipeline_model_parallel_size
+        return _has_stages(self.costs(name, parallelism), parallelism)
 
     @property
     def microbatches(self) -> list[int]:
@@ -232,6 +235,11 @@ class Branch:
     colocated: bool
 
     @property
+    def language(self) -> Choice:
+        """That of the language model."""
+        return self.chosen[LANGUAGE]
+
+    @property
     def gpus(self) -> int:
         """Ranks that the chosen modules take."""
         sizes = [choice.gpus for choice in self.chosen.values()]
@@ -259,144 +267,237 @@ class Search:
             frozen = all(
                 choice.costs.frozen for name in self.encoders for choice in self.disjoint[name]
             )
-            self.colocated = self._choices(receives=not frozen, stages=1)
-        self._loads: dict[tuple[Choice, int], Load] = {}
-        self._fits: dict[tuple[Choice, int, int], bool] = {}
+            for name, found in self.disjoint.items():
+                receives = name == LANGUAGE and not frozen
+                alone = [choice for choice in found if choice.stages == 1]
+                self.colocated[name] = [evolve(choice, receives=receives) for choice in alone]
         self._fastest = {name: _fastest_by_gpus(found) for name, found in self.disjoint.items()}
+        self.is_complete = True
+        self._load = cache(self._load)  # type: ignore[method-assign]
+        self._held = cache(self._held)  # type: ignore[method-assign]
+        self._pairs = cache(self._pairs)  # type: ignore[method-assign]
+        self._pair_seconds = cache(self._pair_seconds)  # type: ignore[method-assign]
+        self._steps = cache(self._steps)  # type: ignore[method-assign]
 
-    def _choices(self, receives: bool, stages: int | None = None) -> dict[str, list[Choice]]:
+    def _choices(self, receives: bool) -> dict[str, list[Choice]]:
         task, cluster = self.task, fastest(self.task.cluster)
-        found = {}
+        found: dict[str, list[Choice]] = {}
         for name, sizes in task.sizes.items():
-            found[name] = [
-                Choice(
-                    name,
-                    parallelism,
-                    task.costs(name, parallelism),
-                    cluster,
-                    receives and name == LANGUAGE,
-                    task.distributed_optimizer,
-                )
-                for parallelism in choices(name, sizes, task.room)
-                if stages in (None, parallelism.pipeline_model_parallel_size)
-                and task.has_costs(name, parallelism)
-                and least_memory(task, name, parallelism) <= task.memory_bytes
-            ]
+            found[name] = []
+            for parallelism in choices(name, sizes, task.room):
+                if least_memory(task, name, parallelism) > task.memory_bytes:
+                    continue
+                costs, shared = task.costs(name, parallelism), task.distributed_optimizer
+                takes = receives and name == LANGUAGE
+                if _has_stages(costs, parallelism):
+                    found[name].append(Choice(name, parallelism, costs, cluster, takes, shared))
             found[name].sort(key=lambda choice: choice.gpus)
         return found
 
-    def best(self, count: int) -> list[Proposal]:
-        """The layouts with the shortest steps."""
+    def best(self, count: int, *, is_any_enough: bool = False, most: float = inf) -> list[Proposal]:
+        """The layouts with the shortest steps.
+
+        Args:
+            count: how many.
+            is_any_enough: whether to return the first layout that fits, alone.
+            most: branches to look at; then :attr:`is_complete` is False.
+        """
         found: dict[object, Proposal] = {}
-        heap: list[tuple[float, int, int, Branch | Proposal]] = []
+        heap: list[tuple[float, int, int, Branch | Proposal, Inside | None]] = []
+        looks = 0
         number = itertools.count()  # of equal ones the first comes first
-        for seconds, branch in self._roots():
-            least = self._cost(seconds, branch.gpus)
-            heappush(heap, (least, branch.gpus, next(number), branch))
+
+        def push(least: float, first: Branch | Proposal, others: Inside | None = None) -> None:
+            if least < inf:
+                heappush(heap, (least, first.gpus, next(number), first, others))
+
+        def push_next(others: Inside) -> None:
+            for least, first in itertools.islice(others, 1):
+                push(least, first, others)
+
+        push_next(iter(self._roots()))
         while heap and len(found) < count:
-            least, _, _, first = heappop(heap)
-            if isinstance(first, Proposal):
+            least, _, _, first, others = heappop(heap)
+            if others is not None:
+                looks += 1
+                if looks > most:
+                    self.is_complete = False
+                    break
+                push_next(others)
+                push(max(least, self.least_cost(first)), first)
+            elif isinstance(first, Proposal):
                 found.setdefault(tuple(first.modules.items()), first)
-                continue
-            for seconds, inside in self._opened(first):
-                more = max(least, self._cost(seconds, inside.gpus))
-                heappush(heap, (more, inside.gpus, next(number), inside))
+            elif len(first.chosen) < len(self.task.sizes):
+                push_next(iter(self._inside(first)))
+            elif proposal := self._simulated(first):
+                if is_any_enough:
+                    return [proposal]
+                push(self._cost(proposal.timeline.seconds, proposal.gpus), proposal)
         return list(found.values())
 
     def _cost(self, seconds: float, gpus: int) -> float:
         """What makes one layout better than another: seconds of a step, or of all its GPUs."""
         return seconds * self.task.room.allocated(gpus) if self.per_gpu else seconds
 
-    def _roots(self) -> Iterator[tuple[float, Branch]]:
-        """A branch for each choice of the language model and each microbatch."""
+    def _roots(self) -> "list[Bounded]":
+        """A branch for each choice of the language model and each microbatch, the best first."""
+        roots: list[Bounded] = []
         for colocated, found in ((False, self.disjoint), (True, self.colocated)):
             for samples in self.task.microbatches:
                 for language in found.get(LANGUAGE, ()):
                     if samples % language.replicas == 0:
                         branch = Branch({LANGUAGE: language}, samples, colocated)
-                        if (bound := self.bound(branch)) < inf:
-                            yield bound, branch
+                        roots.append((self._cost(self.bound(branch), branch.gpus), branch))
+        return _sorted(roots)
 
-    def _opened(self, branch: Branch) -> Iterator[tuple[float, "Branch | Proposal"]]:
-        """What is inside a branch, with its bounds: smaller branches, or a layout and its time."""
-        if not branch.colocated and not self._fits_memory(branch):
-            return
-        if len(branch.chosen) == len(self.task.sizes):
-            proposal = self._simulated(branch)
-            if proposal is not None:
-                yield proposal.timeline.seconds, proposal
-            return
-        for inside in self.smaller(branch):
-            if (least := self.bound(inside)) < inf:
-                yield least, inside
-
-    def smaller(self, branch: Branch) -> Iterator[Branch]:
-        """A branch for each choice of the next encoder."""
+    def _inside(self, branch: Branch) -> "list[Bounded]":
+        """A branch for each choice of the next encoder, the best first."""
         name = self.encoders[len(branch.chosen) - 1]
-        language = branch.chosen[LANGUAGE].parallelism
-        for choice in (self.colocated if branch.colocated else self.disjoint)[name]:
-            if branch.colocated and choice.gpus != branch.gpus:
-                continue
-            if not branch.colocated and branch.gpus + choice.gpus > self.task.room.gpus:
-                return  # the others are larger still
-            if branch.samples % choice.replicas == 0 and is_bridgeable(
-                choice.parallelism, language
+        inside: list[Bounded] = []
+        for seconds, choice in self._pairs(branch.language, branch.samples, branch.colocated, name):
+            smaller = evolve(branch, chosen={**branch.chosen, name: choice})
+            if smaller.gpus <= self.task.room.gpus:
+                inside.append((self._cost(seconds, smaller.gpus), smaller))
+        return _sorted(inside)
+
+    def _pairs(
+        self, language: Choice, samples: int, colocated: bool, name: str
+    ) -> list[tuple[float, Choice]]:
+        """The choices of an encoder that go with one of the language model, with their bounds."""
+        pairs = []
+        for choice in (self.colocated if colocated else self.disjoint)[name]:
+            pair = Branch({LANGUAGE: language, name: choice}, samples, colocated)
+            has_ranks = choice.gpus == language.gpus or not colocated
+            if (
+                (has_ranks and pair.gpus <= self.task.room.gpus)
+                and samples % choice.replicas == 0
+                and is_bridgeable(choice.parallelism, language.parallelism)
+                and self._fits_memory(pair, stages=1)
             ):
-                yield evolve(branch, chosen={**branch.chosen, name: choice})
+                pairs.append((self._bound_of_chosen(pair), choice))
+        return pairs
+
+    def least_cost(self, branch: "Branch | Proposal") -> float:
+        """What any layout of a branch costs at least; infinite if none fits."""
+        assert isinstance(branch, Branch)
+        if not self._fits_memory(branch):
+            return inf
+        seconds = self.bound(branch)
+        if not branch.colocated and len(branch.chosen) > 1 and len(self.encoders) > 1:
+            last = list(branch.chosen.values())[-1]
+            seconds = max(seconds, self._pair_seconds(branch.language, last, branch.samples))
+            if 2 < len(branch.chosen) <= len(self.encoders):
+                seconds = max(seconds, self._seconds_of_chosen(branch.chosen, branch.samples))
+        rest = tuple(self.encoders[len(branch.chosen) - 1 :])
+        if branch.colocated or not rest:
+            return self._cost(seconds, branch.gpus)
+        spare = self.task.room.gpus - branch.gpus
+        return min(
+            (
+                self._cost(max(seconds, least), branch.gpus + gpus)
+                for least, gpus in self._steps(branch.language, branch.samples, rest)
+                if gpus <= spare
+            ),
+            default=inf,
+        )
+
+    def _steps(
+        self, language: Choice, samples: int, names: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        """(seconds, the fewest GPUs with which some encoders together can be as fast)."""
+        fewest: dict[str, int] = {}
+        steps = []
+        pairs = [
+            (seconds, encoder, choice.gpus)
+            for encoder in names
+            for seconds, choice in self._pairs(language, samples, False, encoder)
+        ]
+        for seconds, name, gpus in sorted(pairs):
+            if gpus < fewest.get(name, self.task.room.gpus + 1):
+                fewest[name] = gpus
+                if len(fewest) == len(names):
+                    steps.append((seconds, sum(fewest.values())))
+        return steps
 
     def bound(self, branch: Branch) -> float:
         """Seconds that a step takes at least in any layout of a branch; infinite if none fits."""
-        microbatches = self._microbatches(branch)
-        if branch.colocated:
-            return colocated_bound(branch.chosen, branch.samples, microbatches)
-        loads = {name: self._load(choice, branch.samples) for name, choice in branch.chosen.items()}
-        seconds = disjoint_bound(branch.chosen, loads, branch.samples, microbatches)
+        seconds = self._bound_of_chosen(branch)
         spare = self.task.room.gpus - branch.gpus
-        for name in self.encoders[len(branch.chosen) - 1 :]:
+        for name in () if branch.colocated else self.encoders[len(branch.chosen) - 1 :]:
             slowest = _at_most(self._fastest[name], spare)
             seconds = max(seconds, self.task.room.global_batch_size * slowest)
         return seconds
 
-    def _microbatches(self, branch: Branch) -> int:
-        return self.task.room.global_batch_size // branch.samples
+    def _bound_of_chosen(self, branch: Branch) -> float:
+        microbatches = self._microbatches(branch.samples)
+        if branch.colocated:
+            return colocated_bound(branch.chosen, branch.samples, microbatches)
+        loads = {name: self._load(choice, branch.samples) for name, choice in branch.chosen.items()}
+        return disjoint_bound(branch.chosen, loads, branch.samples, microbatches)
+
+    def _microbatches(self, samples: int) -> int:
+        return self.task.room.global_batch_size // samples
 
     def _load(self, choice: Choice, samples: int) -> Load:
-        key = (choice, samples)
-        if key not in self._loads:
-            microbatches = self.task.room.global_batch_size // samples
-            self._loads[key] = Load.of(choice, samples, microbatches)
-        return self._loads[key]
+        return Load.of(choice, samples, self._microbatches(samples))
 
-    def _fits_memory(self, branch: Branch) -> bool:
-        """Whether the module that was chosen last fits, on ranks of its own."""
+    def _pair_seconds(self, language: Choice, encoder: Choice, samples: int) -> float:
+        return self._seconds_of_chosen({LANGUAGE: language, encoder.name: encoder}, samples)
+
+    def _seconds_of_chosen(self, chosen: Mapping[str, Choice], samples: int) -> float:
+        """A step without the other encoders, every message as fast as it can be anywhere."""
+        durations = LeastDurations.of(chosen, samples)
+        return timeline_of(durations, self._microbatches(samples)).seconds
+
+    def _fits_memory(self, branch: Branch, stages: int | None = None) -> bool:
+        """Whether the module that was chosen last fits on ranks of its own, or all on the same.
+
+        Args:
+            branch: all modules before the last fit.
+            stages: how many to look at; None for all.
+        """
+        if branch.colocated:
+            held = sum(self._held(each, branch.samples, 1) for each in branch.chosen.values())
+            return held <= self.task.memory_bytes
         name, choice = list(branch.chosen.items())[-1]
-        behind = 0 if name == LANGUAGE else branch.chosen[LANGUAGE].stages
-        key = (choice, branch.samples, behind)
-        if key not in self._fits:
-            self._fits[key] = all(
-                stage_memory(
-                    name,
-                    self.task.sizes,
-                    {name: choice.parallelism},
-                    stage,
-                    micro_batch_size=branch.samples,
-                    in_flight=min(self._microbatches(branch), choice.stages - stage + behind),
-                ).total
-                <= self.task.memory_bytes
-                for stage in range(choice.stages)
-            )
-        return self._fits[key]
+        behind = choice.stages + (0 if name == LANGUAGE else branch.language.stages)
+        return all(
+            self._held(choice, branch.samples, behind - stage, stage) <= self.task.memory_bytes
+            for stage in range(stages or choice.stages)
+        )
+
+    def _held(self, choice: Choice, samples: int, in_flight: int, stage: int = 0) -> float:
+        """Bytes on a stage's rank with so many microbatches in flight, if a step has as many."""
+        return stage_memory(
+            choice.name,
+            self.task.sizes,
+            {choice.name: choice.parallelism},
+            stage,
+            micro_batch_size=samples,
+            in_flight=min(self._microbatches(samples), in_flight),
+        ).total
 
     def _simulated(self, branch: Branch) -> Proposal | None:
-        """What a layout costs; None if it cannot be placed or does not fit."""
+        """What a layout costs; None if it cannot be placed."""
         modules = branch.modules(self.task.room)
-        if modules is None:
-            return None
-        if branch.colocated:
-            memory = _memory(self.task, modules, branch.samples)
-            if max(rank_totals(pack(modules), memory).values()) > self.task.memory_bytes:
-                return None
-        return cost(self.task, modules, branch.samples)
+        return cost(self.task, modules, branch.samples) if modules else None
+
+
+Bounded = tuple[float, Branch]
+"""What a branch costs at least, and the branch."""
+
+Inside = Iterator[Bounded]
+"""What is inside a branch, the best first."""
+
+
+def _has_stages(costs: ModuleCosts, parallelism: ModuleParallelism) -> bool:
+    layers = costs.layers_per_stage
+    return layers is None or len(layers) == parallelism.pipeline_model_parallel_size
+
+
+def _sorted(branches: list[Bounded]) -> list[Bounded]:
+    """The best first, of equal ones those on fewer GPUs."""
+    return sorted(branches, key=lambda each: (each[0], each[1].gpus))
 
 
 def _fastest_by_gpus(found: Sequence[Choice]) -> list[tuple[int, float]]:

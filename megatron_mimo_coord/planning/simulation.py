@@ -82,7 +82,7 @@ def simulate_step(
     ]
     raise_problems("the layout cannot be simulated", problems)
     durations = Durations(modules, grids, costs, cluster, micro_batch_size, distributed_optimizer)
-    return _timeline(durations, num_microbatches)
+    return timeline_of(durations, num_microbatches)
 
 
 def cost_problems(
@@ -102,7 +102,7 @@ def cost_problems(
             yield f"module {name}: {error}"
 
 
-def _timeline(durations: Durations, num_microbatches: int) -> Timeline:
+def timeline_of(durations: Durations, num_microbatches: int) -> Timeline:
     """Simulate a step of a layout that runs."""
     links = {
         (name, stage): link
