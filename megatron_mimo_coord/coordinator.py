@@ -515,7 +515,8 @@ class MultiModuleCoordinator:
             folder: on a file system that all ranks share; made if there is none. The checkpoint
                 becomes ``step-00000050`` in it. One training at a time writes into a folder.
             optimizer: what :meth:`build_optimizer` made; None saves the weights alone.
-            step: optimizer steps that were taken, more than at the save before.
+            step: optimizer steps that were taken, more than at the save before. If nothing has
+                changed since that was saved or loaded, nothing is written.
             extra: what else the trainer needs, the same on every rank, such as a scheduler's
                 ``state_dict()``: dicts, lists, tuples, strings, numbers, booleans, None, tensors.
             keep: how many checkpoints the folder keeps.

@@ -50,6 +50,7 @@ class StepState:
 
     Attributes:
         optimizers: Megatron's optimizers that are watched.
+        num_changes: how often one of them took a step, or a checkpoint was loaded.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class StepState:
         self._assignments = PendingAssignments.of(model)
         self.report = report
         self.optimizers: WeakSet[MegatronOptimizer] = WeakSet()
+        self.num_changes = 0
         self._configs: list[ModelParallelConfig] = []
         self._attached: list[tuple[ModelParallelConfig, Any]] = []
         self._grads = [buffer.grad_data for ddp in ddps for buffer in grad_buffers(ddp)]
@@ -250,6 +252,7 @@ def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
     def checked_step(optimizer: Any, *args: Any, **options: Any) -> Any:
         state: StepState = getattr(optimizer, _SHARED)
         state.check_finalized()
+        state.num_changes += 1
         outcome = step(*args, **options)
         state._enter(Phase.USED if state._phase is Phase.FINALIZED else state._phase)
         return outcome

@@ -42,6 +42,7 @@ class CheckpointSave:
         is_whole: whether it is known to be whole, on this rank as on all.
 
     Attributes:
+        holds: what it holds, such that equal things are the same.
         chunks: tensors that this rank writes.
         objects: what Megatron keeps as objects, the same.
         sizes: of each module on this rank.
@@ -56,6 +57,7 @@ class CheckpointSave:
     keep: int = field(default=1, repr=False)
     is_over: bool = field(default=False, repr=False)
     is_whole: bool = False
+    holds: Any = field(default=None, init=False, repr=False)
     chunks: list[Chunk] = field(factory=list, init=False, repr=False)
     objects: dict[str, Any] = field(factory=dict, init=False, repr=False)
     sizes: dict[str, Any] = field(factory=dict, init=False, repr=False)

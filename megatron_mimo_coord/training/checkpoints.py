@@ -80,12 +80,11 @@ class Checkpoints:
             last.wait()
         folder = Path(folder).absolute()
         saving = CheckpointSave(folder, step, self._job.rank, keep)
-        is_there = last is not None and last.is_whole and last.path == saving.path
         self._gather_params()
-        request = partial(self._begin, saving, optimizer, extra, background, is_there)
+        request = partial(self._begin, saving, optimizer, extra, background)
         flags = check_consistency(request, f"the checkpoint of step {step} cannot be saved")
-        if last is not None and is_there:
-            return last
+        if saving.is_whole:
+            return saving
         saving.start(attempt=flags[0], background=background)
         self._last = saving
         if not background:
@@ -98,25 +97,25 @@ class Checkpoints:
         optimizer: Any,
         extra: Mapping[str, Any] | None,
         background: bool,
-        is_there: bool,
     ) -> RankFacts:
-        """Compare what the ranks were given; collect it, and make the folder to write into."""
+        """Compare what the ranks were given; collect it, and make the folder to write into.
+
+        Where the checkpoint is there already, and nothing has changed since, it is whole.
+        """
         problems = [*saving.problems()]
         if optimizer is not None:
             problems += optimizer_problems(optimizer, list(self._job.ddps))
         tensors: list[torch.Tensor] = []
         said = encode(dict(extra or {}), tensors)
-        facts = {
-            "folder": str(saving.path.parent),
-            "step": str(saving.step),
-            "keep": str(saving.keep),
-            "background": str(background),
-            "with an optimizer": str(optimizer is not None),
-            **{f"extra[{name!r}]": json.dumps(value) for name, value in said.items()},
-            "tensors in extra": str([_fingerprint(tensor) for tensor in tensors]),
-        }
+        facts = _facts(saving, optimizer, said, tensors)
+        saving.holds = (dict(facts), self._step_state.num_changes)
+        last = self._last
+        if last is not None and last.is_whole and self._watches(optimizer):
+            saving.is_over = saving.is_whole = last.holds == saving.holds
+        options = {"keep": saving.keep, "background": background, "saved": saving.is_whole}
+        facts |= {name: str(option) for name, option in options.items()}
         attempt = secrets.randbits(40)
-        if not problems and not is_there:
+        if not problems and not saving.is_whole:
             self._collect(saving, optimizer, tensors, background)
             saving.content = {
                 "format": FORMAT,
@@ -131,6 +130,11 @@ class Checkpoints:
                 if not problems:
                     folders.begin(saving.path.parent, saving.step, attempt)
         return RankFacts(facts, {}, problems, flags=attempt)
+
+    def _watches(self, optimizer: Any) -> bool:
+        """Whether every step that changes what is saved is known."""
+        known = self._step_state.optimizers
+        return bool(known) if optimizer is None else optimizer in known
 
     def _collect(
         self, saving: CheckpointSave, optimizer: Any, extra: list[torch.Tensor], background: bool
@@ -171,11 +175,16 @@ class Checkpoints:
         loading.refuse_unknown_tensors(headline)
         check_consistency(loading.verify_files, headline)
         check_consistency(loading.fill, headline)
+        self._step_state.num_changes += 1
         if optimizer is None:
             for known in self._step_state.optimizers:
                 known.reload_model_params()  # else its next step undoes the load
         self._last = CheckpointSave(folder, step, is_over=True, is_whole=True)
-        return LoadedCheckpoint(step, loading.extra())
+        extra = loading.extra()
+        tensors: list[torch.Tensor] = []
+        facts = _facts(self._last, optimizer, encode(extra, tensors), tensors)
+        self._last.holds = (facts, self._step_state.num_changes)
+        return LoadedCheckpoint(step, extra)
 
     def _look(self, folder: Path, optimizer: Any) -> RankFacts:
         """The newest checkpoint's step, plus 1, as a flag of the first rank."""
@@ -192,6 +201,19 @@ class Checkpoints:
                 )
         facts = {"folder": str(folder), "with an optimizer": str(optimizer is not None)}
         return RankFacts(facts, {}, problems, flags=steps[-1] + 1 if steps else 0)
+
+
+def _facts(
+    saving: CheckpointSave, optimizer: Any, extra: Mapping[str, Any], tensors: list[torch.Tensor]
+) -> dict[str, str]:
+    """What a trainer has asked to save, in words."""
+    return {
+        "folder": str(saving.path.parent),
+        "step": str(saving.step),
+        "with an optimizer": str(optimizer is not None),
+        **{f"extra[{name!r}]": json.dumps(value) for name, value in extra.items()},
+        "tensors in extra": str([_fingerprint(tensor) for tensor in tensors]),
+    }
 
 
 def _folder_problems(folder: Path, step: int) -> list[str]:

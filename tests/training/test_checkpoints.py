@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def keep_everything(folder: Path) -> None:
         one.steps(0)
         one.optimizer.param_groups[0]["lr"] = 0.25
         one.coordinator.save_checkpoint(folder, one.optimizer, step=1, extra=extra, keep=1)
-        again = one.coordinator.save_checkpoint(folder, one.optimizer, step=1, keep=1)
+        again = one.coordinator.save_checkpoint(folder, one.optimizer, step=1, extra=extra)
         assert again.wait() == checkpoint_path(folder, 1), "written already"
         expected = draw()
         assert draws != expected
@@ -173,6 +174,12 @@ def keep_everything(folder: Path) -> None:
         assert found["scale"].dtype == torch.float64 and found["scale"] == 2.5
         assert one.optimizer.param_groups[0]["lr"] == 0.25
         assert one.optimizer.param_groups[0]["weight_decay"] in (0.1, 0.0)
+        again = partial(one.coordinator.save_checkpoint, folder, step=1)
+        assert again(optimizer=one.optimizer, extra=found).path == checkpoint_path(folder, 1)
+        assert "already has" in refusal(again, optimizer=one.optimizer, extra={**found, "a": 1})
+        assert "already has" in refusal(again, optimizer=None, extra=found)
+        one.steps(1)
+        assert "already has" in refusal(again, optimizer=one.optimizer, extra=found)
     with training(Case(modules=FAN_IN)) as one:
         weights = one.fingerprint()
         assert one.coordinator.load_checkpoint(folder, None)[0] == 1
