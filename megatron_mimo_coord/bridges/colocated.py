@@ -102,8 +102,8 @@ class _Exchange:
         if tokens is not None:
             statement = Statement(len(tokens), tokens.requires_grad)
         if assignment is not None:
-            # Numbers have the same hash in every process.
-            costs = hash(assignment.costs)
+            # Numbers have the same hash in every process; 1 and 1.0 too, which are dealt out apart.
+            costs = hash((assignment.costs, assignment.owners))
             return evolve(statement, assigned=1, digest=assignment.digest, costs=costs)
         if bridge.is_fan_out and tokens is not None:
             return evolve(statement, in_text=self._tokens_in_text(bridge.name))

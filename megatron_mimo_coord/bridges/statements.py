@@ -29,7 +29,7 @@ class Statement:
         in_text: tokens in this rank's text, where the others have to know; else 0.
         assigned: whether the images were assigned.
         digest: of the assignment's tokens and sample ids.
-        costs: hash of the assignment's costs; that of numbers is the same in every process.
+        costs: hash of the assignment's costs and owners, the same in every process.
     """
 
     tokens: int

@@ -1,6 +1,5 @@
 """Which encoder rank encodes which image: dealt out by cost, so that none waits for the slowest."""
 
-import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,6 +8,7 @@ from itertools import accumulate, chain, compress, pairwise
 from math import ceil, gcd, inf
 from operator import ne
 from typing import Any
+from zlib import crc32
 
 from attrs import field, frozen
 
@@ -98,12 +98,12 @@ class ImageAssignment:
     def sample_digests(self) -> tuple[int, ...]:
         """For each sample 64 bits of its tokens and its id: two ranks find where they differ.
 
-        The same in every process: Python hashes numbers alike everywhere, and ids that are none
-        by what they look like.
+        The same in every process: Python hashes tokens alike everywhere, and ids, of which it
+        hashes some alike (-1 and -2), are told apart by what they look like.
         """
         ids = self.sample_ids or [None] * len(self.tokens)
-        numbers = [id if type(id) is int else zlib.crc32(repr(id).encode()) for id in ids]
-        return tuple(map(hash, zip(self.tokens, numbers, strict=True)))
+        looks = [crc32(repr(id).encode()) for id in ids]
+        return tuple(map(hash, zip(self.tokens, looks, strict=True)))
 
     @cached_property
     def digest(self) -> int:

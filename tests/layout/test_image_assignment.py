@@ -142,13 +142,20 @@ def test_of_equal_images_as_few_move_as_can(case):
 
 def test_digests_name_what_differs_in_every_process():
     one = assign_images(encoder(2), 0, [[4], [5, 6]], sample_ids=["a", 17])
-    assert one.digest == 4436897999777958346
+    assert one.digest == 1692755205116694333
     for other in ({"tokens": [[4], [5, 7]]}, {"sample_ids": ["a", 18]}, {"sample_ids": None}):
         given = {"tokens": [[4], [5, 6]], "sample_ids": ["a", 17]} | other
         two = assign_images(encoder(2), 1, **given)
         assert two.digest != one.digest and two.sample_digests[1] != one.sample_digests[1]
     again = assign_images(encoder(1), 5, ((4,), (5, 6)), [[1], [1, 1]], ("a", 17))
     assert again.digest == one.digest and again.sample_digests == one.sample_digests
+
+
+def test_ids_that_hash_alike_have_digests_of_their_own():
+    ids = [-1, -2, 0, 2**61 - 1, "0", None]
+    one = assigned(1, [[] for _ in ids], sample_ids=ids)
+    assert len(set(one.sample_digests)) == len(ids)
+    assert all(-(2**63) <= digest < 2**63 for digest in (one.digest, *one.sample_digests))
 
 
 @pytest.mark.parametrize(
