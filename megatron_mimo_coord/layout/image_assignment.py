@@ -1,6 +1,7 @@
 """Which encoder rank encodes which image: dealt out by cost, so that none waits for the slowest."""
 
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from heapq import heapify, heapreplace
@@ -315,13 +316,25 @@ class _Loads:
         for rank, images in enumerate(self.images):
             self.loads[rank] = sum(map(costs.__getitem__, images))
 
-    def move(self, image: int, rank: int) -> None:
-        cost, source = self.costs[image], self.owners[image]
-        self.images[source].remove(image)
-        insort(self.images[rank], image)
+    def move(self, images: list[int], rank: int) -> None:
+        """Move neighbors of one cost from the rank that has them."""
+        first, number = images[0], len(images)
+        cost, source = self.costs[first] * number, self.owners[first]
+        place = bisect_left(self.images[source], first)
+        del self.images[source][place : place + number]
+        place = bisect_left(self.images[rank], first)
+        self.images[rank][place:place] = images
         self.loads[source] -= cost
         self.loads[rank] += cost
-        self.owners[image] = rank
+        for image in images:
+            self.owners[image] = rank
+
+    def _alike(self, rank: int, image: int, number: float) -> list[int]:
+        """Up to so many of a rank's images that cost what this one does, this one the last."""
+        images, cost = self.images[rank], self.costs[image]
+        end = bisect_right(images, image)
+        start = bisect_left(images, bisect_left(self.costs, cost), 0, end)
+        return images[max(start, end - max(1, int(min(number, end)))) : end]
 
     def shed(self, level: float) -> None:
         """Move images from ranks above a level to those below, the largest that fit: few move."""
@@ -334,32 +347,39 @@ class _Loads:
                 place = bisect_left(images, bisect_right(costs, min(surplus, largest_room))) - 1
                 if place < 0 or not (cost := costs[images[place]]):
                     break
-                moving.append(images.pop(place))
-                self.loads[source] -= cost
+                alike = self._alike(source, images[place], surplus / cost)
+                del images[place + 1 - len(alike) : place + 1]
+                self.loads[source] -= cost * len(alike)
+                moving += alike
         for image in sorted(moving, reverse=True):
             room, target = rooms[0]
-            insort(self.images[target], image)
+            self.images[target].append(image)
             self.loads[target] += costs[image]
             self.owners[image] = target
             heapreplace(rooms, (room + costs[image], target))
+        for images in self.images:
+            images.sort()
 
     def improve(self, enough: float) -> None:
         """Lower the largest load by moves, then by exchanges, until it is enough or none helps."""
         order = sorted((load, rank) for rank, load in enumerate(self.loads))
         tries = MAX_TRIES
-        while order[-1][0] > enough:
+        while order[-1][0] > enough and tries > 0:
+            tries -= 4
             largest, source = order.pop()
             place = order[0]
-            image = self._to_move(source, largest - place[0])
+            gap = largest - place[0]
+            image = self._to_move(source, gap)
             if image is not None:
-                self.move(image, place[1])
+                number = min(gap / 2, largest - enough) / self.costs[image]
+                self.move(self._alike(source, image, number), place[1])
             else:
                 for place in order:
                     tries -= len(self.images[source]) + len(self.images[place[1]])
                     pair = self._to_swap(source, place[1], enough) if tries > 0 else None
                     if pair is not None:
-                        self.move(pair[0], place[1])
-                        self.move(pair[1], source)
+                        self.move([pair[0]], place[1])
+                        self.move([pair[1]], source)
                         break
                 else:
                     return
@@ -401,34 +421,51 @@ class _Loads:
 
     def go_home(self, homes: list[int]) -> None:
         """Return images to their slices where the largest load allows it; large ones first."""
-        away = list(compress(range(len(homes)), map(ne, self.owners, homes)))[::-1]
-        before = len(away) + 1
-        while len(away) < before:  # one that returns leaves room for others
-            before = len(away)
-            self._return(away, homes, max(self.loads))
-            away = [image for image in away if self.owners[image] != homes[image]]
+        self._swap_alike(homes)
+        largest, loads, owners, costs = max(self.loads), self.loads, self.owners, self.costs
+        away = list(compress(range(len(homes)), map(ne, owners, homes)))[::-1]
+        self._swap(away[:MAX_TRIES], homes, largest)
+        while back := [
+            i for i in away if owners[i] != homes[i] and self._fits(i, homes[i], largest)
+        ]:
+            for image in back:  # one that returns leaves room for others
+                if self._fits(image, homes[image], largest):
+                    loads[owners[image]] -= costs[image]
+                    loads[homes[image]] += costs[image]
+                    owners[image] = homes[image]
 
-    def _return(self, away: list[int], homes: list[int], largest: float) -> None:
-        """One pass: alone where its slice has room, else in exchange for one that lives there."""
-        waiting: dict[tuple[int, int], list[int]] = {}
+    def _fits(self, image: int, rank: int, largest: float) -> bool:
+        return self.loads[rank] + self.costs[image] <= largest
+
+    def _swap_alike(self, homes: list[int]) -> None:
+        """Of images that cost the same, each rank that has any gets those of its slice."""
+        for cost in set(self.costs[:: len(self.costs) // MAX_TOGETHER + 1]):  # finds the long runs
+            start, end = bisect_left(self.costs, cost), bisect_right(self.costs, cost)
+            number = Counter(self.owners[start:end])
+            others: list[int] = []
+            for home, images in Counter(homes[start:end]).items():  # in order, as slices are
+                stay = min(number[home], images)
+                number[home] -= stay
+                self.owners[start : start + stay] = [home] * stay
+                others += range(start + stay, start + images)
+                start += images
+            for image, owner in zip(others, number.elements(), strict=True):
+                self.owners[image] = owner
+
+    def _swap(self, away: list[int], homes: list[int], largest: float) -> None:
+        """Return images in exchange for such that return the other way."""
         loads, owners, costs = self.loads, self.owners, self.costs
-        ways = {(owners[image], homes[image]) for image in away}
+        waiting: dict[tuple[int, int], list[int]] = {}
         for image in away:
             home, owner, cost = homes[image], owners[image], costs[image]
-            if loads[home] + cost <= largest:
-                self.move(image, home)
-                continue
-            if (home, owner) not in ways:
-                continue  # nobody goes the other way
-            for other in waiting.get((owner, home), ()):
-                change = cost - costs[other]
-                if loads[home] + change <= largest and loads[owner] - change <= largest:
-                    waiting[owner, home].remove(other)
-                    self.move(image, home)
-                    self.move(other, owner)
-                    break
+            others = waiting.get((home, owner))
+            # The last that waits costs least, and no less than this one.
+            if others and loads[owner] + (change := costs[others[-1]] - cost) <= largest:
+                loads[owner] += change
+                loads[home] -= change
+                owners[image], owners[others.pop()] = home, owner
             else:
-                waiting.setdefault((home, owner), []).append(image)
+                waiting.setdefault((owner, home), []).append(image)
 
 
 def _search(
