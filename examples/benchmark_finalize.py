@@ -17,48 +17,27 @@ wide, raise --rounds, or use --clock cpu, which other jobs on the machine distur
 import argparse
 import itertools
 import logging
-import os
 import statistics
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import frozen
+from benchmark_layouts import (
+    IS_MAIN,
+    Layout,
+    exit_with,
+    layout_parser,
+    layouts_that_fit,
+    note,
+    number_of_ranks,
+    positive,
+)
 from tables import interval, show, with_interval
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+from megatron_mimo_coord.layout import LANGUAGE
 
-VISION = "vision"
 BARE, FUNCTIONAL, COORDINATOR = "bare", "functional", "coordinator"
-IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
 GOALS = {"mean": 1.02, "per-token": 1.05}  # coordinator / bare
-
-
-@frozen(kw_only=True)
-class Layout:
-    """Data-parallel sizes of the modules; the language model's stages take the ranks left over."""
-
-    encoder_dp: int
-    language_dp: int
-    language_pp: int = 1
-    colocated: bool = False
-
-    def modules(self) -> dict[str, ModuleParallelism]:
-        """Parallel sizes of each module."""
-        offset = 0 if self.colocated else None
-        return {
-            VISION: ModuleParallelism(data_parallel_size=self.encoder_dp, rank_offset=offset),
-            LANGUAGE: ModuleParallelism(
-                data_parallel_size=self.language_dp,
-                pipeline_model_parallel_size=self.language_pp,
-                rank_offset=offset,
-            ),
-        }
-
-    def __str__(self) -> str:
-        stages = f" PP {self.language_pp}" if self.language_pp > 1 else ""
-        return f"{self.encoder_dp} -> {self.language_dp}{stages}"
 
 
 @frozen(kw_only=True)
@@ -131,21 +110,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line; a layout that is left out is chosen later."""
-
-    class Formatter(
-        argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    ): ...
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    layout = parser.add_argument_group("layout (left out: several that fit the ranks)")
-    for module in ("encoder", "language"):
-        layout.add_argument(
-            f"--{module}-dp",
-            type=positive,
-            metavar="N",
-            default=argparse.SUPPRESS,
-            help=f"data-parallel ranks of the {module} module",
-        )
+    parser, layout = layout_parser(__doc__)
     layout.add_argument(
         "--colocated", action="store_true", help="both modules on all ranks, with equal DP"
     )
@@ -177,36 +142,21 @@ def parse_options() -> argparse.Namespace:
         help="wall: from the common start until the rank is done; cpu: the time for which the rank "
         "and its communication threads were running, so without waiting",
     )
-    defaults = argparse.Namespace(encoder_dp=None, language_dp=None)
-    return parser.parse_args(namespace=defaults)
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
-    return number
+    return parser.parse_args()
 
 
 def choose_layouts(options: argparse.Namespace) -> list[Layout]:
     """Layouts for the ranks that there are; exit with what to do where there is none."""
-    if "WORLD_SIZE" not in os.environ:
-        command = " ".join(["torchrun --nproc-per-node 4", *sys.argv])
-        exit_with(f"the benchmark runs on several ranks, which torchrun starts:\n\n  {command}\n")
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = number_of_ranks("torchrun --nproc-per-node 4")
     wanted = [(options.encoder_dp, options.language_dp)]
     if wanted == [(None, None)]:
         wanted = [(4, 2), (4, 1), (2, 1), (2, 2)]
     if options.colocated or world_size < 3:
         return [Layout(encoder_dp=world_size, language_dp=world_size, colocated=True)]
     layouts = [
-        Layout(encoder_dp=encoder, language_dp=language, language_pp=ranks // language)
-        for encoder, language in wanted
-        if encoder and language and not (encoder % language and language % encoder)
-        if (ranks := world_size - encoder) > 0
-        and not ranks % language
-        and not options.language_layers % (ranks // language)
+        layout
+        for layout in layouts_that_fit(world_size, wanted)
+        if not options.language_layers % layout.language_pp
     ]
     if not layouts:
         exit_with(
@@ -216,15 +166,6 @@ def choose_layouts(options: argparse.Namespace) -> list[Layout]:
             f"of the pipeline stages that this makes"
         )
     return layouts[:2]
-
-
-def exit_with(message: str) -> None:
-    """End this rank as argparse does; torchrun ends all ranks once one has failed."""
-    if IS_MAIN:
-        print(message, file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)
-    sys.exit(2)
 
 
 def all_cases(layouts: Sequence[Layout], options: argparse.Namespace) -> Iterator[Case]:
@@ -241,12 +182,6 @@ def all_cases(layouts: Sequence[Layout], options: argparse.Namespace) -> Iterato
 
 
 # -- what it tells ---------------------------------------------------------------------------------
-
-
-def note(text: str) -> None:
-    """Progress, kept out of the table's way."""
-    if IS_MAIN:
-        print(text, file=sys.stderr, flush=True)
 
 
 HEADER = (

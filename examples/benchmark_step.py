@@ -25,46 +25,26 @@ many microbatches as the pipeline is deep, so skew that changes sides evens out 
 import argparse
 import itertools
 import logging
-import os
 import statistics
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import frozen
+from benchmark_layouts import (
+    IS_MAIN,
+    Layout,
+    exit_with,
+    layout_parser,
+    layouts_that_fit,
+    note,
+    number_of_ranks,
+    positive,
+)
 from tables import interval, show, with_interval
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
-
-VISION = "vision"
 MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
 SKEWS = ("none", "mild", "strong", "sorted")
-IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
 SKEWED_GOAL, EVEN_GOAL = 1.15, 1.02
-
-
-@frozen(kw_only=True)
-class Layout:
-    """Data-parallel sizes of the modules; the language model's stages take the ranks left over."""
-
-    encoder_dp: int
-    language_dp: int
-    language_pp: int
-
-    def modules(self) -> dict[str, ModuleParallelism]:
-        """Parallel sizes of each module."""
-        return {
-            VISION: ModuleParallelism(data_parallel_size=self.encoder_dp),
-            LANGUAGE: ModuleParallelism(
-                data_parallel_size=self.language_dp,
-                pipeline_model_parallel_size=self.language_pp,
-            ),
-        }
-
-    def __str__(self) -> str:
-        stages = f" PP {self.language_pp}" if self.language_pp > 1 else ""
-        return f"{self.encoder_dp} -> {self.language_dp}{stages}"
 
 
 @frozen(kw_only=True)
@@ -138,21 +118,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-
-    class Formatter(
-        argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    ): ...
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    layout = parser.add_argument_group("layout (left out: several that fit the ranks)")
-    for module in ("encoder", "language"):
-        layout.add_argument(
-            f"--{module}-dp",
-            type=positive,
-            metavar="N",
-            default=argparse.SUPPRESS,
-            help=f"data-parallel ranks of the {module} module",
-        )
+    parser, _ = layout_parser(__doc__)
     work = parser.add_argument_group("work")
     work.add_argument("--skew", nargs="+", choices=SKEWS, default=SKEWS, help="of the images")
     work.add_argument(
@@ -179,32 +145,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=positive, default=10, metavar="N", help="steps of each way and case"
     )
-    defaults = argparse.Namespace(encoder_dp=None, language_dp=None)
-    return parser.parse_args(namespace=defaults)
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
+    return parser.parse_args()
 
 
 def choose_layouts(options: argparse.Namespace) -> list[Layout]:
     """Layouts for the ranks that there are; exit with what to do where there is none."""
-    if "WORLD_SIZE" not in os.environ:
-        command = " ".join(["torchrun --nproc-per-node 6", *sys.argv])
-        exit_with(f"the benchmark runs on several ranks, which torchrun starts:\n\n  {command}\n")
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = number_of_ranks("torchrun --nproc-per-node 6")
     wanted = [(options.encoder_dp, options.language_dp)]
     if wanted == [(None, None)]:
         wanted = [(4, 2), (2, 2), (4, 1), (2, 1)]
     layouts = [
-        Layout(encoder_dp=encoder, language_dp=language, language_pp=ranks // language)
-        for encoder, language in wanted
-        if encoder and language and not (encoder % language and language % encoder)
-        if (ranks := world_size - encoder) > 0 and not ranks % language
-        if not options.micro_batch_size % max(encoder, language)
+        layout
+        for layout in layouts_that_fit(world_size, wanted)
+        if not options.micro_batch_size % max(layout.encoder_dp, layout.language_dp)
     ]
     if not layouts:
         exit_with(
@@ -216,22 +169,7 @@ def choose_layouts(options: argparse.Namespace) -> list[Layout]:
     return layouts[:2]
 
 
-def exit_with(message: str) -> None:
-    """End this rank as argparse does; torchrun ends all ranks once one has failed."""
-    if IS_MAIN:
-        print(message, file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)
-    sys.exit(2)
-
-
 # -- what it tells ---------------------------------------------------------------------------------
-
-
-def note(text: str) -> None:
-    """Progress, kept out of the table's way."""
-    if IS_MAIN:
-        print(text, file=sys.stderr, flush=True)
 
 
 HEADER = (
