@@ -7,13 +7,12 @@ was assigned goes from any encoder rank to any language rank, and its gradient b
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from attrs import evolve, frozen
 from megatron.core.models.mimo import MimoModel
-from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.statements import HostStatements, Statement, Statements
@@ -21,6 +20,9 @@ from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import inherit_timeout
+
+if TYPE_CHECKING:
+    from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 
 
 def allow_varying_token_counts(model: MimoModel) -> None:
@@ -128,7 +130,9 @@ class _Bridge:
         groups: where to get more groups.
     """
 
-    def __init__(self, name: str, bridge: ColocatedBridgeCommunicator, groups: ExtraGroups) -> None:
+    def __init__(
+        self, name: str, bridge: "ColocatedBridgeCommunicator", groups: ExtraGroups
+    ) -> None:
         self.name = name
         self.is_fan_out = bridge.is_fan_out()
         self._bridge = bridge
@@ -266,7 +270,7 @@ class _ExchangeTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: torch.Tensor, bridge: ColocatedBridgeCommunicator, sizes: list[int]
+        ctx: Any, tokens: torch.Tensor, bridge: "ColocatedBridgeCommunicator", sizes: list[int]
     ) -> torch.Tensor:
         ctx.bridge, ctx.sizes = bridge, sizes
         exchange = _gather if bridge.is_fan_in() else _cut

@@ -40,7 +40,8 @@ def enable_cpu_ranks(rehearse: bool = False) -> None:
     torch._dynamo.config.disable = True
     rehearsal = Rehearsal() if rehearse else None
     for owner, name, replacement in replacements():
-        setattr(owner, name, replacement)
+        if hasattr(owner, name):  # else a coordinator would look for it, and find ours
+            setattr(owner, name, replacement)
     for owner, name, replacement in rehearsal.replacements() if rehearsal else ():
         setattr(owner, name, replacement)
     mode = rehearsal.device_tensors if rehearsal else CudaMeansCpu()

@@ -31,7 +31,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import unwrap_model
 
 from megatron_mimo_coord.training.boxes import Box, boxes_of_range
@@ -226,7 +225,7 @@ class OptimizerState:
             group |= {
                 name: decode(value)
                 for name, value in found.items()
-                if name not in param_group_identifier_keys
+                if name not in _identifier_keys()
             }
         for optimizer in self._optimizers:
             for state, name, value in list(_scalars(optimizer)):
@@ -390,11 +389,16 @@ def _encoded(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _identifier_keys() -> tuple[str, ...]:
+    """The settings by which Megatron tells parameter groups apart."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    return tuple(param_group_identifier_keys)
+
+
 def _identity(group: Mapping[str, Any]) -> dict[str, Any]:
     """By what Megatron tells parameter groups apart."""
-    return {
-        name: group[name] for name in param_group_identifier_keys if group.get(name) is not None
-    }
+    return {name: group[name] for name in _identifier_keys() if group.get(name) is not None}
 
 
 def _matching(
