@@ -76,10 +76,12 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     read |= {"infra": infra, "model": mimo_model, "grids": grids}
     read |= {"ddps": ddps, "per_token": per_token}
 
+    without_internals = internals_problems(ddps.values())
+    if without_internals:  # all that follows relies on them
+        return RankFacts({}, {}, without_internals)
     problems: list[str] = [*layout_problems(grids, infra.topology, dist.get_world_size())]
     for name in here:
         problems += module_problems_here(mimo_model, infra, grids[name])
-    problems += internals_problems(ddps.values())
     if any(needs_global_state(ddp) for ddp in ddps.values()):
         problems += global_state_problems()
     return RankFacts(
