@@ -47,7 +47,7 @@ def closest(task: Task) -> Closest:
         if modules
     ]
     layout = max(layouts, key=lambda each: each.headroom, default=None)
-    reasons = list(_shortages(layout, task)) if layout else []
+    reasons = [f"closest is {in_words(layout)}", *shortages(layout)] if layout else []
     if not layout:
         reasons.append(
             f"no combination of TP, PP and DP that divides the modules and the batch takes "
@@ -142,21 +142,23 @@ def _least_samples(task: Task, modules: Mapping[str, ModuleParallelism]) -> int:
     return task.micro_batch_size or lcm(*(each.data_parallel_size for each in modules.values()))
 
 
-def _shortages(layout: Proposal, task: Task) -> Iterator[str]:
-    """What a rank of each module lacks."""
-    yield f"closest is {in_words(layout)}"
-    needed = "{:.1f} GB of {:.1f} GB a GPU: {}".format
-    for name in () if layout.is_colocated else layout.modules:
+def shortages(layout: Proposal) -> Iterator[str]:
+    """What a rank of each module lacks, with the other modules on the same rank."""
+    sharing: dict[range, list[str]] = {}
+    for name, grid in layout.grids.items():
+        sharing.setdefault(grid.ranks, []).append(name)
+    for names in sharing.values():
+        first, *others = names
         held, stage = max(
-            (held.total, stage) for (module, stage), held in layout.memory.items() if module == name
+            (held, stage) for (name, stage), held in layout.rank_memory.items() if name == first
         )
-        if held > task.memory_bytes:
-            parts = _parts(layout.memory[name, stage])
-            yield f"{name} stage {stage} needs {needed(held / GB, task.memory_bytes / GB, parts)}"
-    if layout.is_colocated:
-        held = task.memory_bytes - layout.headroom
-        parts = "; ".join(f"{name} {_parts(held)}" for (name, _), held in layout.memory.items())
-        yield f"the modules together need {needed(held / GB, task.memory_bytes / GB, parts)}"
+        if held <= layout.memory_bytes:
+            continue
+        who = f"{' and '.join(names)} together need" if others else f"{first} stage {stage} needs"
+        parts = "; ".join(
+            f"{name + ' ' if others else ''}{_parts(layout.memory[name, stage])}" for name in names
+        )
+        yield f"{who} {held / GB:.1f} GB of {layout.memory_bytes / GB:.1f} GB a GPU: {parts}"
 
 
 def _stages_with_costs(task: Task) -> Iterator[str]:

@@ -7,13 +7,14 @@ measured costs. Neither torch nor Megatron-Core is imported. Installed as mimo-p
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mimo_coord import __version__
 from megatron_mimo_coord.layout.toml_file import layout_text
-from megatron_mimo_coord.planning.closest import Closest, closest
+from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.plan_inputs import Inputs
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows
 from megatron_mimo_coord.planning.search import Proposal, cost, propose
@@ -24,7 +25,7 @@ from megatron_mimo_coord.planning.terminal import (
     need_rich,
     positive,
     print_tables,
-    write_file,
+    write_problem,
 )
 from megatron_mimo_coord.planning.timeline_drawing import timeline_svg
 from megatron_mimo_coord.planning.trace import chrome_trace, stage_threads
@@ -65,8 +66,8 @@ moe_router_topk, moe_shared_expert_intermediate_size, recompute_granularity, rec
 recompute_num_layers, recompute_modules, deallocate_pipeline_outputs, overlap_grad_reduce,
 bucket_size, pad_buckets_for_high_nccl_busbw, projection_hidden_size
 
-exit code 0 if a layout fits, 2 if none does or something is wrong, 1 if the answer cannot be
-written
+exit code 0 if a layout fits (with --layout, that one), 2 if none does or something is wrong, 1 if
+the answer cannot be written
 """
 
 
@@ -82,7 +83,7 @@ def plan(options: argparse.Namespace) -> None:
         need_rich()
     inputs = Inputs.of(options)
     if inputs.problems:
-        end_with(inputs, options)
+        end_with(inputs.problems, f"{options.model} cannot be planned:", options)
     assert inputs.task, "there are no problems"
     if inputs.modules:
         assert inputs.micro_batch_size, "there are no problems"
@@ -90,12 +91,28 @@ def plan(options: argparse.Namespace) -> None:
     else:
         proposals = propose(inputs.task, options.count, per_gpu=options.per_gpu)
     if not proposals:
-        end_without(closest(inputs.task), inputs, options)
-    write_files(proposals[0], options)
+        found = closest(inputs.task)
+        head = f"no layout fits into {options.gpus} GPUs of {options.memory}:"
+        end_with(as_problems(found.reasons), head, options, found.layout, inputs.assumptions)
+    problems = as_problems(
+        [
+            *(f"the layout does not fit: {why}" for why in shortages(proposals[0])),
+            *write_files(proposals[0], options),
+        ]
+    )
     if options.json:
-        found = {"proposals": list(map(as_json, proposals)), "assumptions": inputs.assumptions}
-        print(json.dumps({**found, "problems": []}, indent=2))
-        return
+        print_json(problems, proposals, assumptions=inputs.assumptions)
+    else:
+        show(inputs, proposals)
+    if problems and not options.json:
+        end("\n".join(problem["text"] for problem in problems))
+    if problems:
+        raise SystemExit(2)
+
+
+def show(inputs: Inputs, proposals: Sequence[Proposal]) -> None:
+    """Numbers in the terminal."""
+    assert inputs.task, "there are no problems"
     titles, *table = rows(proposals)
     parts = [drawn(titles, table, numbers=True)]
     memory_titles, *memory = memory_rows(proposals[0])
@@ -105,53 +122,83 @@ def plan(options: argparse.Namespace) -> None:
     print("\n".join(["assumed:", *(f"  - {line}" for line in inputs.assumptions)]))
 
 
-def write_files(best: Proposal, options: argparse.Namespace) -> None:
-    """The files that options ask for."""
-    if options.write:
-        job = {
-            "global_batch_size": best.room.global_batch_size,
-            "micro_batch_size": best.micro_batch_size,
-        }
-        write_file("--write", options.write, layout_text(best.modules, job))
-    if options.trace:
-        trace = json.dumps(chrome_trace(stage_threads(best.timeline)))
-        write_file("--trace", options.trace, trace)
-    if options.svg:
-        write_file("--svg", options.svg, timeline_svg(best.timeline))
+def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
+    """Write the files that options ask for; what went wrong."""
+    job = {
+        "global_batch_size": best.room.global_batch_size,
+        "micro_batch_size": best.micro_batch_size,
+    }
+    texts: dict[str, Callable[[], str]] = {
+        "write": lambda: layout_text(best.modules, job),
+        "trace": lambda: json.dumps(chrome_trace(stage_threads(best.timeline))),
+        "svg": lambda: timeline_svg(best.timeline),
+    }
+    for name, text in texts.items():
+        path = getattr(options, name)
+        if path and (problem := write_problem(f"--{name}", path, text())):
+            yield problem
 
 
-def end_with(inputs: Inputs, options: argparse.Namespace) -> NoReturn:
+def as_problems(messages: Iterable[str]) -> list[dict[str, Any]]:
+    """Problems that are in no file, in types that JSON knows."""
+    return [{"message": message, "places": [], "text": message} for message in messages]
+
+
+def print_json(
+    problems: Sequence[dict[str, Any]],
+    proposals: Sequence[Proposal] = (),
+    nearest: Proposal | None = None,
+    assumptions: Sequence[str] = (),
+) -> None:
+    """The answer for scripts, with the same keys whatever it is."""
+    said = {
+        "proposals": list(map(as_json, proposals)),
+        "closest": nearest and as_json(nearest),
+        "assumptions": list(assumptions),
+        "problems": list(problems),
+    }
+    print(json.dumps(said, indent=2))
+
+
+def end_with(
+    problems: Sequence[dict[str, Any]],
+    head: str,
+    options: argparse.Namespace,
+    nearest: Proposal | None = None,
+    assumptions: Sequence[str] = (),
+) -> NoReturn:
     """End with code 2, having told all problems."""
     if options.json:
-        print(json.dumps({"proposals": [], "problems": inputs.problems}, indent=2))
+        print_json(problems, nearest=nearest, assumptions=assumptions)
         raise SystemExit(2)
-    lines = [f"{options.model} cannot be planned:"]
-    end("\n".join([*lines, *(f"  - {problem['text']}" for problem in inputs.problems)]))
-
-
-def end_without(found: Closest, inputs: Inputs, options: argparse.Namespace) -> NoReturn:
-    """End with code 2, having told what comes closest and why it does not fit."""
-    if options.json:
-        nearest = found.layout and as_json(found.layout)
-        said = {"proposals": [], "closest": nearest, "assumptions": inputs.assumptions}
-        problems = [{"message": why, "places": []} for why in found.reasons]
-        print(json.dumps({**said, "problems": problems}, indent=2))
-        raise SystemExit(2)
-    lines = [f"no layout fits into {options.gpus} GPUs of {options.memory}:"]
-    end("\n".join([*lines, *(f"  - {why}" for why in found.reasons)]))
+    end("\n".join([head, *(f"  - {problem['text']}" for problem in problems)]))
 
 
 # -- the command line ------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """Ends with JSON where that is asked for, be it that the rest is wrong."""
+
+    is_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2 and a message."""
+        if not self.is_json:
+            super().error(message)
+        print_json(as_problems([message]))
+        raise SystemExit(2)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mimo-plan",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.is_json = "--json" in (sys.argv if arguments is None else arguments)
     parser.add_argument("model", type=Path, metavar="MODEL", help="the model, as TOML")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     _add_room(parser.add_argument_group("what there is"))
@@ -195,7 +242,12 @@ def _refuse_same_files(parser: argparse.ArgumentParser, options: argparse.Namesp
 
 
 def _add_room(group: Any) -> None:
-    group.add_argument("--gpus", type=positive, metavar="N", help="GPUs that can be rented")
+    group.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="GPUs that can be rented: whole nodes, and what is left over of a last one",
+    )
     group.add_argument(
         "--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of a node (default: 8)"
     )

@@ -1,7 +1,7 @@
 """What the planning command is given: files and options, and everything that is wrong with them."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import define, evolve, field
@@ -67,7 +67,7 @@ class Inputs:
             task=task,
             modules=layout and layout.modules,
             micro_batch_size=samples,
-            assumptions=list(_assumptions(options, costs, cluster)),
+            assumptions=list(_assumptions(options, costs, cluster, model.sizes)),
         )
 
 
@@ -160,14 +160,6 @@ class _Reading:
             yield Problem(
                 f"--reserve {options.reserve} leaves nothing of --memory {options.memory}; lower it"
             )
-        if options.gpus and options.gpus > options.gpus_per_node:
-            rest = options.gpus % options.gpus_per_node
-            if rest:
-                yield Problem(
-                    f"--gpus {options.gpus} is no whole number of nodes of "
-                    f"{options.gpus_per_node}; give {options.gpus - rest} or "
-                    f"{options.gpus - rest + options.gpus_per_node}, or another --gpus-per-node"
-                )
         batch, samples = map(self.job.get, SIZES)
         if self.layout is None and batch and samples and batch % samples:
             yield Problem(
@@ -214,7 +206,10 @@ def _costs(
 
 
 def _assumptions(
-    options: argparse.Namespace, costs: CostsFile | None, cluster: Cluster
+    options: argparse.Namespace,
+    costs: CostsFile | None,
+    cluster: Cluster,
+    names: Collection[str],
 ) -> Iterator[str]:
     """What the numbers rest on."""
     if costs and costs.costs:
@@ -231,6 +226,11 @@ def _assumptions(
         f"{cluster.network_bytes_per_second / GIGA:g} GB/s and "
         f"{cluster.network_latency_seconds / MICRO:g} us between nodes"
     )
+    if len(names) > 2 and not options.layout:
+        yield (
+            "encoders share ranks with each other only where they share them with the language "
+            "model; give other layouts to --layout"
+        )
     yield from OF_COSTS
     yield f"{options.reserve} of each GPU's {options.memory} are for CUDA, NCCL and fragmentation"
     yield from OF_MEMORY

@@ -37,13 +37,20 @@ def positive(text: str) -> int:
 
 def write_file(option: str, path: Path, text: str) -> None:
     """Write what an option asks for; ``-`` is the terminal."""
+    if problem := write_problem(option, path, text):
+        end(problem)
+
+
+def write_problem(option: str, path: Path, text: str) -> str:
+    """Write what an option asks for; returns what went wrong, if anything did."""
     if path == STDOUT:
         sys.stdout.write(text)
-        return
+        return ""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        end(f"{option} {path} cannot be written: {error.strerror}; give another file")
+        return f"{option} {path} cannot be written: {error.strerror}; give another file"
+    return ""
 
 
 def end(message: str) -> NoReturn:
