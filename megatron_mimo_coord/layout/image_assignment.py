@@ -25,7 +25,7 @@ CLOSE, FAR = 1.002, 1.02
 # Bounds on the work, in comparisons and not in time: every rank has to find the same.
 MAX_TRIES = 2000
 MAX_TOGETHER = 64
-FEW = 32  # images among which a depth-first search can get anywhere
+FEW, SEARCH_TRIES = 32, 6000  # images among which a depth-first search can get anywhere
 
 
 @frozen
@@ -478,7 +478,7 @@ def _search(
     order = range(len(costs))[::-1]  # from the largest on
     owners, loads = list(homes), [0.0] * ranks
     best: list[int] | None = None
-    tries = MAX_TRIES
+    tries = SEARCH_TRIES
 
     def place(depth: int) -> bool:
         """Place the images from depth on; whether to stop."""
@@ -489,7 +489,7 @@ def _search(
         image = order[depth]
         cost, home = costs[image], homes[image]
         seen = set()
-        for rank in sorted(range(ranks), key=lambda rank: (rank != home, loads[rank])):
+        for rank in sorted(range(ranks), key=lambda rank: (loads[rank], rank != home)):
             load = loads[rank]
             tries -= 1
             if tries < 0:

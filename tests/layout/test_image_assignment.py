@@ -85,6 +85,11 @@ def test_few_images_are_dealt_out_as_well_as_possible(case):
     assert max(assigned(dp, costs).loads) == best
 
 
+def test_a_dozen_images_are_level_where_they_can_be():
+    costs = [[], [37], [34, 52], [37, 42, 65], [87, 9], [28, 41, 42], [88], []]
+    assert assigned(4, costs).imbalance < 1.02
+
+
 def least(costs, dp):
     """What a load is at least: the mean, or j of the largest (j - 1) x DP + 1 images."""
     ordered = sorted(costs, reverse=True)
