@@ -10,7 +10,7 @@ the same.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class Case:
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
         assign: assign images in every microbatch (1), in every second one (2), or never (0).
+        tiles: encoder images that make up an image that is assigned, in turn; one each where the
+            next does not fit into the sample.
         assign_ahead: call ``assign_images`` for a whole step before its schedule.
         evaluate: run the schedule forward_only, on the next step's data, before each step.
         seed: of the data.
@@ -96,6 +98,7 @@ class Case:
     no_optimizer: bool = False
     megatron_communicator: bool = False
     assign: int = 0
+    tiles: tuple[int, ...] = ()
     assign_ahead: bool = False
     evaluate: bool = False
     seed: int = 0
@@ -389,17 +392,23 @@ def _assign(
     """
     if not case.assign or microbatch.index % case.assign:
         return {}
-    return {
-        name: coordinator.assign_images(
-            name,
-            [[PATCHES] * count for count in counts],
-            costs=[
-                [1 + (sample + image) % 3 for image in range(c)] for sample, c in enumerate(counts)
-            ],
-            sample_ids=range(len(counts)),
-        )
-        for name, counts in microbatch.counts.items()
-    }
+    assignments = {}
+    for name, counts in microbatch.counts.items():
+        tokens = [[PATCHES * tiles for tiles in _tiles(case, count)] for count in counts]
+        costs = [[1 + (s + image) % 3 for image in range(len(t))] for s, t in enumerate(tokens)]
+        ids = range(len(counts))
+        assignments[name] = coordinator.assign_images(name, tokens, costs=costs, sample_ids=ids)
+    return assignments
+
+
+def _tiles(case: Case, count: int) -> list[int]:
+    """Encoder images of each image of a sample that has ``count`` of them."""
+    tiles: list[int] = []
+    for number in cycle(case.tiles or (1,)):
+        if sum(tiles) + number > count:
+            return tiles + [1] * (count - sum(tiles))
+        tiles.append(number)
+    return tiles
 
 
 def _images(
@@ -414,7 +423,12 @@ def _images(
         samples = coordinator.data_parallel_slice(case.micro_batch_size, name)
         return microbatch.images_of(name, samples)
     first = list(accumulate(microbatch.counts[name], initial=0))
-    return microbatch.images[name][[first[s] + image for s, image in assignment.local]]
+    mine = []
+    for sample, image in assignment.local:
+        *before, here = [tokens // PATCHES for tokens in assignment.tokens[sample][: image + 1]]
+        start = first[sample] + sum(before)
+        mine += range(start, start + here)
+    return microbatch.images[name][mine]
 
 
 def _loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:

@@ -32,6 +32,10 @@ CASES = {
         assign=1,
     ),
 }
+SENSITIVE = {
+    "disjoint": LAYOUTS["equal"],
+    "colocated": {name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")},
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -41,12 +45,14 @@ def test_gradients_are_the_oracles(case):
     assert sum(world(case.world_size).run("cases:check", case)) > 0, repr(case)
 
 
-# -- routes that are broken on purpose -------------------------------------------------------------
+@pytest.mark.parametrize("layout", SENSITIVE.values(), ids=SENSITIVE)
+def test_images_may_have_any_number_of_tokens(layout):
+    images = {"vision": (((8, 0, 3, 0), (0, 1, 8, 2)),)}  # of 0, 2, 4 and 10 tokens, in this order
+    case = Case(modules=layout, images=images, assign=1, tiles=(0, 1, 2, 5), no_optimizer=True)
+    world(case.world_size).run("cases:check", case)
 
-SENSITIVE = {
-    "disjoint": LAYOUTS["equal"],
-    "colocated": {name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")},
-}
+
+# -- routes that are broken on purpose -------------------------------------------------------------
 
 
 def _parts_turned(whole):
