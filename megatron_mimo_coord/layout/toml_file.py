@@ -30,7 +30,7 @@ from megatron_mimo_coord.layout.problems import (
     module_problems,
     raise_problems,
 )
-from megatron_mimo_coord.layout.toml_tables import TomlFile, field_fault
+from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
 
 FIELDS = fields_dict(ModuleParallelism)
 JOB_FIELDS = ("global_batch_size", "micro_batch_size", "calculate_per_token_loss")
@@ -117,8 +117,8 @@ class LayoutFile(TomlFile):
             if isinstance(value, dict) and name not in JOB_FIELDS:
                 modules[name], found = _module(name, value)
                 problems += found
-            elif fault := _job_fault(name, value):
-                problems.append(Problem(fault, ("", name)))
+            elif message := _job_message(name, value):
+                problems.append(Problem(message, ("", name)))
             else:
                 job[name] = value
         return cls(path, text, modules, job, problems)
@@ -151,7 +151,7 @@ class LayoutFile(TomlFile):
         )
 
 
-def _job_fault(name: str, value: Any) -> str:
+def _job_message(name: str, value: Any) -> str:
     """What is wrong with a line that stands above all tables, if anything is."""
     if name == "calculate_per_token_loss":
         wrong = f"{name} must be true or false, got {shown(value)}; write {name} = true"
@@ -177,9 +177,9 @@ def _module(name: str, table: dict[str, Any]) -> tuple[ModuleParallelism, list[P
     problems = module_problems({name: ModuleParallelism()})
     sizes = {}
     for field, value in table.items():
-        fault = _fault(field, value)
-        if fault:
-            problems.append(Problem(fault, (name, field)))
+        message = _size_message(field, value)
+        if message:
+            problems.append(Problem(message, (name, field)))
         else:
             sizes[field] = value
     dense = {field: size for field, size in sizes.items() if field not in EXPERT_FIELDS}
@@ -192,10 +192,10 @@ def _module(name: str, table: dict[str, Any]) -> tuple[ModuleParallelism, list[P
         return ModuleParallelism(**dense), [*problems, Problem(str(error), *places)]
 
 
-def _fault(field: str, value: Any) -> str:
+def _size_message(field: str, value: Any) -> str:
     """What is wrong with a line of a module, if anything is."""
     if field in JOB_FIELDS:
         return f"{field} is of the whole job; put it above the first table"
     if isinstance(value, dict):
         return f"a module is a table of its own: write [{field}]"
-    return field_fault(FIELDS, "size", field, value)
+    return field_message(FIELDS, "size", field, value)

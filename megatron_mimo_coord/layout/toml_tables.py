@@ -96,7 +96,7 @@ class TomlFile:
         return lines
 
 
-def field_fault(fields: "Mapping[str, Attribute[Any]]", what: str, field: str, value: Any) -> str:
+def field_message(fields: "Mapping[str, Attribute[Any]]", what: str, field: str, value: Any) -> str:
     """What is wrong with a line of a table, if anything is: its name, or its value.
 
     Args:

@@ -9,7 +9,7 @@ from megatron_mimo_coord.planning.parameters import Parameter
 
 START = 64  # numbers that a parameter's start is aligned to
 END = 128  # numbers that a bucket's end is aligned to, besides the data-parallel size
-FAST_END = 2**16  # with pad_buckets_for_high_nccl_busbw
+BUSBW_END = 2**16  # with pad_buckets_for_high_nccl_busbw
 
 
 @frozen
@@ -31,7 +31,7 @@ def lay_out(
     *,
     is_distributed: bool,
     bucket_size: int | None = None,
-    fast: bool = False,
+    pad_for_busbw: bool = False,
 ) -> Buffer:
     """The buffer of parameters that are reduced over ``replicas`` ranks.
 
@@ -44,7 +44,7 @@ def lay_out(
         replicas: data-parallel ranks.
         is_distributed: whether the optimizer is.
         bucket_size: numbers after which a bucket is full; None for one bucket.
-        fast: ``pad_buckets_for_high_nccl_busbw``.
+        pad_for_busbw: ``pad_buckets_for_high_nccl_busbw``.
 
     Example:
         >>> lay_out([Parameter(100), Parameter(10)], 2, is_distributed=True)
@@ -56,7 +56,7 @@ def lay_out(
         total = sum(parameter.numel for parameter in parameters)
         return Buffer(total, [total] * replicas)
     end, shards = 0, [0] * replicas
-    align = lcm(replicas, END, FAST_END if fast else 1)
+    align = lcm(replicas, END, BUSBW_END if pad_for_busbw else 1)
     for bucket in _buckets(parameters, bucket_size):
         start = end
         places = []

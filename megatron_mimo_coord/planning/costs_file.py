@@ -24,7 +24,7 @@ from typing import Any
 from attrs import NOTHING, define, fields_dict
 
 from megatron_mimo_coord.layout.problems import NAME, Problem, raise_problems
-from megatron_mimo_coord.layout.toml_tables import TomlFile, field_fault
+from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 
 CLUSTER = "cluster"
@@ -65,7 +65,7 @@ class CostsFile(TomlFile):
     Args:
         costs: of each module whose table is right.
         cluster: the links between ranks.
-        told: the fields that stand in each table without faults, with their values.
+        told: the fields that stand in each table with nothing wrong, with their values.
         problems: what is wrong.
     """
 
@@ -117,5 +117,9 @@ def _problems(name: str, table: Any) -> list[Problem]:
         )
         for field in missing
     ]
-    faults = {field: field_fault(fields, "cost", field, value) for field, value in table.items()}
-    return problems + [Problem(fault, (name, field)) for field, fault in faults.items() if fault]
+    messages = {
+        field: field_message(fields, "cost", field, value) for field, value in table.items()
+    }
+    return problems + [
+        Problem(message, (name, field)) for field, message in messages.items() if message
+    ]

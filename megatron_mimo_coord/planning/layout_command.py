@@ -61,11 +61,11 @@ def look(options: argparse.Namespace) -> None:
     try:
         layout = LayoutFile.read(options.layout)
     except ValueError as error:
-        end_with(Findings(problems=[{"message": str(error), "places": []}]), options)
+        end_with(Report(problems=[{"message": str(error), "places": []}]), options)
     job = {**layout.job, **given(options)}
-    findings = Findings.of(layout, job, options)
-    if findings.problems:
-        end_with(findings, options)
+    report = Report.of(layout, job, options)
+    if report.problems:
+        end_with(report, options)
     grids = pack(layout.modules)
     per_token = job.get("calculate_per_token_loss", False)
     global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
@@ -153,7 +153,7 @@ def factors(grids: dict[str, ModuleGrid], per_token: bool) -> dict[str, float]:
 
 
 @frozen
-class Findings:
+class Report:
     """What keeps a layout from running, in types that JSON knows.
 
     Args:
@@ -169,7 +169,7 @@ class Findings:
     @classmethod
     def of(
         cls, layout: LayoutFile, job: Mapping[str, int], options: argparse.Namespace
-    ) -> "Findings":
+    ) -> "Report":
         """Look at a layout and at the batch of a job, which the file or the options tell."""
         global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
 
@@ -211,17 +211,17 @@ class Findings:
         )
 
 
-def end_with(findings: Findings, options: argparse.Namespace) -> NoReturn:
+def end_with(report: Report, options: argparse.Namespace) -> NoReturn:
     """End with code 2, having told all problems."""
     if options.json:
-        print(json.dumps(asdict(findings), indent=2))
+        print(json.dumps(asdict(report), indent=2))
     else:
         lines = [f"{options.layout} cannot run:"]
-        lines += [f"  - {problem.get('text', problem['message'])}" for problem in findings.problems]
-        if findings.fits:
+        lines += [f"  - {problem.get('text', problem['message'])}" for problem in report.problems]
+        if report.fits:
             lines.append(f"what would take all {options.world_size} ranks:")
-            lines += [f"  - {in_words(change)}" for change in findings.fits]
-        elif findings.idle_ranks:
+            lines += [f"  - {in_words(change)}" for change in report.fits]
+        elif report.idle_ranks:
             lines.append(
                 f"no other size of a module or two takes all {options.world_size} ranks: change "
                 f"more of them, or launch another number"

@@ -29,7 +29,7 @@ from attrs import NOTHING, define, fields_dict
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 from megatron_mimo_coord.layout.problems import Problem, module_problems, raise_problems
-from megatron_mimo_coord.layout.toml_tables import TomlFile, field_fault
+from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import size_problems
 
@@ -80,16 +80,16 @@ class ModelFile(TomlFile):
         """What a file with this text says."""
         tables = tomllib.loads(text)
         shared = {name: value for name, value in tables.items() if not isinstance(value, dict)}
-        faults = _faults("", shared)
-        good = {field: value for field, value in shared.items() if field not in faults}
-        problems = [Problem(fault, ("", field)) for field, fault in faults.items()]
+        messages = _messages("", shared)
+        good = {field: value for field, value in shared.items() if field not in messages}
+        problems = [Problem(message, ("", field)) for field, message in messages.items()]
         sizes = {}
         for name, table in tables.items():
             if not isinstance(table, dict):
                 continue
-            faults = _faults(name, table)
+            messages = _messages(name, table)
             found = module_problems({name: ModuleParallelism()})
-            found += [Problem(fault, (name, field)) for field, fault in faults.items()]
+            found += [Problem(message, (name, field)) for field, message in messages.items()]
             found += [
                 Problem(f"{name} has no {field}; write {field} = 32, say", (name, ""))
                 for field in NEEDED
@@ -109,16 +109,18 @@ class ModelFile(TomlFile):
         return cls(path, text, sizes, problems + size_problems(sizes))
 
 
-def _faults(module: str, table: dict[str, Any]) -> dict[str, str]:
+def _messages(module: str, table: dict[str, Any]) -> dict[str, str]:
     """What is wrong with the lines of a table, or with those above all tables."""
-    faults = {}
+    messages = {}
     for field, value in table.items():
         if isinstance(value, dict):
-            fault = f"a module is a table of its own: write [{field}]"
+            message = f"a module is a table of its own: write [{field}]"
         elif not module and field not in FIELDS and isinstance(value, list):
-            fault = f"module {field} must be one table: write [{field}], with one bracket each side"
+            message = (
+                f"module {field} must be one table: write [{field}], with one bracket each side"
+            )
         else:
-            fault = field_fault(FIELDS, "size", field, value)
-        if fault:
-            faults[field] = fault
-    return faults
+            message = field_message(FIELDS, "size", field, value)
+        if message:
+            messages[field] = message
+    return messages

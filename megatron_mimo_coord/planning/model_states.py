@@ -61,7 +61,7 @@ def model_states(
             replicas,
             is_distributed=sizes.use_distributed_optimizer,
             bucket_size=_bucket_size(sizes, parallelism, stage),
-            fast=sizes.pad_buckets_for_high_nccl_busbw,
+            pad_for_busbw=sizes.pad_buckets_for_high_nccl_busbw,
         )
         numel += buffer.numel
         for rank in range(len(optimizer)):
