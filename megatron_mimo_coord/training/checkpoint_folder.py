@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,8 @@ from attrs import frozen
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-_NAME = "step-" + "[0-9]" * 8
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 _UNFINISHED = ".unfinished"
-# What other software leaves in a folder of checkpoints, or in a single one.
-_FOREIGN = ("latest_checkpointed_iteration.txt", "iter_*", ".metadata", "metadata.json", "*.distcp")
 
 _claimed: dict[tuple[int, int], int] = {}
 """Folders that this process writes into, and the open files that say so to others."""
@@ -36,7 +35,8 @@ def whole_steps(folder: Path) -> list[int]:
         >>> whole_steps(Path("nowhere"))
         []
     """
-    return sorted(int(path.name.removeprefix("step-")) for path in Path(folder).glob(_NAME))
+    names = (_NAME.fullmatch(path.name) for path in Path(folder).glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -50,8 +50,16 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names of what looks like checkpoints, or the inside of one, but not like ours."""
-    return sorted({path.name for name in _FOREIGN for path in Path(folder).glob(name)})
+    """Names of what is in a folder and no checkpoint of this package, whole or unfinished.
+
+    Raises:
+        NotADirectoryError: it is a file.
+    """
+    if not Path(folder).exists():
+        return []
+    names = sorted(path.name for path in Path(folder).iterdir())
+    ours = re.compile(rf"{_NAME.pattern}(\..*)?")
+    return [name for name in names if not ours.fullmatch(name)]
 
 
 @frozen

@@ -25,6 +25,7 @@ from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of what is written here
+MAX_STEPS = 2**62  # what ranks can tell each other
 PATIENCE = 1800.0  # seconds that the first rank waits for the files of others, in the background
 LAST_PATIENCE = 30.0  # the same once its trainer has ended
 
@@ -68,7 +69,8 @@ class CheckpointSave:
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
     _written: threading.Event = field(factory=threading.Event, init=False, repr=False)
     _abandoned: threading.Event = field(factory=threading.Event, init=False, repr=False)
-    _errors: list[Exception] = field(factory=list, init=False, repr=False)
+    _errors: list[BaseException] = field(factory=list, init=False, repr=False)
+    _failure: str = field(default="", init=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -78,7 +80,7 @@ class CheckpointSave:
     def problems(self) -> list[str]:
         """What is wrong with what a trainer has asked for."""
         found = []
-        if type(self.step) is not int or self.step < 0:
+        if type(self.step) is not int or not 0 <= self.step < MAX_STEPS:
             found.append(f"step must be a number of steps, 0 or more, not {self.step!r}")
         if type(self.keep) is not int or self.keep < 1:
             found.append(f"keep must be a number of checkpoints, 1 or more, not {self.keep!r}")
@@ -112,19 +114,25 @@ class CheckpointSave:
             Where it is.
 
         Raises:
-            ValueError: on every rank, if a rank could not write its part.
+            ValueError: on every rank, if a rank could not write its part; in every call.
         """
-        if self.is_over:
-            return self.path
-        self.is_over = True
+        if not self.is_over:
+            self.is_over = True
+            try:
+                self._join()
+            except ValueError as error:
+                self._failure = str(error)
+                self._abandoned.set()
+        if self._failure:
+            raise ValueError(self._failure)
+        return self.path
+
+    def _join(self) -> None:
+        """Wait for all ranks' parts, then for the first rank to join them."""
         headline = f"the checkpoint {self.path} could not be written"
         if self._thread is not None:
             self._written.wait()
-        try:
-            check_consistency(self._report, headline)
-        except ValueError:
-            self._abandoned.set()
-            raise
+        check_consistency(self._report, headline)
         if self.rank == 0:
             if self._thread is None:
                 self._attempt(self._finish)
@@ -132,20 +140,23 @@ class CheckpointSave:
                 self._thread.join()
         check_consistency(self._report, headline)
         self.is_whole = True
-        return self.path
 
     def _run(self, copied: Any) -> None:
         """The thread."""
-        if copied is not None:
-            copied.synchronize()
-        self._attempt(self._write)
-        self._written.set()
-        if self.rank == 0 and not self._errors:
-            self._attempt(self._await_others)
-        if self.rank == 0 and not self._errors and not self._abandoned.is_set():
-            self._attempt(self._finish)
-        for error in self._errors:
-            logger.error("the checkpoint %s could not be written: %s", self.path, error)
+        try:
+            if copied is not None:
+                copied.synchronize()
+            self._write()
+            self._written.set()
+            if self.rank == 0:
+                self._await_others()
+            if self.rank == 0 and not self._abandoned.is_set():
+                self._finish()
+        except BaseException as error:  # nobody hears it in a thread: told by wait
+            self._errors.append(error)
+            logger.error("the checkpoint %s could not be written: %r", self.path, error)
+        finally:
+            self._written.set()
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Keep an error until all ranks can hear of it."""

@@ -34,6 +34,10 @@ from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 logger = logging.getLogger(__name__)
 
 
+_last_by_folder: dict[Path, CheckpointSave] = {}
+"""What this process wrote last into each folder, whichever coordinator did."""
+
+
 class LoadedCheckpoint(NamedTuple):
     """What :meth:`MultiModuleCoordinator.load_checkpoint` found.
 
@@ -60,7 +64,7 @@ class Checkpoints:
         self._gather_params = gather_params
         self._step_state = step_state
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
-        self._last: CheckpointSave | None = None  # saved or loaded here
+        self._last: CheckpointSave | None = None  # saved or loaded by this coordinator
 
     # -- save --------------------------------------------------------------------------------------
 
@@ -75,21 +79,25 @@ class Checkpoints:
         background: bool,
     ) -> CheckpointSave:
         """Write a checkpoint. Collective."""
-        last = self._last
-        if last is not None:
-            last.wait()
         folder = Path(folder).absolute()
+        self._wait(folder)
         saving = CheckpointSave(folder, step, self._job.rank, keep)
         self._gather_params()
         request = partial(self._begin, saving, optimizer, extra, background)
-        flags = check_consistency(request, f"the checkpoint of step {step} cannot be saved")
+        flags = _agree(request, f"the checkpoint of step {step} cannot be saved")
         if saving.is_whole:
             return saving
         saving.start(attempt=flags[0], background=background)
-        self._last = saving
+        self._last = _last_by_folder[folder] = saving
         if not background:
             saving.wait()
         return saving
+
+    def _wait(self, folder: Path) -> None:
+        """Wait for what is being written by this coordinator, or into the folder by another."""
+        for saving in (self._last, _last_by_folder.get(folder)):
+            if saving is not None and not saving.is_over:
+                saving.wait()
 
     def _begin(
         self,
@@ -105,8 +113,10 @@ class Checkpoints:
         problems = [*saving.problems()]
         if optimizer is not None:
             problems += optimizer_problems(optimizer, list(self._job.ddps))
+        if not isinstance(extra, Mapping | None):
+            raise ValueError(f"extra is a {type(extra).__name__}: give a dict with string keys")
         tensors: list[torch.Tensor] = []
-        said = encode(dict(extra or {}), tensors)
+        said = encode(extra or {}, tensors)
         facts = _facts(saving, optimizer, said, tensors)
         saving.holds = (dict(facts), self._step_state.num_changes)
         last = self._last
@@ -157,11 +167,10 @@ class Checkpoints:
     def load(self, folder: Path | str, optimizer: Any) -> LoadedCheckpoint:
         """Go on from the newest checkpoint. Collective."""
         folder = Path(folder).absolute()
-        if self._last is not None:
-            self._last.wait()
+        self._wait(folder)
         headline = f"the checkpoint in {folder} cannot be loaded"
         # The first rank looks, lest others see the folder as it was a moment ago.
-        flags = check_consistency(partial(self._look, folder, optimizer), headline)
+        flags = _agree(partial(self._look, folder, optimizer), headline)
         if flags[0] == 0:
             if self._job.rank == 0:
                 logger.warning(
@@ -171,10 +180,10 @@ class Checkpoints:
         step = flags[0] - 1
         loading = CheckpointLoad(self._job, self._layout, optimizer)
         path = folders.checkpoint_path(folder, step)
-        check_consistency(lambda: loading.prepare(Manifest.read(path)), headline)
+        _agree(lambda: loading.prepare(Manifest.read(path)), headline)
         loading.refuse_unknown_tensors(headline)
-        check_consistency(loading.verify_files, headline)
-        check_consistency(loading.fill, headline)
+        _agree(loading.verify_files, headline)
+        _agree(loading.fill, headline)
         self._step_state.num_changes += 1
         if optimizer is None:
             for known in self._step_state.optimizers:
@@ -201,6 +210,16 @@ class Checkpoints:
                 )
         facts = {"folder": str(folder), "with an optimizer": str(optimizer is not None)}
         return RankFacts(facts, {}, problems, flags=steps[-1] + 1 if steps else 0)
+
+
+def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
+    """:func:`check_consistency`, but also the rank with an unforeseen error raises a ValueError."""
+    try:
+        return check_consistency(make_facts, headline)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{headline}: {type(error).__name__}: {error}") from error
 
 
 def _facts(

@@ -1,19 +1,27 @@
-"""Nested Python data as JSON and tensors, and back exactly as it was. Nothing is pickled."""
+"""Nested Python data as JSON and tensors, and back as it was. Nothing is pickled."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-_TENSOR, _SCALAR, _TUPLE = "$tensor", "$scalar", "$tuple"
+_TENSOR, _SCALAR, _TUPLE, _COUNTER = "$tensor", "$scalar", "$tuple", "$counter"
+_MAX_DEPTH = 100
 
 
-def encode(value: Any, tensors: list[torch.Tensor] | None = None, where: str = "extra") -> Any:
+def encode(
+    value: Any, tensors: list[torch.Tensor] | None = None, where: str = "extra", depth: int = 0
+) -> Any:
     """What JSON can say of a value.
 
     Args:
-        value: dicts with string keys, lists, tuples, strings, numbers, booleans, None, tensors.
+        value: mappings with string keys, which come back as dicts, lists, tuples, strings, numbers,
+            booleans, None, tensors, and a ``Counter`` of integers, which learning-rate schedulers
+            keep.
         tensors: where tensors with dims are put; JSON then has their number.
         where: the value's name, for the error.
+        depth: how many values it is inside of.
 
     Raises:
         ValueError: something else is inside; names where.
@@ -27,17 +35,24 @@ def encode(value: Any, tensors: list[torch.Tensor] | None = None, where: str = "
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{where[:80]}... is more than {_MAX_DEPTH} levels deep, or inside itself")
     if type(value) in (list, tuple):
-        items = [encode(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
+        items = [encode(item, tensors, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         return items if type(value) is list else {_TUPLE: items}
-    if type(value) is dict:
+    if isinstance(value, Counter) and all(type(key) is int for key in value):
+        return {_COUNTER: encode(list(value.items()), tensors, where, depth + 1)}
+    if isinstance(value, Mapping):
         for key in value:
             if type(key) is not str or key.startswith("$"):
                 raise ValueError(
                     f"{where} has the key {key!r}: use strings that do not begin with $"
                 )
-        return {key: encode(item, tensors, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, torch.Tensor) and not value.dtype.is_complex:
+        return {
+            key: encode(item, tensors, f"{where}[{key!r}]", depth + 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, torch.Tensor) and _is_plain(value):
         if value.ndim == 0:
             return {_SCALAR: [str(value.dtype).removeprefix("torch."), value.item()]}
         if tensors is not None:
@@ -45,8 +60,14 @@ def encode(value: Any, tensors: list[torch.Tensor] | None = None, where: str = "
             return {_TENSOR: len(tensors) - 1}
     raise ValueError(
         f"{where} is a {type(value).__name__}: a checkpoint takes dicts, lists, tuples, strings, "
-        f"numbers, booleans, None and tensors, because nothing in it is pickled"
+        f"numbers, booleans, None and dense real tensors, because nothing in it is pickled"
     )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its elements are numbers in memory, and all there is of it."""
+    is_dense = tensor.layout is torch.strided and not tensor.is_meta
+    return is_dense and not tensor.is_quantized and not tensor.dtype.is_complex
 
 
 def decode(value: Any, tensors: list[torch.Tensor] | None = None) -> Any:
@@ -62,6 +83,8 @@ def decode(value: Any, tensors: list[torch.Tensor] | None = None) -> Any:
         return value
     if _TUPLE in value:
         return tuple(decode(item, tensors) for item in value[_TUPLE])
+    if _COUNTER in value:
+        return Counter({key: decode(item) for key, item in map(decode, value[_COUNTER])})
     if _SCALAR in value:
         dtype, number = value[_SCALAR]
         return torch.tensor(number, dtype=getattr(torch, dtype), device="cpu")

@@ -77,6 +77,11 @@ def test_the_newest_are_kept(tmp_path):
     folders.begin(tmp_path, 25, attempt=11)  # what the attempt before left behind is gone
     assert names(tmp_path) == ["step-00000020", "step-00000025.b.unfinished"]
     assert folders.whole_steps(tmp_path) == [20]
+    assert folders.foreign_files(tmp_path) == []
+    (tmp_path / "step-30").mkdir()
+    assert folders.foreign_files(tmp_path) == ["step-30"], "another's way to name them"
+    make(tmp_path, 123_456_789)
+    assert folders.whole_steps(tmp_path) == [20, 123_456_789]
 
 
 def test_damage_is_found(tmp_path):

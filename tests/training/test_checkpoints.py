@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import sys
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,8 @@ def keep_everything(folder: Path) -> None:
 
     extra = {
         "scheduler": {"num_steps": 7, "lr": 1 / 3, "betas": (0.9, 0.95), "none": None},
+        "milestones": Counter({3: 1, 5: 2}),
+        "ordered": OrderedDict(b=1, a=2),
         "order": torch.randperm(5, generator=torch.Generator().manual_seed(1)),
         "scale": torch.tensor(2.5, dtype=torch.float64),
     }
@@ -169,7 +173,10 @@ def keep_everything(folder: Path) -> None:
         step, found = one.coordinator.load_checkpoint(folder, one.optimizer)
         assert draw() == expected
         assert step == 1
-        assert found["scheduler"] == extra["scheduler"]
+        for name in ("scheduler", "milestones", "ordered"):
+            assert found[name] == extra[name]
+        assert list(found["milestones"].elements()) == [3, 5, 5]
+        assert list(found["ordered"]) == ["b", "a"]
         assert torch.equal(found["order"], extra["order"])
         assert found["scale"].dtype == torch.float64 and found["scale"] == 2.5
         assert one.optimizer.param_groups[0]["lr"] == 0.25
@@ -195,11 +202,12 @@ def test_everything_that_was_saved_comes_back(tmp_path):
 
 
 def save_in_the_background(folder: Path) -> None:
-    """Steps go on while a checkpoint is written; the next save waits for it."""
+    """Steps go on while a checkpoint is written; the next save waits for it, whoever saves."""
     import threading
 
     from trainings import training
 
+    from megatron_mimo_coord import MultiModuleCoordinator
     from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
 
     may_write, write = threading.Event(), CheckpointSave._write
@@ -217,8 +225,9 @@ def save_in_the_background(folder: Path) -> None:
             first = save(folder, one.optimizer, step=1, background=True)
             undisturbed = one.steps(1, 2)
             assert not whole_steps(folder), "nobody has written"
-            may_write.set()
-            second = save(folder, one.optimizer, step=3, background=True)
+            threading.Timer(0.5, may_write.set).start()
+            other = MultiModuleCoordinator(one.coordinator._job.infra, one.model)
+            second = other.save_checkpoint(folder, one.optimizer, step=3, background=True)
             assert whole_steps(folder)[0] == 1
             assert first.wait() == checkpoint_path(folder, 1)
             assert second.wait() == checkpoint_path(folder, 3)
@@ -310,26 +319,40 @@ def change(path: Path, **content: Any) -> None:
 
 def refuse_to_save(folder: Path) -> dict[str, str]:
     """What each wrong save says on this rank."""
+    import torch
     import torch.distributed as dist
     from trainings import training
 
     rank = dist.get_rank()
     found = {}
+    inside_itself: list[Any] = []
+    inside_itself.append(inside_itself)
     with training(Case(modules=FAN_IN)) as one:
         save = one.coordinator.save_checkpoint
         save(folder / "saved", one.optimizer, step=5)
         wrong = {
             "object": {"extra": {"sampler": object()}},
             "key": {"extra": {1: 2}},
+            "list": {"extra": [1]},
+            "inside itself": {"extra": {"a": inside_itself}},
+            "sparse": {"extra": {"a": torch.eye(2).to_sparse()}},
+            "quantized": {
+                "extra": {"a": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}
+            },
             "differs": {"extra": {"rank": rank}},
             "folder": {"folder": folder / f"of {rank}"},
+            "file": {"folder": folder / "foreign" / "model.safetensors"},
             "step": {"step": -1},
+            "huge": {"step": 10**30},
             "earlier": {"step": 4},
             "optimizer": {"optimizer": object()},
         }
         for name, given in wrong.items():
             options = {"folder": folder / "saved", "optimizer": one.optimizer, "step": 6} | given
             found[name] = refusal(save, **options)
+        load = one.coordinator.load_checkpoint
+        found["foreign"] = refusal(load, folder / "foreign", None)
+        found["foreign file"] = refusal(load, folder / "foreign" / "model.safetensors", None)
         open_, opened = Path.open, folder / "full"
         Path.open = lambda path, *a, **o: (
             fail() if path.suffix == ".distcp" else open_(path, *a, **o)
@@ -338,7 +361,12 @@ def refuse_to_save(folder: Path) -> dict[str, str]:
             found["full"] = refusal(save, folder=opened, optimizer=one.optimizer, step=6)
             started = save(opened, one.optimizer, step=7, background=True)
             found["full, background"] = refusal(save, folder=opened, optimizer=None, step=8)
-            started.wait()
+            found["full, waited for again"] = refusal(started.wait)
+            Path.open = lambda path, *a, **o: (
+                sys.exit(3) if path.name == "__1_0.distcp" else open_(path, *a, **o)
+            )
+            started = save(opened, one.optimizer, step=7, background=True)
+            found["exits"] = refusal(started.wait)
         finally:
             Path.open = open_
     return found
@@ -357,18 +385,29 @@ def refusal(function: Any, *arguments: Any, **options: Any) -> str:
 
 
 def test_a_save_that_cannot_be_is_refused_on_every_rank(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.safetensors").touch()
     answers = world(3).run(refuse_to_save, tmp_path)
     for said in answers:
         assert "extra['sampler'] is a object: a checkpoint takes dicts" in said["object"]
         assert "extra has the key 1: use strings" in said["key"]
         assert "extra['rank']: rank 0 has 0, rank 1 has 1, rank 2 has 2" in said["differs"]
+        assert "extra is a list: give a dict" in said["list"]
+        assert "more than 100 levels deep, or inside itself" in said["inside itself"]
+        assert "extra['a'] is a Tensor: a checkpoint takes" in said["sparse"]
+        assert "extra['a'] is a Tensor: a checkpoint takes" in said["quantized"]
         assert "folder: rank 0 has " in said["folder"]
+        assert "cannot be saved" in said["file"] and "FileExistsError" in said["file"]
+        assert "cannot be loaded" in said["foreign file"]
+        assert "has model.safetensors, but no checkpoint of this package" in said["foreign"]
+        assert "0 or more, not 1000000000000000000000" in said["huge"]
         assert "step must be a number of steps, 0 or more, not -1" in said["step"]
         assert "already has a checkpoint of step 5: go on from it" in said["earlier"]
         assert "coordinator.build_optimizer makes" in said["optimizer"]
-        for name in ("full", "full, background"):
+        for name in ("full", "full, background", "full, waited for again"):
             assert "could not be written" in said[name]
             assert "No space left on device" in said[name]
+        assert "SystemExit" in said["exits"]
     assert whole_steps(tmp_path / "saved") == [5]
     assert whole_steps(tmp_path / "full") == []
 
