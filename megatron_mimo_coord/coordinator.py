@@ -253,7 +253,9 @@ class MultiModuleCoordinator:
 
         Samples may have no, one or many images, and encoders any DP that divides or is a multiple
         of the language model's. Colocated modules send nothing between ranks; with this
-        communicator the same schedule runs them too.
+        communicator the same schedule runs them too. No rank waits for its device, but for one
+        thing: without :meth:`assign_images` an encoder that feeds several language ranks, or that
+        was fed no image, reads its samples' numbers of tokens from ``input_ids`` once a microbatch.
 
         Args:
             config: the language model's config, with ``pipeline_dtype``.

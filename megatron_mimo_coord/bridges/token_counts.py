@@ -41,8 +41,9 @@ class TokenCounts:
     communicator that can carry them is built.
 
     That one needs to know how many tokens a sample has where an output goes to several ranks
-    (fan-out). An assignment says it; without one it is read from ``input_ids``, which waits for the
-    device if they are there. So does what ``MimoModel`` reads on the language model's first stage
+    (fan-out). An assignment says it; without one it is read from ``input_ids``, once a microbatch,
+    which waits for the device; and so is, on any encoder rank that was fed nothing, that its
+    samples have no tokens. So does what ``MimoModel`` reads on the language model's first stage
     to put text and modalities together (``get_text_embeddings``,
     ``align_embeddings_by_token_positions``); that is inside its forward, and left to it.
 

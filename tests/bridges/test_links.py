@@ -151,6 +151,46 @@ def test_no_rank_waits_for_its_device(case):
     assert sum(world(case.world_size, rehearse=True).run(_without_waiting, case)) > 0
 
 
+def _reads_of_tokens(case: Case) -> int:
+    """How often this rank's forward waits to know how many tokens its samples have."""
+    import cases
+
+    from megatron_mimo_coord.bridges.token_counts import TokenCounts
+    from megatron_mimo_coord.cpu import device_tensors
+
+    inside, reads = [], []
+
+    def watched(name: str) -> Any:
+        original = getattr(TokenCounts, name)
+
+        def call(*args: Any) -> Any:
+            inside.append(name)
+            try:
+                return original(*args)
+            finally:
+                inside.pop()
+
+        return TokenCounts, name, call
+
+    with ExitStack() as stack:
+        for owner, name, replacement in (
+            watched("_attach_split_sizes"),
+            watched("_has_encoder_tokens"),
+            (device_tensors, "waits_for_device", lambda what: reads.extend(inside)),
+        ):
+            stack.enter_context(cases._replaced(owner, name, replacement))
+        cases.check(case)
+    return len(reads)
+
+
+@pytest.mark.parametrize(("assign", "reads"), [(0, 3), (1, 0)])
+def test_fan_out_reads_numbers_of_tokens_once_a_microbatch_at_most(assign, reads):
+    images = {"vision": (((3, 0, 1, 0), (0, 0, 0, 0), (0, 0, 0, 2)),)}
+    layout = LAYOUTS["fan-out"]
+    case = Case(modules=layout, images=images, num_microbatches=3, assign=assign)
+    assert world(3, rehearse=True).run(_reads_of_tokens, case) == [reads, 0, 0]
+
+
 # -- wrong use -------------------------------------------------------------------------------------
 
 
