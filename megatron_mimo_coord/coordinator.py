@@ -520,7 +520,8 @@ class MultiModuleCoordinator:
             step: optimizer steps that were taken, more than at the save before. If nothing has
                 changed since that was saved or loaded, nothing is written.
             extra: what else the trainer needs, the same on every rank, such as a scheduler's
-                ``state_dict()``: dicts, lists, tuples, strings, numbers, booleans, None, tensors.
+                ``state_dict()``: dicts, lists, tuples, strings, numbers, booleans, None, tensors;
+                other mappings come back as dicts.
             keep: how many checkpoints the folder keeps.
             background: return once the state is copied to host memory, and write meanwhile. It
                 takes host memory for the weights and optimizer state of this rank.
@@ -566,7 +567,8 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: the checkpoint is damaged, of another model, of another series of
-                Megatron-Core, or not this package's; says what differs, on every rank.
+                Megatron-Core, or not this package's, or the folder has other things and no
+                checkpoint; says what differs, on every rank.
 
         Example:
             >>> step, extra = coordinator.load_checkpoint("nowhere", None)
