@@ -129,7 +129,7 @@ class MultiModuleCoordinator:
         )
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
-            NumTokens(job.grids[LANGUAGE], job.rank, job.per_token, self._device),
+            NumTokens(job.grids[LANGUAGE], job.rank, job.per_token, self._device, job.model),
             self._step,
         )
         self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now, self._step)
@@ -277,7 +277,9 @@ class MultiModuleCoordinator:
         """Set the gradients of every module on this rank to zero, before a step.
 
         Raises:
-            RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run.
+            RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run; or
+                the loss of the step before is per token, but its loss function returned no count,
+                and no ``MimoOptimizer`` has said so.
         """
         self._finalizer.zero_grad_buffer()
 

@@ -639,8 +639,8 @@ def _formula(**wrong: Any) -> Any:
 def _uncounted(self: Any, num_tokens: torch.Tensor | None) -> Any:
     if num_tokens is None:
         return None
-    self.total.copy_(num_tokens)
-    return dist.all_reduce(self.total.clone(), async_op=True)
+    self._sum.copy_(num_tokens)
+    return dist.all_reduce(self._sum.clone(), async_op=True)
 
 
 MUTANTS = {

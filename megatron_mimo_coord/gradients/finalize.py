@@ -54,9 +54,11 @@ class GradientFinalizer:
         """Set the gradients of every module to zero, before a step.
 
         Raises:
-            RuntimeError: they were accumulated, and nobody has finalized them.
+            RuntimeError: they were accumulated, and nobody has finalized them; or nobody counted
+                the tokens of the step before.
         """
         self._step.check_finalized(if_begun=False)
+        self._step.report.check_tokens()
         for reduction in self._reductions:
             reduction.abandon()
         for module in self._modules:
@@ -129,7 +131,7 @@ class GradientFinalizer:
                 module.scaling.apply(inverse_tokens, everything)
             for reduction in self._reductions:
                 reduction.end(force_all_reduce)
-        self._step.finalized(None if counting is None else self._num_tokens.total)
+        self._step.finalized(None if counting is None else self._num_tokens.is_missing())
 
     @contextmanager
     def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:

@@ -71,7 +71,7 @@ class FiniteSteps:
         """
         found_inf = self._prepare()
         norms, reported = self._agree(self._norms(found_inf), self._report.pack())
-        self._report.check(reported, has_gradients=any(norms))
+        self._report.check(reported)
         return self._decide(norms)
 
     @torch.no_grad()

@@ -1,31 +1,54 @@
 """N, the unmasked tokens of the global batch that a per-token loss is divided by."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from megatron_mimo_coord.layout import ModuleGrid
 
+_HAS_GRADIENT = 1 << 40
+"""Added to a rank's count if its loss has a gradient: more tokens than any step has."""
+
 
 class NumTokens:
     """Sums what the ranks counted, in one collective of one number.
+
+    Megatron's schedule counts 0 where the loss function returns no count. The gradient that reaches
+    the model's output tells that from tokens that are all masked: theirs is 0, or NaN,
+    whatever auxiliary losses add to the gradients behind it.
 
     Args:
         language: grid of the language model.
         rank: this rank.
         per_token: whether the loss is divided by the number of tokens.
         device: where the backend of the world expects tensors.
-
-    Attributes:
-        total: N, once the sum that :meth:`start` launched is there.
+        model: whose output the loss is computed from.
     """
 
     def __init__(
-        self, language: ModuleGrid, rank: int, per_token: bool, device: torch.device
+        self,
+        language: ModuleGrid,
+        rank: int,
+        per_token: bool,
+        device: torch.device,
+        model: torch.nn.Module,
     ) -> None:
         self._per_token = per_token
         self._is_needed_here = per_token and rank in language.ranks
         self._is_counted_here = per_token and holds_a_distinct_count(language, rank)
-        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self._sum = torch.zeros((), dtype=torch.int64, device=device)
+        self._loss_gradient: torch.Tensor | None = None
+        if self._is_counted_here:
+            model.register_forward_hook(self._watch_output)
+
+    def _watch_output(self, _: Any, __: Any, returned: Any) -> None:
+        output = returned[0] if isinstance(returned, tuple) else returned
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(self._keep_norm)
+
+    def _keep_norm(self, gradient: torch.Tensor) -> None:
+        self._loss_gradient = torch.linalg.vector_norm(gradient)
 
     def check(self, num_tokens: torch.Tensor | None) -> None:
         """Refuse a count that is missing where the loss is per token, or the reverse."""
@@ -46,14 +69,21 @@ class NumTokens:
         if not self._per_token:
             return None
         if self._is_counted_here and num_tokens is not None:
-            self.total.copy_(num_tokens.reshape(()))
+            self._sum.copy_(num_tokens.reshape(()))
         else:
-            self.total.zero_()
-        return dist.all_reduce(self.total, async_op=True)
+            self._sum.zero_()
+        if self._loss_gradient is not None:
+            self._sum += (self._loss_gradient > 0) * _HAS_GRADIENT
+            self._loss_gradient = None
+        return dist.all_reduce(self._sum, async_op=True)
 
     def reciprocal(self) -> torch.Tensor:
         """1/N, a tensor without dims on the device; 1 where no token counts."""
-        return self.total.clamp(min=1).reciprocal()
+        return (self._sum % _HAS_GRADIENT).clamp(min=1).reciprocal()
+
+    def is_missing(self) -> torch.Tensor:
+        """Whether no rank counted a token and yet the loss has a gradient, on the device."""
+        return (self._sum >= _HAS_GRADIENT) & (self._sum % _HAS_GRADIENT == 0)
 
 
 def holds_a_distinct_count(language: ModuleGrid, rank: int) -> bool:

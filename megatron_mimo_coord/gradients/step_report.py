@@ -3,8 +3,8 @@
 Two mistakes leave no trace on the ranks that make them, or none on the others. Whoever reads the
 norms on the host sees them for nothing:
 
-- a loss function that returns no number of tokens, where the loss is per token: then N is 0, and
-  yet there are gradients. If all tokens are masked there are none;
+- a loss function that returns no number of tokens, where the loss is per token
+  (``num_tokens.py``);
 - an encoder's rank that is given the ``input_ids`` of a whole microbatch, or of another module's
   larger slice, where its own belongs: then it has just as many rows as that. Other numbers of rows
   are the trainer's affair: most layouts never read them.
@@ -18,6 +18,12 @@ from attrs import define, field
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.world.device import world_device
 
+_MISSES_TOKENS = (
+    "the loss is per token, but no rank reported a number of tokens, and the loss has a gradient, "
+    "which it would not have if all tokens were masked: return (loss, num_tokens, report) from the "
+    "loss function, with the sum of the losses and the number of unmasked tokens of the microbatch"
+)
+
 
 @define
 class StepReport:
@@ -28,22 +34,23 @@ class StepReport:
         here: modules on this rank.
 
     Attributes:
-        num_tokens: N of the step, summed over the world; None where the loss is no sum of tokens.
+        misses_tokens: whether nobody counted the tokens of the step, on the device; None where the
+            loss is no sum of tokens, or this was looked at.
         rows: of the last ``input_ids`` that this rank's modules were given; None if there were
             none, or their rows are no samples.
     """
 
     data_parallel_sizes: Mapping[str, int]
     here: Sequence[str]
-    num_tokens: torch.Tensor | None = field(default=None, init=False)
+    misses_tokens: torch.Tensor | None = field(default=None, init=False)
     rows: int | None = field(default=None, init=False)
 
     def pack(self) -> torch.Tensor:
         """Numbers of which each rank is to know the largest, in fp32 on the world's device."""
         modules = list(self.data_parallel_sizes)
         numbers = torch.full((1 + 2 * len(modules),), -torch.inf, device=world_device())
-        if self.num_tokens is not None:
-            numbers[0] = self.num_tokens == 0
+        if self.misses_tokens is not None:
+            numbers[0], self.misses_tokens = self.misses_tokens, None
         for name in self._readers():
             assert self.rows is not None
             samples = self.rows * self.data_parallel_sizes[name]
@@ -60,23 +67,27 @@ class StepReport:
         fewest = min(self.data_parallel_sizes[name] for name in self.here)
         return [name for name in self.here if self.data_parallel_sizes[name] == fewest]
 
-    def check(self, numbers: Sequence[float], has_gradients: bool) -> None:
+    def check_tokens(self) -> None:
+        """Look at the last step's, if no optimizer of Megatron's has: only then this waits.
+
+        Raises:
+            RuntimeError: nobody counted its tokens; on all ranks alike.
+        """
+        misses_tokens, self.misses_tokens = self.misses_tokens, None
+        if misses_tokens is not None and misses_tokens:
+            raise RuntimeError(_MISSES_TOKENS)
+
+    def check(self, numbers: Sequence[float]) -> None:
         """Say what is wrong, alike on every rank.
 
         Args:
             numbers: the largest of each, over all ranks.
-            has_gradients: whether any gradient of any module is not zero.
 
         Raises:
             RuntimeError: for either mistake.
         """
-        if numbers[0] > 0 and has_gradients:
-            raise RuntimeError(
-                "the loss is per token, but no rank reported a number of tokens, and the gradients "
-                "are not zero, as they would be if all tokens were masked: return (loss, "
-                "num_tokens, report) from the loss function, with the sum of the losses and the "
-                "number of unmasked tokens of the microbatch"
-            )
+        if numbers[0] > 0:
+            raise RuntimeError(_MISSES_TOKENS)
         most, least = numbers[1::2], [-number for number in numbers[2::2]]
         said = dict(zip(self.data_parallel_sizes, zip(least, most, strict=True), strict=True))
         for name, samples in said.items():

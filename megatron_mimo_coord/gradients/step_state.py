@@ -67,7 +67,10 @@ class StepState:
         self._enter(Phase.UNTOUCHED)
         for ddp in ddps:
             ddp.zero_grad_buffer = self._reporting_zeroing(type(ddp).zero_grad_buffer, ddp)
-        self._hook = model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._count_forward, with_kwargs=True),
+            model.register_forward_hook(self._watch_outputs),
+        ]
 
     @classmethod
     def shared(
@@ -88,7 +91,8 @@ class StepState:
         state: StepState | None = getattr(model, _SHARED, None)
         if state is None or state._ddps != list(ddps.values()):
             if state is not None:
-                state._hook.remove()
+                for hook in state._hooks:
+                    hook.remove()
             state = cls(model, list(ddps.values()), StepReport(data_parallel_sizes, list(ddps)))
             setattr(model, _SHARED, state)
         while wrapped is not model:
@@ -110,17 +114,17 @@ class StepState:
         if torch.is_grad_enabled():  # else it evaluates, and there will be nothing to finalize
             self._begun = True
 
-    def count_backward(self) -> None:
-        """The schedule's communicator has seen a backward pass end, on every rank alike."""
+    def count_backward(self, *_: Any) -> None:
+        """A backward pass was seen by our communicator, on every rank alike, or at an output."""
         self._backward_passes += 1
 
-    def finalized(self, num_tokens: torch.Tensor | None) -> None:
+    def finalized(self, misses_tokens: torch.Tensor | None) -> None:
         """The gradients are those of the one loss.
 
         Args:
-            num_tokens: N that they were divided by, None if the loss is a mean.
+            misses_tokens: whether nobody counted its tokens, None if the loss is a mean.
         """
-        self.report.num_tokens = num_tokens
+        self.report.misses_tokens = misses_tokens
         self._enter(Phase.FINALIZED)
 
     def watch(self, optimizer: Any) -> None:
@@ -150,6 +154,13 @@ class StepState:
             )
             has_rows = input_ids is not None and not is_packed and not is_assigned
             self.report.rows = len(input_ids) if has_rows else None
+
+    def _watch_outputs(self, _: Any, __: Any, returned: Any) -> None:
+        """Backward passes begin at them, also on a rank whose batch has no image."""
+        outputs = returned[0] if isinstance(returned, tuple) else returned
+        for output in outputs.values() if isinstance(outputs, Mapping) else [outputs]:
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                output.register_hook(self.count_backward)
 
     def _reporting_zeroing(
         self, zero: Callable[[Any], None], ddp: DistributedDataParallel
@@ -241,7 +252,7 @@ class StepState:
     def check_norms(self) -> None:
         """Refuse to measure gradients that nobody has finalized, or that an optimizer clipped."""
         self.check_finalized()
-        if self._phase is Phase.USED:
+        if self._phase is Phase.USED or (self._phase is Phase.FINALIZED and self._was_written):
             raise RuntimeError(
                 "grad_norms() was called after optimizer.step(), which has clipped the gradients: "
                 "call it between the schedule and optimizer.step()"

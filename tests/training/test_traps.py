@@ -1,16 +1,29 @@
 """Lines that a trainer forgets: each is told at once, on every rank, with the cure."""
 
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
+from math import nan
 from time import monotonic
 from typing import Any
 
 import pytest
+from attrs import evolve, frozen
 from cases import Case, built
-from layouts import COLOCATED, FAN_IN, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
+from layouts import COLOCATED, FAN_IN, FAN_OUT, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
 SKEWED = {"vision": (((1, 1, 0, 0), (1, 1, 1, 1)),)}
+
+
+@frozen(kw_only=True)
+class AuxiliaryLossCase(Case):
+    """A mixture of experts, whose auxiliary loss has a gradient where all tokens are masked too."""
+
+    def shape(self) -> Any:
+        shape = super().shape()
+        auxiliary = {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss"}
+        return evolve(shape, config={**shape.config, **auxiliary})
 
 
 class Trainer:
@@ -176,8 +189,9 @@ def _wrong_reports(case: Case, mistake: str) -> str:
         output, loss = _forward_step(case, coordinator, data, model)
         if mistake == "two values":
             return output, lambda losses: loss(losses)[::2]
-        if mistake == "all masked":
-            return output, lambda losses: (losses.sum() * 0, torch.tensor(0), loss(losses)[2])
+        if mistake in MASKED:
+            scale = MASKED[mistake]
+            return output, lambda losses: (losses.sum() * scale, torch.tensor(0), loss(losses)[2])
         return output, loss
 
     trainer.step()
@@ -192,12 +206,14 @@ def _wrong_reports(case: Case, mistake: str) -> str:
     said = said_by(
         partial(trainer.schedule, forward_step_func=forward_step), trainer.optimizer.step
     )
-    assert not said or all(map(torch.equal, before, model.parameters()))
+    if said or mistake == "all masked, not finite":
+        assert all(map(torch.equal, before, model.parameters()))
     trainer.step()
     trainer.end()
     return said
 
 
+MASKED = {"all masked": 0, "all masked, not finite": nan}
 TEXTS = {
     "whole input_ids": lambda whole, mine: whole,
     "flattened input_ids": lambda whole, mine: mine.flatten()[None],
@@ -253,6 +269,7 @@ def test_the_set_up_is_told_what_it_forgets():
 REPORTS = {
     "two values": "no rank reported a number of tokens",
     "all masked": "",
+    "all masked, not finite": "",
     "no inputs": "of input_ids its slice and not the whole microbatch",
     "whole input_ids": "module 'vision' has other samples than the language model: 4 on each of DP 2, where a microbatch has 4 in all",
     "flattened input_ids": "",
@@ -261,7 +278,7 @@ REPORTS = {
 
 @pytest.mark.parametrize("mistake", REPORTS)
 def test_mistakes_of_a_forward_step(mistake):
-    case = Case(modules=FAN_IN, per_token=PER_TOKEN, ddp=SHARDED)
+    case = AuxiliaryLossCase(modules=FAN_IN, per_token=PER_TOKEN, ddp=SHARDED, experts=4)
     for said in world(3).run("test_traps:_wrong_reports", case, mistake):
         assert REPORTS[mistake] in said
         assert bool(said) == bool(REPORTS[mistake])
@@ -287,7 +304,6 @@ def test_the_whole_text_where_a_rank_has_no_image_or_several_receivers(case):
 
 def _assigned_ahead(case: Case) -> None:
     """Images are assigned before gradients are zeroed; the text of all samples is no mistake."""
-    from attrs import evolve
     from cases import PATCHES, _forward_step, draw
 
     trainer = Trainer(case)
@@ -321,3 +337,79 @@ def _assigned_ahead(case: Case) -> None:
 
 def test_images_may_be_assigned_before_gradients_are_zeroed():
     world(3).run("test_traps:_assigned_ahead", Case(modules=FAN_IN, images=SKEWED))
+
+
+def _without_watched_optimizer(case: Case) -> dict[str, str]:
+    """What is said to a trainer whose optimizer the coordinator does not know."""
+    import cases
+    from cases import _data, _forward_step, run_schedule
+    from megatron.core.models.mimo.optimizer import get_mimo_optimizer
+    from megatron.core.optimizer import OptimizerConfig
+
+    infra, model, coordinator = built(case)
+    optimizer = get_mimo_optimizer(
+        model, OptimizerConfig(optimizer="adam", lr=0.01, clip_grad=0.01)
+    )
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+
+    def two_values(*args: Any) -> Any:
+        output, loss = _forward_step(*args)
+        return output, lambda losses: loss(losses)[::2]
+
+    def run() -> None:
+        coordinator.zero_grad_buffer()
+        run_schedule(case, model, coordinator, communicator, _data(case, 0))
+
+    said = {}
+    for name in ("right", "two values", "right again"):
+        with (
+            cases._replaced(cases, "_forward_step", two_values)
+            if name == "two values"
+            else nullcontext()
+        ):
+            said[name] = said_by(run, coordinator.grad_norms)
+        optimizer.step()
+    said["norms after the step"] = said_by(coordinator.grad_norms)
+    infra.destroy()
+    return said
+
+
+def test_an_optimizer_that_the_coordinator_does_not_know():
+    case = Case(modules=FAN_OUT, per_token=PER_TOKEN)
+    for said in world(3).run("test_traps:_without_watched_optimizer", case):
+        assert said.pop("right") == said.pop("two values") == ""
+        assert "no rank reported a number of tokens" in said.pop("right again")
+        assert "grad_norms() was called after optimizer.step()" in said.pop("norms after the step")
+
+
+def _with_megatron_communicator(case: Case, attached: bool) -> str:
+    """What is said of a forgotten attach, or else zero_grad_buffer, on ranks with and without images."""
+    from megatron.core.pipeline_parallel.multimodule_communicator import (
+        MultiModulePipelineCommunicator,
+    )
+
+    trainer = Trainer(case)
+    infra, coordinator = trainer.infra, trainer.coordinator
+    trainer.communicator = MultiModulePipelineCommunicator(
+        infra.module_to_grid_map,
+        infra.topology,
+        trainer.model.config,
+        dim_mapping={"s": 0, "b": 1, "h": 2},
+        module_output_ndim=infra.module_output_ndim,
+    )
+    if attached:
+        coordinator.attach(trainer.model.config, trainer.optimizer)
+        trainer.step()
+    said = said_by(trainer.schedule, coordinator.grad_norms)
+    trainer.end()
+    return said
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_megatrons_communicator_and_a_rank_without_images(attached):
+    case = Case(modules=LAYOUTS["equal"], images={"vision": (((1, 1, 0, 0),),)})
+    for said in world(4).run("test_traps:_with_megatron_communicator", case, attached):
+        assert (
+            "zero_grad_buffer() was not called" if attached else "call coordinator.attach("
+        ) in said
