@@ -92,14 +92,12 @@ def test_the_language_models_stages_exchange_no_shapes_either():
 
 def _without_waiting(case: Case) -> int:
     """Run a case with blocking launches; outside the model's own code no rank may wait."""
-    import os
+    from unittest.mock import patch
 
     import cases
     import torch
 
     from megatron_mimo_coord.cpu import host_sync
-
-    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
 
     def without(inside: list[bool], function: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
@@ -119,6 +117,7 @@ def _without_waiting(case: Case) -> int:
         return model
 
     with ExitStack() as stack:
+        stack.enter_context(patch.dict("os.environ", CUDA_LAUNCH_BLOCKING="1"))
         for owner, name, replacement in (
             (cases, "run_schedule", without([True], cases.run_schedule)),
             (cases, "_forward_step", without([], cases._forward_step)),
