@@ -156,28 +156,29 @@ def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) 
 
 def _over_gloo(new_group: Callable[..., Any]) -> Callable[..., Any]:
     def over_gloo(
-        ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any
+        ranks: Any = None, timeout: Any = None, backend: Any = None, *more: Any, **options: Any
     ) -> Any:
-        return new_group(ranks, timeout, "gloo" if backend == "nccl" else backend, **options)
+        return new_group(ranks, timeout, "gloo" if backend == "nccl" else backend, *more, **options)
 
     return over_gloo
 
 
-_inside_average: list[bool] = []
+_averaging_groups: list[str] = [""]
 
 
 @contextlib.contextmanager
-def _averaging() -> Iterator[None]:
-    _inside_average.append(True)
+def _averaging(group: Any) -> Iterator[None]:
+    world: Any = dist.group.WORLD
+    _averaging_groups.append((group or world).group_name)
     try:
         yield
     finally:
-        _inside_average.pop()
+        _averaging_groups.pop()
 
 
-def is_average() -> bool:
-    """Whether the sum that is launched now stands for an average."""
-    return bool(_inside_average)
+def averaging_group() -> str:
+    """The group on which an average is taken now, as a division and a sum; empty if none is."""
+    return _averaging_groups[-1]
 
 
 def _averaging_all_reduce(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,9 +187,9 @@ def _averaging_all_reduce(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
     def averaging(
         tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
-        if op == dist.ReduceOp.AVG:
-            tensor.div_(dist.get_world_size(group))
-            with _averaging():
+        if op == dist.ReduceOp.AVG and dist.get_rank(group) >= 0:
+            with _averaging(group):
+                tensor.div_(dist.get_world_size(group))
                 return all_reduce(tensor, group=group, async_op=async_op)
         return all_reduce(tensor, op=op, group=group, async_op=async_op)
 
@@ -203,9 +204,9 @@ def _averaging_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        if op == dist.ReduceOp.AVG:
-            input = input / dist.get_world_size(group)
-            with _averaging():
+        if op == dist.ReduceOp.AVG and dist.get_rank(group) >= 0:
+            with _averaging(group):
+                input = input / dist.get_world_size(group)
                 return reduce_scatter(output, input, group=group, async_op=async_op)
         return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
 

@@ -7,7 +7,7 @@ whether they do: it hangs, or errs.
 import torch
 
 from megatron_mimo_coord.cpu.device_tensors import is_on_device
-from megatron_mimo_coord.cpu.launches import Launch, Message, dtype_name
+from megatron_mimo_coord.cpu.launches import Launch, Message, dtype_name, memory_format
 from megatron_mimo_coord.cpu.location import caller
 from megatron_mimo_coord.cpu.process_groups import is_destroyed
 
@@ -79,7 +79,7 @@ def refuse_what_nccl_refuses(launch: Launch) -> None:
                 f"{start}: {what} is in the host's memory, and NCCL takes device tensors: make it "
                 f"for the device or move it there"
             )
-        if not tensor.is_contiguous():
+        if memory_format(tensor) is None:
             raise RuntimeError(
                 f"{start}: {what} is not contiguous, and NCCL takes contiguous tensors: call "
                 f".contiguous() first"

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from attrs import field, frozen, mutable
 
-from megatron_mimo_coord.cpu.cuda_means_cpu import is_average
+from megatron_mimo_coord.cpu.cuda_means_cpu import averaging_group
 from megatron_mimo_coord.cpu.device_tensors import tensors_in
 from megatron_mimo_coord.cpu.location import caller
 from megatron_mimo_coord.cpu.process_groups import Group
@@ -41,7 +41,7 @@ class Message:
         group_text: what people call it.
         operation: as in ``torch.distributed``.
         agree: what all ranks must say alike: (what, value).
-        sends: what the other rank is sent, each with (dtype, elements, tag).
+        sends: what the other rank is sent, each with (dtype, elements).
         takes: what it must send.
         where: the line.
     """
@@ -50,14 +50,14 @@ class Message:
     group_text: str
     operation: str
     agree: tuple[tuple[str, str], ...] = field(default=(), converter=_rows)
-    sends: tuple[tuple[str, int, int], ...] = field(default=(), converter=_rows)
-    takes: tuple[tuple[str, int, int], ...] = field(default=(), converter=_rows)
+    sends: tuple[tuple[str, str], ...] = field(default=(), converter=_rows)
+    takes: tuple[tuple[str, str], ...] = field(default=(), converter=_rows)
     where: str = ""
 
     def __str__(self) -> str:
         details = [f"{what} {value}" for what, value in self.agree]
         for verb, parts in (("sends", self.sends), ("takes", self.takes)):
-            details += [f"{verb} {count} {dtype}" for dtype, count, _ in parts]
+            details += [f"{verb} {count} {dtype}" for dtype, count in parts]
         told = f" ({', '.join(details)})" if details else ""
         return f"{self.operation}{told} on {self.group_text} at {self.where}"
 
@@ -135,7 +135,7 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
     if name in ("send", "recv"):
         index = given.get("dst", given.get("src"))
         others = [] if index is None else [(index, group.ranks[index])]
-        parts = tuple((dtype_name(each), each.numel(), given["tag"]) for each in tensors)
+        parts = tuple((dtype_name(each), _elements(each)) for each in tensors)
         for _, other in others:
             launch.messages[other] = message(**{"sends" if is_send else "takes": parts})
         return launch
@@ -152,7 +152,7 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
     if shared:
         agree.append(("dtype", ", ".join(sorted({dtype_name(each) for each in shared}))))
         if len({each.numel() for each in many}) <= 1 or tensors or "coalesced" in name:
-            agree.append(("elements", ", ".join(str(each.numel()) for each in shared)))
+            agree.append(("elements", ", ".join(map(_elements, shared))))
     if "reduce_op" in given:
         agree.append(("reduction", _reduction(given["reduce_op"])))
     if "root_rank" in given:
@@ -163,7 +163,7 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
 
 
 def _reduction(boxed: Any) -> str:
-    if is_average():
+    if averaging_group():
         return "AVG"
     if isinstance(boxed, torch.ScriptObject):
         if not hasattr(_ReduceOp, "unbox"):
@@ -175,14 +175,30 @@ def _reduction(boxed: Any) -> str:
 
 def _share(
     tensors: list[torch.Tensor], sizes: Sequence[int] | None, index: int, ranks: int
-) -> tuple[tuple[str, int, int], ...]:
+) -> tuple[tuple[str, str], ...]:
     """What one rank's part of an all-to-all is."""
     if sizes is None and len(tensors) == ranks:
-        return ((dtype_name(tensors[index]), tensors[index].numel(), 0),)
+        return ((dtype_name(tensors[index]), _elements(tensors[index])),)
     [tensor] = tensors
     rows = sizes[index] if sizes else len(tensor) // ranks
     row = tensor.numel() // max(len(tensor), 1)
-    return ((dtype_name(tensor), rows * row, 0),)
+    return ((dtype_name(tensor), str(rows * row)),)
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format | None:
+    """In which of PyTorch's formats a tensor is contiguous; None if in none."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for each in (torch.contiguous_format, formats.get(tensor.dim())):
+        if each is not None and tensor.is_contiguous(memory_format=each):
+            return each
+    return None
+
+
+def _elements(tensor: torch.Tensor) -> str:
+    """How many, and in which order if not in the usual one."""
+    order = memory_format(tensor)
+    is_usual = order is None or order is torch.contiguous_format
+    return str(tensor.numel()) if is_usual else f"{tensor.numel()} {str(order).split('.')[-1]}"
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

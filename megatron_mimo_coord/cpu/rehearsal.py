@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mimo_coord.cpu import process_groups
-from megatron_mimo_coord.cpu.cuda_means_cpu import NoStream
+from megatron_mimo_coord.cpu.cuda_means_cpu import NoStream, averaging_group
 from megatron_mimo_coord.cpu.device_tensors import (
     DeviceTensors,
     any_on_device,
@@ -41,7 +41,7 @@ from megatron_mimo_coord.cpu.launch_rules import refuse_what_nccl_refuses
 from megatron_mimo_coord.cpu.launches import Launch, read_launch
 from megatron_mimo_coord.cpu.peers import Peers
 from megatron_mimo_coord.cpu.process_groups import nccl_group
-from megatron_mimo_coord.cpu.works import end_of_step, works
+from megatron_mimo_coord.cpu.works import InFlight, end_of_step, works
 
 _C: Any = torch._C._distributed_c10d
 # Operators whose result's size or value the host must know.
@@ -111,6 +111,7 @@ class Rehearsal(TorchDispatchMode):
         self._peers: Peers | None = None
         self._batch: Launch | None = None
         self._wait = _quietly(_C.Work.wait)
+        self._new_group = distributed_c10d.new_group
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -137,8 +138,8 @@ class Rehearsal(TorchDispatchMode):
                 on_device = any_on_device(args) or (
                     operator.has_tensor_options and any_on_device(kwargs.values())
                 )
-                if works:
-                    works.check_use(_uses(operator, args, kwargs))
+                if works.in_flight:
+                    self._check_use(_uses(operator, args, kwargs), averaging_group())
                 if is_forbidden():
                     _check_sync(operator, args, kwargs, on_device)
             result = func(*args, **kwargs)
@@ -166,7 +167,9 @@ class Rehearsal(TorchDispatchMode):
             raise
         launch.timeout = partial(process_groups.timeout_of, process_group)
         uses = [(each, False) for each in launch.reads] + [(each, True) for each in launch.writes]
-        works.check_use(uses, group.name)
+        self._check_use(uses, group.name)
+        if launch.name in ("send", "recv"):
+            args = (*args[:-1], 0)  # the tag, which NCCL ignores
         if self._batch is None:
             self._peers.tell(launch)
         else:
@@ -178,8 +181,15 @@ class Rehearsal(TorchDispatchMode):
             self._finish(in_flight)
         return result
 
-    def _finish(self, in_flight: Any) -> None:
-        assert self._peers is not None
+    def _check_use(self, uses: list[tuple[torch.Tensor, bool]], group: str) -> None:
+        """Launches on one group come one after another; gloo's threads would not wait."""
+        for earlier in works.check_use(uses, group):
+            if earlier.launch is not self._batch:
+                self._finish(earlier)
+
+    def _finish(self, in_flight: InFlight) -> None:
+        if in_flight.is_finished or self._peers is None:
+            return
         self._peers.wait_for(in_flight.launch)
         self._wait(in_flight.work)
         in_flight.is_finished = True
@@ -198,6 +208,7 @@ class Rehearsal(TorchDispatchMode):
         for name in ("is_completed", "get_future", "synchronize"):
             yield _C.Work, name, _ends_flight(getattr(_C.Work, name))
         for module in (dist, distributed_c10d):
+            yield module, "new_group", self._new_group  # ``making_nccl_groups`` knows "nccl"
             yield (
                 module,
                 "init_process_group",
@@ -265,7 +276,7 @@ class Rehearsal(TorchDispatchMode):
                 self._batch = None
             self._peers.tell(batch)
             for work in all_of_them if _launches_block() else ():
-                self._finish(works.in_flight(work))
+                self._finish(works.in_flight[id(work)])
             return all_of_them
 
         return batched

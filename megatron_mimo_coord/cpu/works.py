@@ -27,16 +27,14 @@ class Works:
     """Everything that this rank has launched and not waited for.
 
     Attributes:
+        in_flight: what nobody waited for, by the identity of its work.
         problems: uses of tensors whose work was not waited for.
     """
 
     def __init__(self) -> None:
-        self._in_flight: dict[int, InFlight] = {}
+        self.in_flight: dict[int, InFlight] = {}
         self._seen_at_last_step: set[int] = set()
         self.problems: list[str] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._in_flight)
 
     def add(self, work: Any, launch: Launch, part: Launch) -> InFlight:
         """A launch has begun, or a part of a batch."""
@@ -47,44 +45,49 @@ class Works:
             writes=[_bytes_of(tensor) for tensor in part.writes],
             storages=[tensor.untyped_storage() for tensor in (*part.reads, *part.writes)],
         )
-        self._in_flight[id(work)] = each
+        self.in_flight[id(work)] = each
         return each
-
-    def in_flight(self, work: Any) -> InFlight:
-        """What a work in flight belongs to."""
-        return self._in_flight[id(work)]
 
     def waited_for(self, work: Any) -> InFlight | None:
         """Somebody waits for a work: what it belongs to, if it was in flight."""
-        return self._in_flight.pop(id(work), None)
+        return self.in_flight.pop(id(work), None)
 
-    def check_use(self, tensors: list[tuple[torch.Tensor, bool]], group: str = "") -> None:
+    def check_use(
+        self, tensors: list[tuple[torch.Tensor, bool]], group: str = ""
+    ) -> list[InFlight]:
         """Note a problem if a work in flight writes what is used here, or reads what is written.
 
         Args:
             tensors: what an operator uses, each with whether it writes to it.
             group: name of the group that it launches on: launches on one group keep their order.
+
+        Returns:
+            What was launched before on that group and uses the same memory.
         """
+        earlier = []
         for tensor, is_written in tensors:
             used = _bytes_of(tensor)
-            for each in list(self._in_flight.values()):
-                if each.launch.group.name == group:
-                    continue
+            for each in list(self.in_flight.values()):
                 busy = each.writes + each.reads if is_written else each.writes
-                if any(_overlap(used, other) for other in busy):
+                if not any(_overlap(used, other) for other in busy):
+                    continue
+                if each.launch.group.name == group:
+                    earlier.append(each)
+                else:
                     self._note(each, "written" if is_written else "used")
+        return earlier
 
     def _note(self, each: InFlight, how: str) -> None:
-        self._in_flight.pop(id(each.work))
+        self.in_flight.pop(id(each.work))
         self.problems.append(
             f"nobody waited for {each.launch} before its tensor was {how} at {caller()}"
         )
 
     def end_step(self) -> list[str]:
         """The problems of a step. What stays in flight untouched for a whole step is forgotten."""
-        for key in self._seen_at_last_step & set(self._in_flight):
-            del self._in_flight[key]
-        self._seen_at_last_step = set(self._in_flight)
+        for key in self._seen_at_last_step & set(self.in_flight):
+            del self.in_flight[key]
+        self._seen_at_last_step = set(self.in_flight)
         problems, self.problems = self.problems, []
         return problems
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -98,12 +99,18 @@ def _order(rank: int, group: Any) -> None:
         work.wait()
 
 
+def _format(rank: int, group: Any) -> None:
+    image = device(2, 3, 4, 4)
+    dist.all_reduce(image.to(memory_format=torch.channels_last) if rank else image, group=group)
+
+
 BROKEN = {
     _host_tensor: r"shape \(3,\) and dtype float32 is in the host's memory",
     _strided: r"shape \(2, 3\) and dtype float32 is not contiguous",
     _dtype: r"dtype differs: rank (0|1) launches all_reduce .*float32.* and rank (0|1) launches .*int32",
     _unknown_dtype: r"NCCL does not know this dtype",
     _size: r"elements differs: .*broadcast .*elements 3.*broadcast .*elements 4",
+    _format: r"elements differs: .*elements 96[^ ].*elements 96 channels_last",
     _reduction: r"reduction differs: .*SUM.*AVG",
     _root: r"root differs: .*root rank 0.*root rank 1",
     _operation: r"the operations differ: .*all_reduce.* all_gather_into_tensor",
@@ -142,6 +149,57 @@ def test_ranks_that_launch_together_launch_the_same():
                 assert "rank 0" in message and "rank 1" in message
     # Only rank 1 had the tensor; rank 0 hears why it waits in vain.
     assert answers[0][0].startswith("RuntimeError: rank 1 stopped: ")
+
+
+def _fine_together() -> dict[str, str]:
+    """What NCCL takes; each on a group of its own."""
+    rank = dist.get_rank()
+    image = device(2, 3, 4, 4).add(rank).to(memory_format=torch.channels_last)
+    total = device(3) + 2 * rank
+
+    def average_twice(group: Any) -> None:
+        options: dict[str, Any] = {"op": dist.ReduceOp.AVG, "group": group, "async_op": True}
+        for work in [dist.all_reduce(total, **options) for _ in range(2)]:
+            work.wait()
+        end_of_step()
+        assert total.tolist() == [1.0] * 3
+
+    def pass_on(group: Any) -> None:
+        tensors = device(3) + 1, device(3) + 2
+        for tag, tensor in enumerate(tensors):
+            if rank:
+                dist.recv(tensor.zero_(), group_src=0, group=group, tag=5 - tag)
+            else:
+                dist.send(tensor, group_dst=1, group=group, tag=tag)
+        assert [tensor[0].item() for tensor in tensors] == [1.0, 2.0]
+
+    def reduce_images(group: Any) -> None:
+        dist.all_reduce(image, group=group)
+        assert (image == 1).all()
+
+    fine = (reduce_images, average_twice, pass_on)
+    seconds = timedelta(seconds=30)
+    return {
+        each.__name__: message_of(
+            lambda each=each: each(dist.new_group([0, 1], seconds, "nccl", None))
+        )
+        for each in fine
+    }
+
+
+def test_ranks_may_launch_what_nccl_takes():
+    for answers in world(2).run(_fine_together):
+        assert not any(answers.values()), answers
+
+
+def _made_for_nccl() -> list[str]:
+    groups = (dist.new_group(backend="nccl"), dist.new_group([0], None, "nccl", None))
+    return [message_of(lambda g=each: dist.all_reduce(torch.zeros(3), group=g)) for each in groups]
+
+
+def test_a_group_made_for_nccl_is_nccls():
+    [messages] = world(1).run(_made_for_nccl)
+    assert all("host's memory" in message for message in messages)
 
 
 # -- waiting for ever ------------------------------------------------------------------------------
