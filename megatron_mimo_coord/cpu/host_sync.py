@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_mimo_coord.cpu.location import caller
+from megatron_mimo_coord.cpu.location import caller, this_rank
 
 _inside: list[bool] = []
 
@@ -49,6 +49,6 @@ def waits_for_device(what: str) -> None:
     """Called wherever the host would wait for a GPU."""
     if _inside:
         raise RuntimeError(
-            f"{what} at {caller()} makes the host wait for the device, inside no_host_sync(): "
-            f"keep the value on the device, or read it later"
+            f"rank {this_rank()}: {what} at {caller()} makes the host wait for the device, inside "
+            f"no_host_sync(): keep the value on the device, or read it later"
         )

@@ -66,23 +66,39 @@ def refuse_what_nccl_refuses(launch: Launch) -> None:
     """Raise for tensors and groups that NCCL would not take.
 
     Raises:
-        RuntimeError: a tensor is on the host, not contiguous or of a dtype that NCCL lacks, or the
-            group was destroyed.
+        RuntimeError: a tensor is on the host, not contiguous or of a dtype that NCCL lacks, NCCL
+            has no such operation or reduction, or the group was destroyed.
     """
-    start = f"{launch.name} on {launch.group} at {caller()}"
+    reason = _reason_to_refuse(launch)
+    if reason:
+        others = ", ".join(map(str, sorted(launch.messages)))
+        several = len(launch.messages) > 1
+        waiting = f"; rank{'s' * several} {others} wait{'s' * (not several)} for it"
+        raise RuntimeError(
+            f"rank {launch.rank} launches {launch.name} on {launch.group} at {caller()}: {reason}"
+            f"{waiting if others else ''}"
+        )
+
+
+def _reason_to_refuse(launch: Launch) -> str:
     if is_destroyed(launch.group):
-        raise RuntimeError(f"{start}: the group was destroyed before")
+        return "the group was destroyed before"
+    if launch.name == "recv from any rank":
+        return "NCCL receives from a rank that is named: give src"
+    if launch.reduction in ("BAND", "BOR", "BXOR"):
+        return f"NCCL has no reduction {launch.reduction}"
     for tensor in (*launch.reads, *launch.writes):
         what = f"a tensor of shape {tuple(tensor.shape)} and dtype {dtype_name(tensor)}"
         if not is_on_device(tensor):
-            raise RuntimeError(
-                f"{start}: {what} is in the host's memory, and NCCL takes device tensors: make it "
-                f"for the device or move it there"
+            return (
+                f"{what} is in the host's memory, and NCCL takes device tensors: make it for the "
+                f"device or move it there"
             )
         if memory_format(tensor) is None:
-            raise RuntimeError(
-                f"{start}: {what} is not contiguous, and NCCL takes contiguous tensors: call "
-                f".contiguous() first"
+            return (
+                f"{what} is not contiguous, and NCCL takes contiguous tensors: call .contiguous() "
+                f"first"
             )
         if tensor.dtype not in NCCL_DTYPES:
-            raise RuntimeError(f"{start}: {what}: NCCL does not know this dtype")
+            return f"{what}: NCCL does not know this dtype"
+    return ""

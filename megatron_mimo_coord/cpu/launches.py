@@ -24,7 +24,7 @@ NAMES = {
     "reduce_scatter_tensor_coalesced_": "coalesced reduce_scatter_tensor",
     "alltoall_": "all_to_all",
     "alltoall_base_": "all_to_all_single",
-    "recv_any_source_": "recv",
+    "recv_any_source_": "recv from any rank",
 }
 
 
@@ -69,6 +69,8 @@ class Launch:
     Args:
         group: the process group.
         name: of the operation.
+        rank: this rank.
+        reduction: such as SUM, where the operation reduces.
         messages: for each other rank concerned, what must agree.
         reads: tensors that it reads.
         writes: tensors that it writes.
@@ -78,6 +80,8 @@ class Launch:
 
     group: Group
     name: str
+    rank: int
+    reduction: str = ""
     messages: dict[int, Message] = field(factory=dict)
     reads: list[torch.Tensor] = field(factory=list)
     writes: list[torch.Tensor] = field(factory=list)
@@ -122,6 +126,8 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
     launch = Launch(
         group=group,
         name=name,
+        rank=rank,
+        reduction=_reduction(given["reduce_op"]) if "reduce_op" in given else "",
         reads=inputs + (tensors if is_send else []),
         writes=outputs + ([] if is_send else tensors),
     )
@@ -153,8 +159,8 @@ def read_launch(group: Group, rank: int, func: Any, args: Sequence[Any]) -> Laun
         agree.append(("dtype", ", ".join(sorted({dtype_name(each) for each in shared}))))
         if len({each.numel() for each in many}) <= 1 or tensors or "coalesced" in name:
             agree.append(("elements", ", ".join(map(_elements, shared))))
-    if "reduce_op" in given:
-        agree.append(("reduction", _reduction(given["reduce_op"])))
+    if launch.reduction:
+        agree.append(("reduction", launch.reduction))
     if "root_rank" in given:
         agree.append(("root", f"rank {group.ranks[given['root_rank']]}"))
     one = message(agree=tuple(agree))

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 _HERE = str(Path(__file__).parent) + os.sep
 _TORCH = f"{os.sep}torch{os.sep}"
 
@@ -17,6 +19,11 @@ def caller() -> str:
             break
         frame = frame.f_back
     return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def this_rank() -> int:
+    """This rank of the world."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def _short(path: str) -> str:

@@ -53,6 +53,11 @@ class Peer:
     stopped: str = ""
     is_gone: bool = False
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether it launches nothing any more."""
+        return self.is_gone or bool(self.stopped)
+
 
 class Peers:
     """The other ranks of the world.
@@ -95,6 +100,36 @@ class Peers:
             listener.close()
         return cls(rank, connections)
 
+    def end(self, timeout: float) -> None:
+        """Tell that this rank launches no more, and ask the others whether they did all of theirs.
+
+        Args:
+            timeout: seconds to wait for ranks that still owe a launch.
+
+        Raises:
+            RuntimeError: one of two ranks launched what the other never did.
+        """
+        everybody = list(self._peers.values())
+        for peer in everybody:
+            self._send(peer, ["ended"])
+        started = monotonic()
+        self._hear(everybody, 0)
+        self._compare(everybody)
+        while owing := [each for each in everybody if each.mine and not each.has_stopped]:
+            if monotonic() - started > timeout:
+                break
+            self._hear(owing, MOMENT)
+            self._compare(owing)
+        for peer in everybody:
+            for launches, one, other in (
+                (peer.mine, self.rank, peer.rank),
+                (peer.theirs, peer.rank, self.rank),
+            ):
+                if launches and isinstance(launches[0], Message):
+                    raise RuntimeError(
+                        f"rank {one} launched {launches[0]}, and rank {other} never did"
+                    )
+
     def close(self) -> None:
         """The world is gone."""
         for peer in self._peers.values():
@@ -132,7 +167,7 @@ class Peers:
             self._compare(missing)
             missing = self._missing(launch)
             for peer in missing:
-                if peer.is_gone or peer.stopped:
+                if peer.has_stopped:
                     why = f"stopped: {peer.stopped}" if peer.stopped else "has ended"
                     self._fail(f"{self._waiting(launch, missing)}, which {why}")
             now = monotonic()
@@ -211,7 +246,7 @@ class Peers:
             except BlockingIOError:  # it may be trying to tell us something
                 self._hear(list(self._peers.values()), 0.01)
             except (BrokenPipeError, ConnectionResetError):
-                peer.is_gone = True
+                return  # what it said before is still to be heard
 
     def _hear(self, peers: list[Peer], seconds: float) -> None:
         """Read what has arrived from some ranks; wait for something to arrive."""
@@ -221,8 +256,8 @@ class Peers:
             try:
                 data = connection.recv(1 << 16)
             except ConnectionResetError:
-                data = b""
-            peer.is_gone = not data
+                continue  # told once; what it said before is still to be heard
+            peer.is_gone = peer.is_gone or not data
             *lines, peer.buffer = (peer.buffer + data).split(b"\n")
             for line in lines:
                 self._understand(peer, *json.loads(line))
@@ -231,6 +266,8 @@ class Peers:
         if kind == "waits":
             waits_for, told, what = parts
             peer.note = Note(_by_rank(waits_for), _by_rank(told), what)
+        elif kind == "ended":
+            peer.is_gone = True
         elif kind == "stopped":
             [peer.stopped] = parts
         else:

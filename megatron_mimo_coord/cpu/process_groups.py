@@ -55,6 +55,11 @@ def forget_all() -> None:
     _destroyed.clear()
 
 
+def destroyed_all() -> None:
+    """The world was destroyed, and all its groups."""
+    _destroyed.update(_groups)
+
+
 def destroyed(group: Any) -> None:
     """``destroy_process_group`` was called for it."""
     _destroyed.add(group.group_name)

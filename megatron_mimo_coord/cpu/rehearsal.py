@@ -11,6 +11,8 @@ On every process group that would be NCCL's
 - a work is waited for before its tensors are used (``works.py``);
 
 and inside ``no_host_sync()`` nothing makes the host wait for the device (``host_sync.py``).
+
+Not seen are functional collectives (``_c10d_functional``), and what other threads launch.
 """
 
 import os
@@ -40,7 +42,7 @@ from megatron_mimo_coord.cpu.host_sync import is_forbidden, waits_for_device
 from megatron_mimo_coord.cpu.launch_rules import refuse_what_nccl_refuses
 from megatron_mimo_coord.cpu.launches import Launch, read_launch
 from megatron_mimo_coord.cpu.peers import Peers
-from megatron_mimo_coord.cpu.process_groups import nccl_group
+from megatron_mimo_coord.cpu.process_groups import is_destroyed, nccl_group
 from megatron_mimo_coord.cpu.works import InFlight, end_of_step, works
 
 _C: Any = torch._C._distributed_c10d
@@ -109,6 +111,7 @@ class Rehearsal(TorchDispatchMode):
         self.device_tensors = DeviceTensors()
         self._operators: dict[Any, Operator] = {}
         self._peers: Peers | None = None
+        self._rank = 0
         self._batch: Launch | None = None
         self._wait = _quietly(_C.Work.wait)
         self._new_group = distributed_c10d.new_group
@@ -151,10 +154,10 @@ class Rehearsal(TorchDispatchMode):
 
     def _launch(self, func: Any, args: Any, kwargs: Any) -> Any:
         process_group = _process_group(args)
-        group = nccl_group(process_group) if self._peers and process_group else None
-        if group is None or self._peers is None:
+        group = nccl_group(process_group) if process_group else None
+        if group is None or (self._peers is None and not is_destroyed(group)):
             return func(*args, **kwargs)
-        launch = read_launch(group, self._peers.rank, func, args)
+        launch = read_launch(group, self._rank, func, args)
         if launch.name == "barrier":
             waits_for_device("barrier")
         tensors = (*launch.reads, *launch.writes)
@@ -163,8 +166,10 @@ class Rehearsal(TorchDispatchMode):
         try:
             refuse_what_nccl_refuses(launch)
         except RuntimeError as error:
-            self._peers.tell_refusal(launch, str(error))
+            if self._peers is not None:
+                self._peers.tell_refusal(launch, str(error))
             raise
+        assert self._peers is not None
         launch.timeout = partial(process_groups.timeout_of, process_group)
         uses = [(each, False) for each in launch.reads] + [(each, True) for each in launch.writes]
         self._check_use(uses, group.name)
@@ -205,8 +210,12 @@ class Rehearsal(TorchDispatchMode):
         for owner in (torch.cuda, NoStream):
             yield owner, "synchronize", lambda *args: waits_for_device("synchronize")
         yield _C.Work, "wait", self._waiting()
-        for name in ("is_completed", "get_future", "synchronize"):
+        for name in ("is_completed", "synchronize"):
             yield _C.Work, name, _ends_flight(getattr(_C.Work, name))
+        yield _C.Work, "get_future", _giving_future(_C.Work.get_future)
+        for name in ("wait", "value", "then", "add_done_callback"):
+            original = getattr(torch._C.Future, name)
+            yield torch._C.Future, name, self._through_future(original, waits=name == "wait")
         for module in (dist, distributed_c10d):
             yield module, "new_group", self._new_group  # ``making_nccl_groups`` knows "nccl"
             yield (
@@ -238,28 +247,43 @@ class Rehearsal(TorchDispatchMode):
 
         return wait
 
+    def _through_future(self, original: Callable[..., Any], waits: bool) -> Callable[..., Any]:
+        def method(future: Any, *args: Any) -> Any:
+            in_flight = works.of_future(future)
+            if in_flight is not None:
+                works.waited_for(in_flight.work)
+                if waits and self._peers is not None:
+                    self._peers.wait_for(in_flight.launch)
+            return original(future, *args)
+
+        return method
+
     def _connecting(self, init: Callable[..., None]) -> Callable[..., None]:
         @wraps(init)
         def init_process_group(*args: Any, device_id: Any = None, **options: Any) -> None:
             process_groups.forget_all()
             init(*args, **options)
             self._peers = Peers.connect()
+            self._rank = self._peers.rank
 
         return init_process_group
 
     def _destroying(self, destroy: Callable[..., None]) -> Callable[..., None]:
         @wraps(destroy)
         def destroy_process_group(group: Any = None) -> None:
+            is_world = group is None or group is dist.group.WORLD
             try:
                 end_of_step()
+                if is_world and self._peers is not None:
+                    self._peers.end(process_groups.timeout_of(dist.group.WORLD))
             finally:
-                is_world = group is None or group is dist.group.WORLD
                 destroy(group)
                 if not is_world and isinstance(group, dist.ProcessGroup):
                     process_groups.destroyed(group)
                 elif is_world and self._peers is not None:
                     self._peers.close()
                     self._peers = None
+                    process_groups.destroyed_all()
 
         return destroy_process_group
 
@@ -269,7 +293,7 @@ class Rehearsal(TorchDispatchMode):
             group = nccl_group(operations[0].group or dist.group.WORLD) if operations else None
             if group is None or self._peers is None:
                 return batch_isend_irecv(operations)
-            batch = self._batch = Launch(group, "batch_isend_irecv")
+            batch = self._batch = Launch(group, "batch_isend_irecv", self._rank)
             try:
                 all_of_them = batch_isend_irecv(operations)
             finally:
@@ -298,6 +322,17 @@ def _ends_flight(original: Callable[..., Any]) -> Callable[..., Any]:
         if result is not False:
             works.waited_for(work)
         return result
+
+    return method
+
+
+def _giving_future(get_future: Callable[..., Any]) -> Callable[..., Any]:
+    def method(work: Any) -> Any:
+        future = get_future(work)
+        in_flight = works.in_flight.get(id(work))
+        if in_flight is not None:
+            in_flight.futures.append(future)
+        return future
 
     return method
 

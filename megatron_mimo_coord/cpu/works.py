@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, field
 
 from megatron_mimo_coord.cpu.launches import Launch
 from megatron_mimo_coord.cpu.location import caller
@@ -20,6 +20,7 @@ class InFlight:
     reads: list[Range]
     writes: list[Range]
     storages: list[Any]  # kept alive: their identity is in the ranges
+    futures: list[Any] = field(factory=list)
     is_finished: bool = False
 
 
@@ -52,6 +53,13 @@ class Works:
         """Somebody waits for a work: what it belongs to, if it was in flight."""
         return self.in_flight.pop(id(work), None)
 
+    def of_future(self, future: Any) -> InFlight | None:
+        """What a future of ``Work.get_future`` belongs to, if it is in flight."""
+        for each in self.in_flight.values():
+            if any(future is other for other in each.futures):
+                return each
+        return None
+
     def check_use(
         self, tensors: list[tuple[torch.Tensor, bool]], group: str = ""
     ) -> list[InFlight]:
@@ -80,7 +88,8 @@ class Works:
     def _note(self, each: InFlight, how: str) -> None:
         self.in_flight.pop(id(each.work))
         self.problems.append(
-            f"nobody waited for {each.launch} before its tensor was {how} at {caller()}"
+            f"rank {each.launch.rank}: nobody waited for {each.launch} before its tensor was {how} "
+            f"at {caller()}"
         )
 
     def end_step(self) -> list[str]:

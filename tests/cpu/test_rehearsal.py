@@ -99,6 +99,18 @@ def _order(rank: int, group: Any) -> None:
         work.wait()
 
 
+def _bitwise(rank: int, group: Any) -> None:
+    op = (dist.ReduceOp.BAND, dist.ReduceOp.BXOR)[rank]
+    dist.all_reduce(device(3, dtype=torch.int32), op=op, group=group)
+
+
+def _any_source(rank: int, group: Any) -> None:
+    if rank:
+        dist.recv(device(3), None, group=group)
+    else:
+        dist.send(device(3), group_dst=1, group=group)
+
+
 def _format(rank: int, group: Any) -> None:
     image = device(2, 3, 4, 4)
     dist.all_reduce(image.to(memory_format=torch.channels_last) if rank else image, group=group)
@@ -110,6 +122,8 @@ BROKEN = {
     _dtype: r"dtype differs: rank (0|1) launches all_reduce .*float32.* and rank (0|1) launches .*int32",
     _unknown_dtype: r"NCCL does not know this dtype",
     _size: r"elements differs: .*broadcast .*elements 3.*broadcast .*elements 4",
+    _bitwise: r"NCCL has no reduction B(AND|XOR)",
+    _any_source: r"rank 1 launches recv from any rank .*rank 0 waits for it",
     _format: r"elements differs: .*elements 96[^ ].*elements 96 channels_last",
     _reduction: r"reduction differs: .*SUM.*AVG",
     _root: r"root differs: .*root rank 0.*root rank 1",
@@ -145,8 +159,7 @@ def test_ranks_that_launch_together_launch_the_same():
             parts = BROKEN[broken].split(".*")
             assert all(re.search(part, message) for part in parts), (broken, message)
             assert "test_rehearsal.py:" in message, "the line"
-            if broken not in (_host_tensor, _strided, _unknown_dtype):
-                assert "rank 0" in message and "rank 1" in message
+            assert "rank 0" in message and "rank 1" in message
     # Only rank 1 had the tensor; rank 0 hears why it waits in vain.
     assert answers[0][0].startswith("RuntimeError: rank 1 stopped: ")
 
@@ -264,6 +277,27 @@ def test_a_rank_that_ends_is_named():
     assert (
         "rank 0 waits in all_reduce" in errors[0][1] and "rank 1, which has ended" in errors[0][1]
     )
+
+
+def _launched_alone() -> list[str]:
+    """Nobody waits for it; and what is left of the world is none."""
+    group = dist.new_group()
+    for _ in range(2):
+        dist.all_reduce(device(1), group=group)
+    if dist.get_rank() == 0:
+        dist.all_reduce(device(1), async_op=True)
+    told = message_of(dist.destroy_process_group)
+    return [told, message_of(lambda: group.allreduce([device(1)]).wait())]
+
+
+def test_a_launch_of_one_rank_alone_is_told_in_the_end():
+    try:
+        answers = world(2).run(_launched_alone)
+    finally:
+        world(2).kill()
+    for rank, (told, by_group) in enumerate(answers):
+        assert re.search(r"rank 0 launched all_reduce .*, and rank 1 never did", told)
+        assert re.search(rf"rank {rank} launches .* was destroyed before; .*waits for it", by_group)
 
 
 # -- on one rank -----------------------------------------------------------------------------------
@@ -447,6 +481,22 @@ def _works() -> list[str]:
     return [*told, message_of(end_of_step)]
 
 
+def _works_of_operators_and_futures() -> list[str]:
+    tensor, told = device(4), []
+    for use in (
+        lambda work: torch.add(device(4), 1, out=tensor),
+        lambda work: _twice(tensor),
+        lambda work: work.get_future() and tensor + 1,
+        lambda work: (work.get_future().wait(), tensor + 1),
+        lambda work: (work.get_future().then(lambda future: None), tensor + 1),
+    ):
+        work = dist.all_reduce(tensor, async_op=True)
+        use(work)
+        told.append(message_of(end_of_step))
+        work.wait()
+    return told
+
+
 def _destroyed() -> list[str]:
     """Through its own method and through a function."""
     group = dist.new_group(group_desc="the group of a test")
@@ -468,7 +518,9 @@ def _private() -> list[str]:
 def test_reading_a_device_tensor_without_host_sync():
     [messages] = world(1).run(_sync)
     for name, message in messages.items():
-        assert re.search(r"at .*test_rehearsal.py:\d+ makes the host wait", message), name
+        assert re.search(r"rank 0: .* at .*test_rehearsal.py:\d+ makes the host wait", message), (
+            name
+        )
 
 
 def test_which_tensors_are_the_devices():
@@ -477,9 +529,13 @@ def test_which_tensors_are_the_devices():
 
 def test_a_work_is_waited_for_before_its_tensor_is_used():
     [[fine, used, also_fine, written, nothing]] = world(1).run(_works)
-    assert (fine, also_fine, nothing) == ("", "", "")
-    for message, how in ((used, "used"), (written, "written")):
-        assert re.search(rf"nobody waited for .* before its tensor was {how} at .*:\d+", message)
+    [[out, operator, future, *waited]] = world(1).run(_works_of_operators_and_futures)
+    assert (fine, also_fine, nothing, *waited) == ("",) * 5
+    told = ((used, "used"), (written, "written"), (out, "written"), (operator, "used"))
+    for message, how in (*told, (future, "used")):
+        assert re.search(
+            rf"rank 0: nobody waited for .* before its tensor was {how} at .*:\d+", message
+        )
 
 
 def test_a_group_is_not_used_after_it_was_destroyed():
