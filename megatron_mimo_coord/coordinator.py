@@ -559,7 +559,8 @@ class MultiModuleCoordinator:
         files are read and compared with the digests that were written with them.
 
         Args:
-            folder: what :meth:`save_checkpoint` was given.
+            folder: what :meth:`save_checkpoint` was given. Until the first checkpoint is there,
+                nothing else may be in it.
             optimizer: what :meth:`build_optimizer` made; None loads the weights alone, also into
                 the fp32 copies of optimizers that :meth:`build_optimizer` made or :meth:`attach`
                 was given. Any other optimizer is to be made after loading.

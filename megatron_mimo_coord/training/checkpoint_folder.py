@@ -50,7 +50,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names of what is in a folder and no checkpoint of this package, whole or unfinished.
+    """Names of what is in a folder that has no checkpoint of this package, whole or unfinished.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -59,7 +59,7 @@ def foreign_files(folder: Path) -> list[str]:
         return []
     names = sorted(path.name for path in Path(folder).iterdir())
     ours = re.compile(rf"{_NAME.pattern}(\..*)?")
-    return [name for name in names if not ours.fullmatch(name)]
+    return [] if any(ours.fullmatch(name) for name in names) else names
 
 
 @frozen

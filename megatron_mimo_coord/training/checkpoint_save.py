@@ -69,7 +69,7 @@ class CheckpointSave:
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
     _written: threading.Event = field(factory=threading.Event, init=False, repr=False)
     _abandoned: threading.Event = field(factory=threading.Event, init=False, repr=False)
-    _errors: list[BaseException] = field(factory=list, init=False, repr=False)
+    _errors: list[str] = field(factory=list, init=False, repr=False)
     _failure: str = field(default="", init=False, repr=False)
 
     @property
@@ -153,8 +153,8 @@ class CheckpointSave:
             if self.rank == 0 and not self._abandoned.is_set():
                 self._finish()
         except BaseException as error:  # nobody hears it in a thread: told by wait
-            self._errors.append(error)
-            logger.error("the checkpoint %s could not be written: %r", self.path, error)
+            self._errors.append(f"{type(error).__name__}: {error}")
+            logger.error("the checkpoint %s could not be written: %s", self.path, self._errors[0])
         finally:
             self._written.set()
 
@@ -163,22 +163,23 @@ class CheckpointSave:
         try:
             action()
         except Exception as error:  # told by wait, which every save and load begins with
-            self._errors.append(error)
+            self._errors.append(f"{type(error).__name__}: {error}")
 
     def _report(self) -> RankFacts:
-        return RankFacts({}, {}, [f"{type(each).__name__}: {each}" for each in self._errors])
+        return RankFacts({}, {}, self._errors)
 
     def _write(self) -> None:
         """This rank's part: a file of tensors, one of random states, and the list of both."""
         folder, rank = self._folder, self.rank
+        chunks, self.chunks = self.chunks, []  # nothing holds their memory, also after an error
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} was made, but not here: all ranks must share it")
         file = ChunkFile(folder / f"__{rank}_0.distcp")
-        tensors = [file.write_tensor(chunk) for chunk in self.chunks]
+        tensors = [file.write_tensor(chunk) for chunk in chunks]
         objects = [file.write_object(key, value) for key, value in self.objects.items()]
         if rank == 0:  # what Megatron's load looks for; here it is in the manifest
             objects.append(file.write_object("common_state/shard_0_1", {"iteration": self.step}))
-        self.chunks, self.objects = [], {}
+        self.objects = {}
         files = {f"__{rank}_0.distcp": file.close()}
         states = folder / random_states_name(rank)
         folders.write_durably(states, json.dumps(self.random_states))

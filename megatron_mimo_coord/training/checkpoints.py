@@ -34,8 +34,8 @@ from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 logger = logging.getLogger(__name__)
 
 
-_last_by_folder: dict[Path, CheckpointSave] = {}
-"""What this process wrote last into each folder, whichever coordinator did."""
+_in_background: dict[Path, CheckpointSave] = {}
+"""What this process writes into each folder, whichever coordinator does."""
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -88,14 +88,16 @@ class Checkpoints:
         if saving.is_whole:
             return saving
         saving.start(attempt=flags[0], background=background)
-        self._last = _last_by_folder[folder] = saving
-        if not background:
+        self._last = saving
+        if background:
+            _in_background[folder] = saving
+        else:
             saving.wait()
         return saving
 
     def _wait(self, folder: Path) -> None:
         """Wait for what is being written by this coordinator, or into the folder by another."""
-        for saving in (self._last, _last_by_folder.get(folder)):
+        for saving in (self._last, _in_background.pop(folder, None)):
             if saving is not None and not saving.is_over:
                 saving.wait()
 

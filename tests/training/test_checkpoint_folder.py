@@ -78,10 +78,17 @@ def test_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000020", "step-00000025.b.unfinished"]
     assert folders.whole_steps(tmp_path) == [20]
     assert folders.foreign_files(tmp_path) == []
-    (tmp_path / "step-30").mkdir()
-    assert folders.foreign_files(tmp_path) == ["step-30"], "another's way to name them"
     make(tmp_path, 123_456_789)
     assert folders.whole_steps(tmp_path) == [20, 123_456_789]
+
+
+def test_a_folder_without_our_checkpoints_is_foreign_if_it_has_anything(tmp_path):
+    assert folders.foreign_files(tmp_path / "nowhere") == folders.foreign_files(tmp_path) == []
+    (tmp_path / "step-30").mkdir()  # as others name them
+    assert folders.whole_steps(tmp_path) == []
+    assert folders.foreign_files(tmp_path) == ["step-30"]
+    folders.begin(tmp_path, 25, attempt=10)  # killed before its first checkpoint was whole
+    assert folders.foreign_files(tmp_path) == []
 
 
 def test_damage_is_found(tmp_path):
