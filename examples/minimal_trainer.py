@@ -68,7 +68,7 @@ def train(folder, steps):
     def forward_step(seeds, model):
         batch, here = draw(next(seeds)), infra.participating_modules
         mine = {n: batch[coordinator.data_parallel_slice(MICRO_BATCH_SIZE, n)] for n in here}
-        tokens = mine.get("language", mine[here[0]])  # an encoder's ranks pass their samples' text
+        tokens = mine.get("language", max(mine.values(), key=len))  # of encoders, the longest text
         losses, _ = model(
             input_ids=tokens,
             position_ids=torch.arange(10, device="cuda").expand_as(tokens),

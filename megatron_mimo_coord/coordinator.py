@@ -286,6 +286,10 @@ class MultiModuleCoordinator:
     def data_parallel_slice(self, micro_batch_size: int, module_name: str | None = None) -> slice:
         """Samples of a microbatch that this rank's module reads.
 
+        A rank of the language model passes its slice of ``input_ids`` to the model; a rank of
+        encoders alone that of its encoder with the smallest DP, out of which the rows of the others
+        are cut. It may pass the same where images are assigned; nothing is read of it then.
+
         Args:
             micro_batch_size: samples in a microbatch over all ranks.
             module_name: the module; may be left out where only one lives on this rank.

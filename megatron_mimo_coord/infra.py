@@ -101,6 +101,9 @@ class MegatronMIMOInfra:
     ) -> "MegatronMIMOInfra":
         """Make the grids and all their process groups. Collective: every rank calls it.
 
+        Before the model is built, call :meth:`initialize_megatron`: without random states
+        Megatron's layers raise a KeyError of their own.
+
         Args:
             modules: parallel sizes of each module; one is named ``"language"``.
             topology: for each module, the modules that its output goes to; by default every

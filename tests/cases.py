@@ -363,8 +363,9 @@ def _forward_step(
     microbatch = next(data)
     here = list(coordinator.gradient_scaling_factors)
     size = case.micro_batch_size
-    text = vlm.LANGUAGE if vlm.LANGUAGE in here else here[0]
-    samples = coordinator.data_parallel_slice(size, text)
+    readers = [vlm.LANGUAGE] if vlm.LANGUAGE in here else here
+    slices = [coordinator.data_parallel_slice(size, name) for name in readers]
+    samples = max(slices, key=lambda samples: samples.stop - samples.start)
     assignments = microbatch.assignments
     if assignments is None:
         assignments = _assign(case, coordinator, microbatch)

@@ -413,3 +413,17 @@ def test_megatrons_communicator_and_a_rank_without_images(attached):
         assert (
             "zero_grad_buffer() was not called" if attached else "call coordinator.attach("
         ) in said
+
+
+@pytest.mark.parametrize("names", [("vision", "audio"), ("audio", "vision")])
+def test_encoders_that_share_ranks_read_their_own_rows_of_one_text(names):
+    sharing = {"vision": parallel(dp=2, rank_offset=0), "audio": parallel(tp=2, rank_offset=0)}
+    case = Case(
+        modules={
+            **{name: sharing[name] for name in names},
+            "language": parallel(dp=2, rank_offset=2),
+        },
+        images={"vision": (((2, 1, 0, 0),),), "audio": (((0, 1, 2, 0),),)},
+        per_token=PER_TOKEN,
+    )
+    world(4).run("cases:check", case)
