@@ -100,6 +100,7 @@ class TokenCounts:
         elif (
             encoder_name in self._fan_out
             and input_ids is not None
+            and len(output)
             and self._assignments.next(encoder_name) is None
         ):
             text = self._text_of(encoder_name, input_ids, len(output))
