@@ -79,12 +79,13 @@ class Checkpoints:
         background: bool,
     ) -> CheckpointSave:
         """Write a checkpoint. Collective."""
-        folder = Path(folder).absolute()
+        headline = f"the checkpoint of step {step} cannot be saved"
+        folder = _agreed_path(folder, headline)
         self._wait(folder)
         saving = CheckpointSave(folder, step, self._job.rank, keep)
         self._gather_params()
         request = partial(self._begin, saving, optimizer, extra, background)
-        flags = _agree(request, f"the checkpoint of step {step} cannot be saved")
+        flags = _agree(request, headline)
         if saving.is_whole:
             return saving
         saving.start(attempt=flags[0], background=background)
@@ -168,9 +169,9 @@ class Checkpoints:
 
     def load(self, folder: Path | str, optimizer: Any) -> LoadedCheckpoint:
         """Go on from the newest checkpoint. Collective."""
-        folder = Path(folder).absolute()
-        self._wait(folder)
         headline = f"the checkpoint in {folder} cannot be loaded"
+        folder = _agreed_path(folder, headline)
+        self._wait(folder)
         # The first rank looks, lest others see the folder as it was a moment ago.
         flags = _agree(partial(self._look, folder, optimizer), headline)
         if flags[0] == 0:
@@ -210,7 +211,7 @@ class Checkpoints:
                     f"{folder} has {', '.join(foreign[:8])}, but no checkpoint of this package: "
                     f"give the folder that save_checkpoint was given, or an empty one to start"
                 )
-        facts = {"folder": str(folder), "with an optimizer": str(optimizer is not None)}
+        facts = {"with an optimizer": str(optimizer is not None)}
         return RankFacts(facts, {}, problems, flags=steps[-1] + 1 if steps else 0)
 
 
@@ -222,6 +223,12 @@ def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
         raise
     except Exception as error:
         raise ValueError(f"{headline}: {type(error).__name__}: {error}") from error
+
+
+def _agreed_path(folder: Path | str, headline: str) -> Path:
+    """The same folder on every rank, absolute."""
+    _agree(lambda: RankFacts({"folder": str(Path(folder).absolute())}, {}), headline)
+    return Path(folder).absolute()
 
 
 def _facts(

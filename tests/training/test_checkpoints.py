@@ -341,6 +341,7 @@ def refuse_to_save(folder: Path) -> dict[str, str]:
             },
             "differs": {"extra": {"rank": rank}},
             "folder": {"folder": folder / f"of {rank}"},
+            "no path": {"folder": folder if rank else None},
             "file": {"folder": folder / "foreign" / "model.safetensors"},
             "step": {"step": -1},
             "huge": {"step": 10**30},
@@ -397,6 +398,7 @@ def test_a_save_that_cannot_be_is_refused_on_every_rank(tmp_path):
         assert "extra['a'] is a Tensor: a checkpoint takes" in said["sparse"]
         assert "extra['a'] is a Tensor: a checkpoint takes" in said["quantized"]
         assert "folder: rank 0 has " in said["folder"]
+        assert "cannot be saved" in said["no path"] and "TypeError" in said["no path"]
         assert "cannot be saved" in said["file"] and "FileExistsError" in said["file"]
         assert "cannot be loaded" in said["foreign file"]
         assert "has model.safetensors, but no checkpoint of this package" in said["foreign"]
