@@ -183,6 +183,8 @@ def _wrong_reports(case: Case, mistake: str) -> str:
 
             def with_other_text(**inputs: Any) -> Any:
                 text = TEXTS[mistake](microbatch.tokens, inputs["input_ids"])
+                if mistake == "whole, sliced by hand":
+                    coordinator._token_counts.micro_batch_size = None
                 return model(**inputs | {"input_ids": text})
 
             return _forward_step(case, coordinator, data, with_other_text)
@@ -216,6 +218,7 @@ def _wrong_reports(case: Case, mistake: str) -> str:
 MASKED = {"all masked": 0, "all masked, not finite": nan}
 TEXTS = {
     "whole input_ids": lambda whole, mine: whole,
+    "whole, sliced by hand": lambda whole, mine: whole,
     "flattened input_ids": lambda whole, mine: mine.flatten()[None],
 }
 
@@ -276,6 +279,13 @@ REPORTS = {
 }
 
 
+@pytest.mark.parametrize("ddp", [{}, SHARDED], ids=["plain", "sharded"])
+def test_no_token_count_where_modules_are_colocated(ddp):
+    case = Case(modules=COLOCATED, per_token=PER_TOKEN, ddp=ddp)
+    for said in world(2).run("test_traps:_wrong_reports", case, "two values"):
+        assert REPORTS["two values"] in said
+
+
 @pytest.mark.parametrize("mistake", REPORTS)
 def test_mistakes_of_a_forward_step(mistake):
     case = AuxiliaryLossCase(modules=FAN_IN, per_token=PER_TOKEN, ddp=SHARDED, experts=4)
@@ -284,21 +294,28 @@ def test_mistakes_of_a_forward_step(mistake):
         assert bool(said) == bool(REPORTS[mistake])
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(modules=FAN_IN, images=SKEWED),
-        Case(modules=LAYOUTS["equal"], images={"vision": (((1, 2, 0, 0),),)}, ddp=OVERLAP),
-        Case(
-            modules={"vision": parallel(dp=2), "language": parallel(dp=4)},
-            micro_batch_size=8,
-            images={"vision": (((0, 2, 1, 3, 1, 1, 1, 2), (0, 2, 1, 3, 0, 0, 0, 0)),)},
-        ),
-    ],
-    ids=["fan-in", "equal", "fan-out"],
+FAN_OUT_OF_TWO = Case(
+    modules={"vision": parallel(dp=2), "language": parallel(dp=4)},
+    micro_batch_size=8,
+    images={"vision": (((0, 2, 1, 3, 1, 1, 1, 2), (0, 2, 1, 3, 0, 0, 0, 0)),)},
 )
-def test_the_whole_text_where_a_rank_has_no_image_or_several_receivers(case):
-    for said in world(case.world_size).run("test_traps:_wrong_reports", case, "whole input_ids"):
+
+
+@pytest.mark.parametrize(
+    ("case", "mistake"),
+    [
+        (Case(modules=FAN_IN, images=SKEWED), "whole input_ids"),
+        (Case(modules=FAN_IN, images=SKEWED), "whole, sliced by hand"),
+        (
+            Case(modules=LAYOUTS["equal"], images={"vision": (((1, 2, 0, 0),),)}, ddp=OVERLAP),
+            "whole input_ids",
+        ),
+        (FAN_OUT_OF_TWO, "whole input_ids"),
+    ],
+    ids=["fan-in", "sliced by hand", "equal", "fan-out"],
+)
+def test_the_whole_text_where_a_rank_has_no_image_or_several_receivers(case, mistake):
+    for said in world(case.world_size).run("test_traps:_wrong_reports", case, mistake):
         assert "give each rank of 'vision' its slice" in said
 
 
