@@ -112,12 +112,12 @@ class MultiModuleCoordinator:
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
-        self._token_counts = TokenCounts.of(
+        self._token_counts = TokenCounts.shared(
             job.model,
             fan_in_ratios(job.grids, job.infra.topology),
             encoder_places(job.grids, job.rank),
         )
-        self._pending_assignments = PendingAssignments.of(job.model)
+        self._pending_assignments = PendingAssignments.shared(job.model)
         self._config: ModelParallelConfig | None = None
         self._optimizer: Any = None
         self._communicators: list[PipelineCommunicator] = []

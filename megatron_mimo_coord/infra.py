@@ -250,7 +250,7 @@ class MegatronMIMOInfra:
             if groups:
                 groups.embd = groups.pos_embd = None
         for grid in self.module_to_grid_map.values():
-            ExtraGroups.of(grid).destroy()
+            ExtraGroups.shared(grid).destroy()
             grid.destroy()
         BridgeCommunicator.destroy_broadcast_pgs()
         BridgeCommunicator.destroy_bridge_pgs()

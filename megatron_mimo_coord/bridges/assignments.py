@@ -28,7 +28,7 @@ class PendingAssignments:
         self.passes = 0
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> "PendingAssignments":
+    def shared(cls, model: torch.nn.Module) -> "PendingAssignments":
         """The ones of this model, whichever coordinator or communicator asks."""
         if not hasattr(model, "_mimo_pending_assignments"):
             pending = model._mimo_pending_assignments = cls()  # type: ignore[assignment]

@@ -40,7 +40,7 @@ class _Exchange:
         model.register_forward_pre_hook(self._remember_text, with_kwargs=True)
         model._apply_colocated_comms = self._between_modules
         grid = model.mimo_config.module_to_grid_map[LANGUAGE]  # which is that of all ranks
-        groups = ExtraGroups.of(grid)
+        groups = ExtraGroups.shared(grid)
         inherit_timeout(*(bridge.gather_pg for bridge in model.colocated_comms.values()))
         self._bridges = {
             name: _Bridge(name, bridge, groups)
@@ -49,7 +49,7 @@ class _Exchange:
         hosts = _own([groups.hosts(ModuleGrid.of(LANGUAGE, grid).ranks)])
         self._everyone = HostStatements(hosts, list(self._bridges))
         groups.before_destroy(self._everyone.finish)
-        self._pending = PendingAssignments.of(model)
+        self._pending = PendingAssignments.shared(model)
         self._pending.open(self._bridges)
         self._pass, self._microbatch = 0, -1
 
@@ -67,8 +67,8 @@ class _Exchange:
             for name, bridge in self._bridges.items()
         }
         self._everyone.send(mine, microbatch)
-        siblings = {
-            name: bridge.ask_siblings(mine[name], microbatch)
+        slice_peers = {
+            name: bridge.ask_slice_peers(mine[name], microbatch)
             for name, bridge in self._bridges.items()
         }
         everyone = self._everyone.read() if any(assignments.values()) else {}
@@ -76,7 +76,7 @@ class _Exchange:
             tokens, assignment = embeddings.get(name), assignments[name]
             if assignment is not None:
                 self._everyone.compare(assignment, bridge.owners, everyone[name])
-            said = siblings[name] if assignment is None else everyone[name]
+            said = slice_peers[name] if assignment is None else everyone[name]
             if all(statement.tokens <= 0 for statement in said):
                 continue  # nobody whose tokens could come here has any
             if tokens is None:
@@ -146,25 +146,25 @@ class _Bridge:
         self._language_dp_size = bridge.dest_dp_size
         # Tokens go out among data-parallel peers of the encoder, of whom there is one for each part
         # of the images; gradients come back among those of the language model.
-        outward = _peers(bridge.rank_to_src_pos)
-        homeward = _peers(bridge.rank_to_dest_pos)
-        self._outward = _own([groups.devices(ranks) for ranks in outward])
-        self._homeward = _own([groups.devices(ranks) for ranks in homeward])
-        self._receivers = [language_dp[peer] for peer in _own_ranks(outward, rank)]
-        self._returners = [encoder_dp[peer] for peer in _own_ranks(homeward, rank)]
+        to_language = _peers(bridge.rank_to_src_pos)
+        to_encoder = _peers(bridge.rank_to_dest_pos)
+        self._to_language = _own([groups.devices(ranks) for ranks in to_language])
+        self._to_encoder = _own([groups.devices(ranks) for ranks in to_encoder])
+        self._receivers = [language_dp[peer] for peer in _own_ranks(to_language, rank)]
+        self._returners = [encoder_dp[peer] for peer in _own_ranks(to_encoder, rank)]
         hosts = [groups.hosts(ranks) for ranks in bridge.gather_group_ranks]
-        self._siblings = HostStatements(_own(hosts), [name]) if hosts else None
+        self._slice_peers = HostStatements(_own(hosts), [name]) if hosts else None
 
-    def ask_siblings(self, mine: Statement, microbatch: int) -> Statements:
+    def ask_slice_peers(self, mine: Statement, microbatch: int) -> Statements:
         """What ranks say with whom tokens are gathered or shared if nothing is assigned."""
-        if self._siblings is None:
+        if self._slice_peers is None:
             return ()
-        self._siblings.send({self.name: mine}, microbatch)
-        return self._siblings.read()[self.name]
+        self._slice_peers.send({self.name: mine}, microbatch)
+        return self._slice_peers.read()[self.name]
 
-    def exchange(self, tokens: torch.Tensor, siblings: Statements) -> torch.Tensor:
+    def exchange(self, tokens: torch.Tensor, slice_peers: Statements) -> torch.Tensor:
         """Gather or cut what stayed with its slice."""
-        sizes = [max(0, s.in_text if self.is_fan_out else s.tokens) for s in siblings]
+        sizes = [max(0, s.in_text if self.is_fan_out else s.tokens) for s in slice_peers]
         return _ExchangeTokens.apply(tokens, self._bridge, sizes)
 
     def route(self, assignment: ImageAssignment) -> "_Route":
@@ -187,7 +187,13 @@ class _Bridge:
                     else:
                         runs.append((owner, count))
         return _Route(
-            sent, received, runs, self._receivers, self._returners, self._outward, self._homeward
+            sent,
+            received,
+            runs,
+            self._receivers,
+            self._returners,
+            self._to_language,
+            self._to_encoder,
         )
 
 
@@ -199,10 +205,10 @@ class _Route:
         sent: tokens of this rank's output for each data-parallel rank of the language model.
         received: tokens for this rank's samples from each data-parallel rank of the encoder.
         runs: the order of those: (data-parallel rank of the encoder, tokens).
-        receivers: data-parallel rank, in the language model, of each rank of ``outward``.
-        returners: data-parallel rank, in the encoder, of each rank of ``homeward``.
-        outward: a rank for each data-parallel rank of the encoder, in order.
-        homeward: a rank for each data-parallel rank of the language model, in order.
+        receivers: data-parallel rank, in the language model, of each rank of ``to_language``.
+        returners: data-parallel rank, in the encoder, of each rank of ``to_encoder``.
+        to_language: a rank for each data-parallel rank of the encoder, in order.
+        to_encoder: a rank for each data-parallel rank of the language model, in order.
     """
 
     sent: Sequence[int]
@@ -210,8 +216,8 @@ class _Route:
     runs: Sequence[tuple[int, int]]
     receivers: Sequence[int]
     returners: Sequence[int]
-    outward: dist.ProcessGroup
-    homeward: dist.ProcessGroup
+    to_language: dist.ProcessGroup
+    to_encoder: dist.ProcessGroup
 
 
 class _RouteTokens(torch.autograd.Function):
@@ -222,7 +228,7 @@ class _RouteTokens(torch.autograd.Function):
         ctx.route = route
         for_readers = [[part] for part in tokens.split(list(route.sent))]
         theirs = _all_to_all(
-            tokens, [for_readers[dp] for dp in route.receivers], route.received, route.outward
+            tokens, [for_readers[dp] for dp in route.receivers], route.received, route.to_language
         )
         if len(route.runs) <= 1 or route.runs == sorted(route.runs):
             return theirs
@@ -241,7 +247,7 @@ class _RouteTokens(torch.autograd.Function):
         for (owner, _), piece in zip(route.runs, pieces, strict=True):
             for_owners[owner].append(piece)
         outgoing = [for_owners[dp] for dp in route.returners]
-        return _all_to_all(grad, outgoing, route.sent, route.homeward), None
+        return _all_to_all(grad, outgoing, route.sent, route.to_encoder), None
 
 
 def _all_to_all(

@@ -58,7 +58,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self._grids = {n: ModuleGrid.of(n, grid) for n, grid in module_to_grid_map.items()}
         self.after_backward: Callable[[], None] = lambda: None
         self._assignments = assignments
-        self._extra_groups = ExtraGroups.of(module_to_grid_map[LANGUAGE])
+        self._extra_groups = ExtraGroups.shared(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
         self._outgoing: list[Outgoing] = []
         super().__init__(

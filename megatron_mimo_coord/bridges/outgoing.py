@@ -179,16 +179,16 @@ class Outgoing(Link):
     # -- backward ----------------------------------------------------------------------------------
 
     def _remember(self, output: torch.Tensor, whole: Whole) -> None:
-        self._forget_the_dead()
+        self._drop_dead_references()
         if torch.is_grad_enabled():
             self._sent.append(_Sent(weakref.ref(output), whole, output.requires_grad))
 
-    def _forget_the_dead(self) -> None:
+    def _drop_dead_references(self) -> None:
         while self._sent and self._sent[0].output() is None:
             self._sent.popleft()
 
     def _backward(self) -> Receipt[torch.Tensor | None]:
-        self._forget_the_dead()
+        self._drop_dead_references()
         if not self._sent:
             raise RuntimeError(
                 f"rank {self.rank} is to receive a gradient of {self.name}, but none of the "

@@ -70,13 +70,13 @@ class TokenCounts:
         self._fan_in = {name: int(ratio) for name, ratio in ratios.items() if ratio > 1}
         self._fan_out = {name for name, ratio in ratios.items() if ratio < 1}
         self._may_vary = False
-        self._assignments = PendingAssignments.of(model)
+        self._assignments = PendingAssignments.shared(model)
         self._watch = model.register_forward_pre_hook(self._refuse_uneven_ranks, with_kwargs=True)
         model._attach_modality_split_sizes = self._attach_split_sizes
         model._has_encoder_tokens = self._has_encoder_tokens
 
     @classmethod
-    def of(
+    def shared(
         cls, model: MimoModel, ratios: Mapping[str, float], places: Mapping[str, tuple[int, int]]
     ) -> "TokenCounts":
         """The one of this model, whoever asked for it first."""

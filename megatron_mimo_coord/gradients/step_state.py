@@ -57,7 +57,7 @@ class StepState:
         self, model: MimoModel, ddps: Sequence[DistributedDataParallel], report: StepReport
     ) -> None:
         self._ddps = ddps
-        self._assignments = PendingAssignments.of(model)
+        self._assignments = PendingAssignments.shared(model)
         self.report = report
         self.optimizers: WeakSet[MegatronOptimizer] = WeakSet()
         self.num_changes = 0

@@ -26,7 +26,7 @@ class ExtraGroups:
         self._before_destroy: list[Callable[[], None]] = []
 
     @classmethod
-    def of(cls, grid: Any) -> "ExtraGroups":
+    def shared(cls, grid: Any) -> "ExtraGroups":
         """Those that belong to a ``HyperCommGrid``."""
         return _of_grid.setdefault(grid, cls())
 
