@@ -247,7 +247,6 @@ def _refused(case: Case, fault: str) -> None:
     if fault == "gather buffer":
         for ddp in vlm.submodules(model).values():
             ddp.ddp_config.overlap_param_gather = True
-            ddp.ddp_config.use_distributed_optimizer = True
             ddp.ddp_config.reuse_grad_buf_for_mxfp8_param_ag = True
     if fault == "layer-wise":
         for ddp in vlm.submodules(model).values():
@@ -282,7 +281,9 @@ def _refused(case: Case, fault: str) -> None:
     ],
 )
 def test_a_fault_on_one_rank_is_said_on_every_rank(fault, message):
-    answers, errors = world(3).try_run("test_coordinator:_refused", Case(modules=FAN_IN), fault)
+    ddp = SHARDED if fault == "gather buffer" else {}
+    case = Case(modules=FAN_IN, ddp=ddp)
+    answers, errors = world(3).try_run("test_coordinator:_refused", case, fault)
     assert not answers
     for name, text in errors.values():
         assert name == "ValueError", text

@@ -106,6 +106,14 @@ def _resolve(path: str) -> Any:
         return None
 
 
+def _takes(function: Any, parameter: str) -> bool:
+    """Whether a function has a parameter, or passes on whatever it is given."""
+    parameters = inspect.signature(function).parameters
+    return parameter in parameters or any(
+        each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()
+    )
+
+
 def _has(owner: Any, name: str) -> bool:
     """Whether a module, a class or an object has what a row writes as ``name``."""
     name, _, parameter = name.rstrip(")").partition("(")
@@ -116,7 +124,7 @@ def _has(owner: Any, name: str) -> bool:
     if not hasattr(owner, name):
         return False
     value = getattr(owner, name)
-    if parameter and parameter not in inspect.signature(value).parameters:
+    if parameter and not _takes(value, parameter):
         return False
     # What a base class only asks for is not there.
     return not getattr(value, "__isabstractmethod__", False) or name in vars(owner)
