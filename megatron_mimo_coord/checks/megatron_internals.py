@@ -187,7 +187,7 @@ _MIMO = "megatron.core.models.mimo"
 _RANDOM = "megatron.core.tensor_parallel.random"
 
 _FINITE = "gradients/finite_steps.py"
-_STATE = "training/training_state.py"
+_STATE = "training/checkpoint_states.py"
 _TIMELINE = "metrics/timeline_recording.py"
 _CPU = "cpu/cuda_means_cpu.py"
 

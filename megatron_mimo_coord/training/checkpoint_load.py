@@ -13,11 +13,11 @@ from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, random_states_name
+from megatron_mimo_coord.training.checkpoint_states import ModelState, OptimizerState
 from megatron_mimo_coord.training.checkpoint_tensors import ChunkReader, Index, wanted
 from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
 from megatron_mimo_coord.training.random_states import restore_random_states
-from megatron_mimo_coord.training.training_state import ModelState, OptimizerState
 from megatron_mimo_coord.world.consistency import RankFacts
 from megatron_mimo_coord.world.device import world_device
 

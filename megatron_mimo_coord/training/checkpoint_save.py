@@ -2,7 +2,8 @@
 
 When a rank has written its tensors it lists them in a file of JSON. When all lists are there, the
 first rank joins them, and declares the checkpoint whole by one rename. So in the background nothing
-needs a process group: the ranks meet in the folder, also when their trainer has ended.
+needs a process group: the ranks meet in the folder, also when their trainer has ended. Which
+tensors they are, the optimizer's among them, ``checkpoint_states.py`` says.
 """
 
 import json
@@ -18,8 +19,8 @@ from attrs import define, field
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from megatron_mimo_coord.training import checkpoint_folder as folders
+from megatron_mimo_coord.training.checkpoint_states import merge_settings
 from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkFile, Index
-from megatron_mimo_coord.training.training_state import merge_settings
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)

@@ -20,15 +20,15 @@ from megatron_mimo_coord.training.boxes import Box
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, CheckpointSave
-from megatron_mimo_coord.training.checkpoint_tensors import Chunk
-from megatron_mimo_coord.training.model_sizes import model_sizes
-from megatron_mimo_coord.training.plain_data import encode
-from megatron_mimo_coord.training.random_states import random_states
-from megatron_mimo_coord.training.training_state import (
+from megatron_mimo_coord.training.checkpoint_states import (
     ModelState,
     OptimizerState,
     optimizer_problems,
 )
+from megatron_mimo_coord.training.checkpoint_tensors import Chunk
+from megatron_mimo_coord.training.model_sizes import model_sizes
+from megatron_mimo_coord.training.plain_data import encode
+from megatron_mimo_coord.training.random_states import random_states
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)
