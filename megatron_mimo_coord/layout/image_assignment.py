@@ -347,7 +347,9 @@ class _Loads:
                 place = bisect_left(images, bisect_right(costs, min(surplus, largest_room))) - 1
                 if place < 0 or not (cost := costs[images[place]]):
                     break
-                alike = self._alike(source, images[place], surplus / cost)
+                alike = images[place : place + 1]
+                if place and costs[images[place - 1]] == cost < surplus:
+                    alike = self._alike(source, images[place], surplus / cost)
                 del images[place + 1 - len(alike) : place + 1]
                 self.loads[source] -= cost * len(alike)
                 moving += alike
