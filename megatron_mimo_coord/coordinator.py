@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -49,6 +49,7 @@ from megatron_mimo_coord.layout.image_assignment import (
     assign_images,
     encoder_grid,
 )
+from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.metrics.timeline_recording import (
     TimelineRecording,
@@ -105,6 +106,8 @@ class MultiModuleCoordinator:
 
     def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
         self._job = job = Job.agree(infra, model)
+        self._changes = Changes()
+        self._changes.take(job.model, *job.ddps.values())
         self._grids = job.grids
         self._device = world_device()
         self._modules = {name: self._collect(name) for name in job.ddps}
@@ -135,6 +138,21 @@ class MultiModuleCoordinator:
         self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now, self._step)
         if job.rank == 0:
             logger.info("%s", self.describe())
+
+    def close(self) -> None:
+        """Undo all that the coordinator has changed in the model, its DDPs, configs and optimizers.
+
+        They train on as if no coordinator had been. A later coordinator of the same model does it
+        by itself, and so does ``with MultiModuleCoordinator(infra, model) as coordinator`` at its
+        end. Not collective; a second time does nothing.
+        """
+        self._changes.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- what lives on this rank -------------------------------------------------------------------
 

@@ -18,12 +18,13 @@ BELOW = {
     "layout": set(),
     "planning": {"layout"},
     "world": {"layout"},
-    "infra": {"layout", "world"},
-    **dict.fromkeys(SIBLINGS, {"layout", "world", "infra"} | SIBLINGS),
-    "metrics": {"layout", "planning", "world", "infra"}
+    "megatron": {"layout", "world"},
+    "infra": {"layout", "world", "megatron"},
+    **dict.fromkeys(SIBLINGS, {"layout", "world", "megatron", "infra"} | SIBLINGS),
+    "metrics": {"layout", "planning", "world", "megatron", "infra"}
     | SIBLINGS,  # a measured step is a planned one
-    "coordinator": {"layout", "world", "infra"} | SIBLINGS,
-    "cpu": {"layout", "world", "infra"},
+    "coordinator": {"layout", "world", "megatron", "infra"} | SIBLINGS,
+    "cpu": {"layout", "world", "megatron", "infra"},
 }
 
 
