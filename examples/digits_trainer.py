@@ -68,7 +68,8 @@ class Trainer:
     ) -> "Trainer":
         """Grids, model, coordinator and optimizer, in the order in which they need each other."""
         infra = MegatronMIMOInfra.build(modules)
-        model = build_model(shape, infra.module_to_grid_map, infra.pg_collections, options.seed)
+        infra.initialize_megatron(options.seed)
+        model = build_model(shape, infra.module_to_grid_map, infra.pg_collections)
         coordinator = MultiModuleCoordinator(infra, model)
         optimizer = coordinator.build_optimizer(
             OptimizerConfig(
@@ -126,18 +127,21 @@ class Trainer:
         pages = list(pages_of(iter(range(len(images))), most, seed=0))
         filled = [pages[i % len(pages)] for i in range(math.ceil(len(pages) / size) * size)]
         texts, places = zip(*(blank(len(page), most) for page in filled), strict=True)
+        answers: list[list[int]] = [[] for _ in filled]
         cut = patches(images)
         for turn in range(max(map(len, places))):
             # A sample that has no such place is asked for its first token, which is not used.
             asked = [each[turn] - 1 if turn < len(each) else 0 for each in places]
             letters = self._next_letters(filled, cut, texts, asked)
-            for text, place, letter in zip(texts, asked, letters, strict=True):
-                text[place + 1] = letter if place else text[place + 1]
-            if most == 1 and all(END in text[PATCHES:-1] for text in texts):
-                break
-        found = zip(texts[: len(pages)], places, strict=False)
-        answers = [[text[place] for place in each] for text, each in found]
-        return [word for tokens in answers for word in words(tokens, most)]
+            for text, places_here, answer, letter in zip(
+                texts, places, answers, letters, strict=True
+            ):
+                if turn < len(places_here):
+                    text[places_here[turn]] = letter
+                    answer.append(letter)
+            if most == 1 and all(END in answer for answer in answers):
+                break  # every name is spelled to its end
+        return [word for answer in answers[: len(pages)] for word in words(answer, most)]
 
     @torch.no_grad()
     def _next_letters(

@@ -127,6 +127,7 @@ class Bench:
         """Two models of the same shape: one for the coordinator, one that it never touched."""
         gc.collect()  # the models of the case before
         shape = model_shape(case, options)
+        infra.initialize_megatron(seed=1)
         plain, coordinated = (
             build_model(shape, infra.module_to_grid_map, infra.pg_collections) for _ in range(2)
         )

@@ -141,6 +141,7 @@ class Bench:
         if sleeping:
             prepare = partial(fall_asleep, seconds=options.milliseconds / 1e3)
         grids, groups = infra.module_to_grid_map, infra.pg_collections
+        infra.initialize_megatron(seed=1)
         model = build_model(shape, grids, groups, prepare=prepare)
         coordinator = MultiModuleCoordinator(infra, model)
         optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4))

@@ -76,6 +76,7 @@ class Job:
         shape = small(256, 64) if options.compute else small(16, 4)
         prepare = (lambda model: None) if options.compute else put_to_sleep
         grids, groups = infra.module_to_grid_map, infra.pg_collections
+        infra.initialize_megatron(seed=1)
         model = build_model(shape, grids, groups, prepare=prepare)
         coordinator = MultiModuleCoordinator(infra, model)
         optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3))

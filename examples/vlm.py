@@ -2,16 +2,13 @@
 
 ``build_model`` makes what a trainer has before it meets the coordinator: a ``MimoModel`` whose
 submodules are Megatron transformer blocks, each on its own grid and wrapped in Megatron's DDP.
-Weights are drawn by name, so that every layout starts from the same model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-from zlib import crc32
 
 import torch
 from attrs import field, frozen
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -20,7 +17,6 @@ from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 
@@ -140,19 +136,19 @@ def build_model(
     shape: ModelShape,
     grids: Mapping[str, HyperCommGrid],
     groups: Groups,
-    seed: int = 1,
     prepare: Callable[[MimoModel], None] = lambda model: None,
 ) -> MimoModel:
     """A ``MimoModel`` on this rank's grids, each submodule wrapped in DDP.
+
+    Call ``infra.initialize_megatron`` before: Megatron draws the weights from its random states.
 
     Args:
         shape: sizes and training of each module.
         grids: ``infra.module_to_grid_map``.
         groups: ``infra.pg_collections``.
-        seed: of the weights.
         prepare: called with the model before its submodules are wrapped, to freeze some, say.
     """
-    model = build_bare_model(shape, groups, grids, seed)
+    model = build_bare_model(shape, groups, grids)
     prepare(model)
     for name, module in submodules(model).items():
         wrapped = DistributedDataParallel(
@@ -169,24 +165,10 @@ def build_model(
 
 
 def build_bare_model(
-    shape: ModelShape,
-    groups: Groups,
-    grids: Mapping[str, HyperCommGrid] | None = None,
-    seed: int = 1,
+    shape: ModelShape, groups: Groups, grids: Mapping[str, HyperCommGrid] | None = None
 ) -> MimoModel:
     """The model without DDP; without ``grids``, all of it on this rank."""
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # else initialize_model_parallel makes it
-        parallel_state._set_global_memory_buffer()
     language = shape.language
-    here = {name: pg for name, pg in groups.items() if pg is not None}
-    seeding = here.get(LANGUAGE) or next(iter(here.values()))
-    model_parallel_cuda_manual_seed(
-        seed,
-        tp_rank=seeding.tp.rank(),
-        ep_rank=seeding.ep.rank(),
-        etp_rank=seeding.expt_tp.rank(),
-        force_reset_rng=True,
-    )
     language_pg = groups[LANGUAGE]
     language_spec = ModuleSpec(
         module=GPTModel,
@@ -217,7 +199,7 @@ def build_bare_model(
         )
         for name, encoder in shape.encoders.items()
     }
-    model = MimoModel(
+    return MimoModel(
         MimoModelConfig(
             language_model_spec=language_spec,
             modality_submodules_spec=encoder_specs,
@@ -227,9 +209,6 @@ def build_bare_model(
         tp_group=language_pg and language_pg.tp,
         cp_group=language_pg and language_pg.cp,
     ).cuda()
-    for name, module in submodules(model).items():
-        draw_by_name(name, module, groups[name], seed)
-    return model
 
 
 def submodules(model: MimoModel) -> dict[str, torch.nn.Module]:
@@ -277,63 +256,3 @@ def _config(
         moe_token_dispatcher_type="alltoall",
         **{"pipeline_dtype": torch.float32, **mixture, **shape.config},
     )
-
-
-# -- weights by name -------------------------------------------------------------------------------
-
-
-@frozen
-class Shard:
-    """Which part of a weight a rank holds: part ``index`` of ``count`` along ``dim``."""
-
-    dim: int
-    index: int
-    count: int
-
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the whole weight."""
-        return whole.chunk(self.count, dim=self.dim)[self.index]
-
-
-def named_shards(
-    module_name: str, module: torch.nn.Module, groups: ProcessGroupCollection
-) -> Iterator[tuple[str, torch.nn.Parameter, Shard]]:
-    """Each parameter under the name that it has in the whole model, and the part that is here."""
-    renamed = {}
-    for prefix, block in module.named_modules():
-        if isinstance(block, TransformerBlock):
-            for index, layer in enumerate(block.layers):
-                renamed[f"{prefix}.layers.{index}."] = f"{prefix}.layers.{layer.layer_number - 1}."
-    for name, parameter in module.named_parameters():
-        tp = groups.tp
-        for local, everywhere in renamed.items():
-            if name.startswith(local):
-                name = everywhere + name.removeprefix(local)
-                break
-        if ".local_experts." in name:
-            tp = groups.expt_tp
-            before, after = name.split(".local_experts.")
-            expert, rest = after.split(".", 1)
-            local_experts = module.config.num_moe_experts // groups.ep.size()
-            name = f"{before}.experts.{groups.ep.rank() * local_experts + int(expert)}.{rest}"
-        if name == "output_layer.weight" and module.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"
-        split = getattr(parameter, "tensor_model_parallel", False) and tp.size() > 1
-        shard = Shard(parameter.partition_dim, tp.rank(), tp.size()) if split else Shard(0, 0, 1)
-        yield f"{module_name}.{name}", parameter, shard
-
-
-@torch.no_grad()
-def draw_by_name(
-    module_name: str, module: torch.nn.Module, groups: ProcessGroupCollection, seed: int
-) -> None:
-    """Draw each matrix from a generator seeded by its name: the same model on every layout."""
-    for name, parameter, shard in named_shards(module_name, module, groups):
-        if parameter.ndim < 2:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # a norm's weight, or a bias
-            continue
-        whole = list(parameter.shape)
-        whole[shard.dim] *= shard.count
-        generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
-        weight = torch.randn(whole, generator=generator) * (0.5 / whole[-1] ** 0.5)
-        parameter.copy_(shard.of(weight))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import vlm
+import weights
 from attrs import evolve, field, frozen
 from megatron.core.models.mimo import MimoModel
 from megatron.core.optimizer import OptimizerConfig
@@ -26,6 +27,7 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_without_interleaving,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -225,10 +227,9 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         (infra, model, reduced losses).
     """
     infra = MegatronMIMOInfra.build(case.modules)
-    wrapped = model = vlm.build_model(
+    wrapped = model = weights.build_model(
         case.shape(),
-        infra.module_to_grid_map,
-        infra.pg_collections,
+        infra,
         prepare=partial(_prepare, case, infra.pg_collections),
     )
     if case.wrap == "model":
@@ -317,10 +318,9 @@ def run_schedule(
 def built(case: Case) -> Any:
     """(infra, model, coordinator) of a case on this rank."""
     infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(
+    model = weights.build_model(
         case.shape(),
-        infra.module_to_grid_map,
-        infra.pg_collections,
+        infra,
         prepare=partial(_prepare, case, infra.pg_collections),
     )
     return infra, model, MultiModuleCoordinator(infra, model)
@@ -344,7 +344,7 @@ def _scaled_after_reduction() -> Iterator[None]:
 def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
     """Freeze what the case freezes; put ``Float16Module`` where it belongs."""
     for name, module in vlm.submodules(model).items():
-        for whole_name, parameter, _ in vlm.named_shards(name, module, groups[name]):
+        for whole_name, parameter, _ in weights.named_shards(name, module, groups[name]):
             if whole_name.startswith(case.frozen or ("nothing",)):
                 parameter.requires_grad = False
         if case.wrap:
@@ -471,10 +471,12 @@ class Oracle:
     def __init__(self, case: Case) -> None:
         self.case = case
         groups = dict.fromkeys(case.modules, alone())
+        model_parallel_cuda_manual_seed(weights.SEED, tp_rank=0, ep_rank=0, etp_rank=0)
         self.model = vlm.build_bare_model(case.shape(), groups)
+        weights.draw(self.model, groups)
         self.parameters = {}
         for name, module in vlm.submodules(self.model).items():
-            for whole_name, parameter, _ in vlm.named_shards(name, module, alone()):
+            for whole_name, parameter, _ in weights.named_shards(name, module, alone()):
                 self.parameters[whole_name] = parameter
                 parameter.requires_grad = not whole_name.startswith(case.frozen or ("nothing",))
         if case.wrap:
@@ -560,7 +562,7 @@ def _compare(
         if whole_name.startswith(f"{name}.")
     }
     scale = torch.stack([grad.float().norm() for grad in expected.values()]).max()
-    for whole_name, parameter, shard in vlm.named_shards(name, bare, groups):
+    for whole_name, parameter, shard in weights.named_shards(name, bare, groups):
         if not parameter.requires_grad:
             assert not hasattr(parameter, "main_grad"), f"{whole_name} is frozen"
             continue

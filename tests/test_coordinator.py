@@ -219,12 +219,13 @@ def test_overlap_adds_the_hooks_that_it_needs():
 def _refused(case: Case, fault: str) -> None:
     import torch.distributed as dist
     import vlm
+    import weights
     from attrs import evolve
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
 
     infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    model = weights.build_model(case.shape(), infra)
     rank = dist.get_rank()
     if fault == "unwrapped" and rank == 0:
         model.modality_submodules["vision"] = model.modality_submodules["vision"].module
@@ -294,7 +295,7 @@ def _refused_grids(vision: tuple, language: tuple) -> None:
     """Grids that someone else made, and that Megatron cannot run."""
     from types import SimpleNamespace
 
-    import vlm
+    import weights
     from megatron.core.hyper_comm_grid import HyperCommGrid
 
     from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
@@ -302,7 +303,7 @@ def _refused_grids(vision: tuple, language: tuple) -> None:
     names = ["tp", "cp", "dp", "pp", "gtp_remat"]
     fine = MegatronMIMOInfra.build({"language": ModuleParallelism(data_parallel_size=4)})
     case = Case(modules={"language": ModuleParallelism(data_parallel_size=4)})
-    model = vlm.build_model(case.shape(), fine.module_to_grid_map, fine.pg_collections)
+    model = weights.build_model(case.shape(), fine)
     infra = SimpleNamespace(
         module_to_grid_map={
             "vision": HyperCommGrid(list(vision[0]), names[: len(vision[0])], vision[1]),
@@ -380,7 +381,7 @@ def test_a_wrong_argument_on_one_rank_is_said_on_every_rank(fault, name, message
 def _disagree(fault: str) -> None:
     """Ranks that were started with different layouts, first grids and then coordinators."""
     import torch.distributed as dist
-    import vlm
+    import weights
     from megatron.core.hyper_comm_grid import HyperCommGrid
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
@@ -397,9 +398,7 @@ def _disagree(fault: str) -> None:
     except ValueError as error:
         said.append(str(error))
     infra = MegatronMIMOInfra.build(FAN_IN)
-    model = vlm.build_model(
-        Case(modules=FAN_IN).shape(), infra.module_to_grid_map, infra.pg_collections
-    )
+    model = weights.build_model(Case(modules=FAN_IN).shape(), infra)
     grids = {
         name: HyperCommGrid(list(grid.shape), list(grid.dim_names), grid.rank_offset)
         for name, grid in pack(other).items()

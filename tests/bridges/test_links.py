@@ -109,7 +109,7 @@ def _without_waiting(case: Case) -> int:
 
         return call
 
-    build_model = cases.vlm.build_model
+    build_model = cases.weights.build_model
 
     def build(*args: Any, **options: Any) -> Any:
         model = build_model(*args, **options)
@@ -122,7 +122,7 @@ def _without_waiting(case: Case) -> int:
             (cases, "run_schedule", without([True], cases.run_schedule)),
             (cases, "_forward_step", without([], cases._forward_step)),
             (torch.autograd, "backward", without([], torch.autograd.backward)),
-            (cases.vlm, "build_model", build),
+            (cases.weights, "build_model", build),
         ):
             stack.enter_context(cases._replaced(owner, name, replacement))
         return cases.check(case)

@@ -13,11 +13,12 @@ def _said(case: Case, coefficient: Any) -> list[str]:
     import logging
 
     import vlm
+    import weights
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
 
     infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    model = weights.build_model(case.shape(), infra)
     for ddp in vlm.submodules(model).values():
         ddp.config.num_moe_experts, ddp.config.moe_aux_loss_coeff = 4, coefficient
     said: list[str] = []

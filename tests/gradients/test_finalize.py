@@ -12,11 +12,11 @@ from ranks import world
 def _count(case: Case) -> dict[str, Any]:
     """Counts of the coordinator's finalize and of Megatron's own, each on its own model."""
     import torch
-    import vlm
+    import weights
     from megatron.core.distributed import finalize_model_grads
 
     infra, model, coordinator = built(case)
-    bare = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    bare = weights.build_model(case.shape(), infra)
     tokens = (
         torch.ones((), dtype=torch.int, device="cuda") if case.per_token.get("language") else None
     )
@@ -142,7 +142,7 @@ def _way(fault: str) -> tuple[bool, int]:
     """Whether gradients are scaled after the reduction, and how many warnings say so."""
     import logging
 
-    import vlm
+    import weights
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
     from megatron_mimo_coord.gradients.buckets import buckets
@@ -153,7 +153,7 @@ def _way(fault: str) -> tuple[bool, int]:
     handler.emit = records.append  # type: ignore[method-assign]
     case = Case(modules=FAN_OUT, ddp=SHARDED)
     infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    model = weights.build_model(case.shape(), infra)
     for ddp, _ in _ddps(model, infra):
         for bucket in buckets(ddp):
             if fault == "renamed":

@@ -62,6 +62,7 @@ def _two_dtypes(case: Case) -> Any:
     """The case's model in bf16 with norms in fp32, which have a buffer of their own."""
     import torch
     import vlm
+    import weights
 
     from megatron_mimo_coord import MegatronMIMOInfra
 
@@ -74,10 +75,9 @@ def _two_dtypes(case: Case) -> Any:
                 module.float()
 
     infra = MegatronMIMOInfra.build(case.modules)
-    model = vlm.build_model(
+    model = weights.build_model(
         evolve(case.shape(), config=bf16),
-        infra.module_to_grid_map,
-        infra.pg_collections,
+        infra,
         prepare=prepare,
     )
     assert all(len(ddp.buffers) == 2 for ddp in vlm.submodules(model).values())
@@ -341,7 +341,7 @@ def test_parameters_are_gathered_only_while_forward_waits_for_them():
 def _several_instances() -> list[set[float]]:
     """Gradients of three steps with two optimizer instances; the coordinator is not attached."""
     import torch.distributed as dist
-    import vlm
+    import weights
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
 
@@ -353,7 +353,7 @@ def _several_instances() -> list[set[float]]:
     inter, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
     groups.intra_dp_cp = groups.intra_expt_dp = intra
     groups.inter_dist_opt = inter
-    model = vlm.build_model(case.shape(), infra.module_to_grid_map, infra.pg_collections)
+    model = weights.build_model(case.shape(), infra)
     MultiModuleCoordinator(infra, model)
     ddp = model.language_model
     seen = []

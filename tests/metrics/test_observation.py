@@ -22,6 +22,7 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     import vlm
+    import weights
 
     from megatron_mimo_coord import MultiModuleCoordinator
 
@@ -39,7 +40,7 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
     coordinator.zero_grad_buffer()
     whole: dict[str, tuple[int, float]] = {}
     for name, ddp in vlm.submodules(model).items():
-        for key, param, shard in vlm.named_shards(name, ddp.module, infra.pg_collections[name]):
+        for key, param, shard in weights.named_shards(name, ddp.module, infra.pg_collections[name]):
             if param.requires_grad:
                 shape = list(param.shape)
                 shape[shard.dim] *= shard.count
@@ -246,7 +247,7 @@ def test_gradients_whose_squares_overflow_are_finite(case, module, here, where):
 def _loss_scales(guarded: bool) -> list[float]:
     """The scale of this rank's module after each of four steps; vision overflows in the second."""
     import torch
-    import vlm
+    import weights
     from attrs import evolve
     from megatron.core.models.mimo.optimizer import get_mimo_optimizer
     from megatron.core.optimizer import OptimizerConfig
@@ -255,10 +256,9 @@ def _loss_scales(guarded: bool) -> list[float]:
 
     half = {"fp16": True, "params_dtype": torch.float16, "pipeline_dtype": torch.float16}
     infra = MegatronMIMOInfra.build(FAN_IN)
-    model = vlm.build_model(
+    model = weights.build_model(
         evolve(Case(modules=FAN_IN).shape(), config=half),
-        infra.module_to_grid_map,
-        infra.pg_collections,
+        infra,
         prepare=lambda model: model.half(),
     )
     coordinator = MultiModuleCoordinator(infra, model)

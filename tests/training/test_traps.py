@@ -226,6 +226,7 @@ TEXTS = {
 def _setup_faults() -> dict[str, str]:
     """What is said first, in the documented order, of what the set-up forgets."""
     import vlm
+    import weights
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -233,7 +234,7 @@ def _setup_faults() -> dict[str, str]:
 
     infra = MegatronMIMOInfra.build(FAN_IN)
     shape = Case(modules=FAN_IN).shape()
-    model = vlm.build_model(shape, infra.module_to_grid_map, infra.pg_collections)
+    model = weights.build_model(shape, infra)
     model.config.variable_seq_lengths = False
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     get_cuda_rng_tracker().reset()
