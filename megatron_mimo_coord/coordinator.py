@@ -1,12 +1,12 @@
 """The one object that a MIMO trainer holds, and whose methods the Megatron schedule calls."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Concatenate, Self
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -28,13 +28,13 @@ from megatron_mimo_coord.bridges.token_counts import (
 )
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
-from megatron_mimo_coord.gradients.buckets import gradient_bytes
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientNorms
 from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
-from megatron_mimo_coord.gradients.scaling import ScalingAfterReduction
-from megatron_mimo_coord.gradients.step_state import StepState
+from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
+from megatron_mimo_coord.gradients.step_report import StepReport
+from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
     Infra,
@@ -50,24 +50,44 @@ from megatron_mimo_coord.layout.image_assignment import (
     encoder_grid,
 )
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.names import tell_of_missing_name
+from megatron_mimo_coord.megatron.schedule import Hooks, Schedule, check_sequence_lengths
 from megatron_mimo_coord.metrics.losses import reduce_losses
+from megatron_mimo_coord.metrics.span_recorder import Place
+from megatron_mimo_coord.metrics.step_observer import StepObserver
 from megatron_mimo_coord.metrics.timeline_recording import (
     TimelineRecording,
     gpus_of_a_node,
     steps_to_record,
 )
+from megatron_mimo_coord.metrics.timeline_report import TimelineReport
 from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
 from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoint
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
-from megatron_mimo_coord.training.schedule_hooks import (
-    check_sequence_lengths,
-    hooks_of,
-    install_hooks,
-)
 from megatron_mimo_coord.world.device import world_device
 
 logger = logging.getLogger(__name__)
+
+
+def _while_open[**Params, Result](
+    method: Callable[Concatenate["MultiModuleCoordinator", Params], Result],
+) -> Callable[Concatenate["MultiModuleCoordinator", Params], Result]:
+    """A method that a closed coordinator refuses, and that says if Megatron-Core has changed."""
+
+    @wraps(method)
+    def checked(
+        self: "MultiModuleCoordinator", /, *args: Params.args, **kwargs: Params.kwargs
+    ) -> Result:
+        self._changes.check_open()
+        try:
+            return method(self, *args, **kwargs)
+        except AttributeError as error:
+            tell_of_missing_name(error)
+            raise
+
+    return checked
 
 
 class MultiModuleCoordinator:
@@ -121,21 +141,39 @@ class MultiModuleCoordinator:
             encoder_places(job.grids, job.rank),
         )
         self._pending_assignments = PendingAssignments.shared(job.model)
-        self._config: ModelParallelConfig | None = None
-        self._optimizer: Any = None
         self._communicators: list[PipelineCommunicator] = []
-        self._step = StepState.shared(
-            model,
-            job.model,
-            job.ddps,
-            {name: grid.data_parallel_size for name, grid in job.grids.items()},
+        self._optimizer: Any = None
+        self._schedule = Schedule(model, self._changes)
+        ddps = [module.ddp for module in self._modules.values()]
+        self._step = StepState([grads for ddp in ddps for grads in ddp.grads], self._schedule)
+        watch_passes(job.model, self._step, self._changes)
+        report = StepReport(
+            {name: grid.data_parallel_size for name, grid in job.grids.items()}, list(job.ddps)
         )
+        report.watch(
+            job.model,
+            lambda name: self._pending_assignments.next(name) is not None,
+            self._changes,
+        )
+        self._optimizer_steps = OptimizerSteps(ddps, self._step, report, self._changes)
         self._finalizer = GradientFinalizer(
             list(self._modules.values()),
-            NumTokens(job.grids[LANGUAGE], job.rank, job.per_token, self._device, job.model),
+            NumTokens(
+                job.grids[LANGUAGE],
+                job.rank,
+                job.per_token,
+                self._device,
+                job.model,
+                self._changes,
+            ),
             self._step,
+            report,
+            self._schedule,
+            self._changes,
         )
-        self._checkpoints = Checkpoints(job, self._finalizer.gather_params_now, self._step)
+        self._checkpoints = Checkpoints(
+            job, self._finalizer.gather_params_now, self._optimizer_steps
+        )
         if job.rank == 0:
             logger.info("%s", self.describe())
 
@@ -145,6 +183,17 @@ class MultiModuleCoordinator:
         They train on as if no coordinator had been. A later coordinator of the same model does it
         by itself, and so does ``with MultiModuleCoordinator(infra, model) as coordinator`` at its
         end. Not collective; a second time does nothing.
+
+        Afterwards the coordinator's methods raise a RuntimeError. Optimizers are Megatron's own
+        again, whichever coordinator built them; a checkpoint that is being written in the
+        background is finished, and its ``wait`` returns; a timeline that is being recorded is not
+        written, and a warning says so.
+
+        Example:
+            >>> with MultiModuleCoordinator(infra, model) as coordinator:
+            ...     coordinator.attach(model.config)
+            >>> model.config.finalize_model_grads_func is None
+            True
         """
         self._changes.close()
 
@@ -208,6 +257,7 @@ class MultiModuleCoordinator:
 
     # -- what the trainer calls --------------------------------------------------------------------
 
+    @_while_open
     def attach(self, config: ModelParallelConfig, optimizer: Any = None) -> None:
         """Hand this coordinator's methods to the schedule, through the model's config.
 
@@ -215,8 +265,8 @@ class MultiModuleCoordinator:
         ``grad_scale_func``; where a module's DDP has ``overlap_param_gather`` and
         ``align_param_gather`` also ``param_sync_func``. With ``overlap_grad_reduce``
         ``grad_sync_func`` must be None: with one, Megatron's schedule would have only the first
-        stage of the whole pipeline reduce during backward. Attaching again, or a later coordinator
-        of the same config, is fine.
+        stage of the whole pipeline reduce during backward. Attaching again is fine: the last time
+        counts. A coordinator that was attached to the same config before is closed.
 
         Args:
             config: the language model's config, ``get_model_config(model)``.
@@ -235,14 +285,28 @@ class MultiModuleCoordinator:
         """
         if not is_colocated(self._grids.values()):
             check_sequence_lengths(config)
-        hooks = hooks_of(self, [ddp.ddp_config for ddp in self._job.ddps.values()], optimizer)
-        install_hooks(config, hooks)
-        self._config = self._finalizer.config = config
-        self._step.attached(config, self.finalize_model_grads)
+        self._schedule.attach(config, self._hooks(optimizer))
+        self._step.attached()
         self._optimizer = optimizer
         if optimizer is not None:
-            self._step.watch(optimizer)
+            self._optimizer_steps.watch(optimizer)
 
+    def _hooks(self, optimizer: Any) -> Hooks:
+        """What the schedule is to call."""
+        hooks: dict[str, Callable[..., Any] | None] = {
+            "no_sync_func": self.no_sync,
+            "finalize_model_grads_func": self.finalize_model_grads,
+        }
+        if optimizer is not None:
+            hooks["grad_scale_func"] = optimizer.scale_loss
+        settings = [module.ddp.settings for module in self._modules.values()]
+        if any(each.overlap_grad_reduce for each in settings):
+            hooks["grad_sync_func"] = None  # with one, most stages would reduce after backward
+        if any(each.overlap_param_gather and each.align_param_gather for each in settings):
+            hooks["param_sync_func"] = self.start_param_sync
+        return hooks
+
+    @_while_open
     def build_optimizer(self, optimizer_config: OptimizerConfig) -> MimoOptimizer:
         """Make Megatron's ``MimoOptimizer``, also where ranks hold different numbers of modules.
 
@@ -263,9 +327,10 @@ class MultiModuleCoordinator:
             (True, 0.0, None)
         """
         optimizer = build_optimizer(self._job, optimizer_config)
-        self._step.watch(optimizer)
+        self._optimizer_steps.watch(optimizer)
         return optimizer
 
+    @_while_open
     def build_pipeline_communicator(self, config: ModelParallelConfig) -> PipelineCommunicator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
 
@@ -291,6 +356,7 @@ class MultiModuleCoordinator:
         self._communicators.append(communicator)
         return communicator
 
+    @_while_open
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module on this rank to zero, before a step.
 
@@ -331,6 +397,7 @@ class MultiModuleCoordinator:
         self._token_counts.micro_batch_size = micro_batch_size
         return samples
 
+    @_while_open
     def assign_images(
         self,
         module_name: str,
@@ -380,6 +447,7 @@ class MultiModuleCoordinator:
             self._job.infra, global_batch_size, micro_batch_size, num_microbatches
         )
 
+    @_while_open
     def reduce_losses(self, losses: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Average what the schedule returned, to the same dict on every rank. Collective.
 
@@ -408,6 +476,7 @@ class MultiModuleCoordinator:
             counts=holds_a_distinct_count(language, rank),
         )
 
+    @_while_open
     def grad_norms(self) -> dict[str, torch.Tensor]:
         """L2 norm of each module's gradients, the same on every rank. Collective.
 
@@ -429,9 +498,10 @@ class MultiModuleCoordinator:
         """
         self._step.check_norms()
         scale = torch.ones((), device=self._device)
-        scale_loss = (self._config or self._job.model.config).grad_scale_func
+        scale_loss = self._schedule.config.grad_scale_func
         return self._norms.norms(scale if scale_loss is None else scale_loss(scale))
 
+    @_while_open
     def num_trainable_parameters(self) -> dict[str, int]:
         """Parameters of each module that have a gradient, over all ranks, each counted once.
 
@@ -451,6 +521,7 @@ class MultiModuleCoordinator:
             self._device,
         )
 
+    @_while_open
     def record_timeline(
         self,
         path: str | Path,
@@ -461,10 +532,12 @@ class MultiModuleCoordinator:
     ) -> TimelineRecording:
         """Record what every rank does in a few steps. Call it on every rank, between two steps.
 
-        A step begins with ``zero_grad_buffer`` and ends with the attached optimizer's ``step``. At
-        the end of the last one rank 0 writes the trace and, beside it, ``costs.toml``: what each
-        module was measured to cost, for ``mimo-plan --costs``. Before and after nothing is paid;
-        on GPUs the steps are timed by events, and no host waits for its device inside one.
+        A step begins where gradients are zeroed, whoever calls ``zero_grad_buffer``, and ends with
+        the attached optimizer's ``step``. At the end of the last one rank 0 writes the trace and,
+        beside it, ``costs.toml``: what each module was measured to cost, for ``mimo-plan --costs``.
+        A recording that saw too few steps logs that when the trainer or the coordinator ends.
+        Before and after nothing is paid; on GPUs the steps are timed by events, and no host waits
+        for its device inside one.
 
         Args:
             path: where rank 0 writes Chrome Trace JSON, which Perfetto opens: a process for each
@@ -485,22 +558,21 @@ class MultiModuleCoordinator:
             >>> recording.summary is None
             True
         """
-        job = self._job
-        return TimelineRecording(
-            rank=job.rank,
-            grids=job.grids,
-            model=job.model,
-            ddps=job.ddps,
-            gradient_bytes={name: gradient_bytes(ddp) for name, ddp in job.ddps.items()},
-            finalizer=self._finalizer,
-            communicators=self._communicators,
-            optimizer=self._optimizer,
-            path=Path(path),
-            steps=steps_to_record(steps),
-            gpus_per_node=gpus_per_node or gpus_of_a_node(),
-            flops_per_sample=flops_per_sample,
+        job, ddps = self._job, {name: module.ddp for name, module in self._modules.items()}
+        place = Place.of(job.rank, job.grids, list(ddps))
+        recording = TimelineRecording(
+            steps_to_record(steps),
+            self._step,
+            StepObserver(place, job.model, ddps, self._communicators, self._optimizer),
+            TimelineReport(
+                job.grids, Path(path), gpus_per_node or gpus_of_a_node(), flops_per_sample
+            ),
+            has_optimizer=self._optimizer is not None,
         )
+        self._changes.on_close(recording.give_up)
+        return recording
 
+    @_while_open
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Between any two steps, run the schedule with ``forward_only=True`` inside. Collective.
@@ -521,6 +593,7 @@ class MultiModuleCoordinator:
         with self._pending_assignments.set_aside(), evaluation_mode(self._job.model):
             yield
 
+    @_while_open
     def save_checkpoint(
         self,
         folder: Path | str,
@@ -570,6 +643,7 @@ class MultiModuleCoordinator:
             folder, optimizer, step=step, extra=extra, keep=keep, background=background
         )
 
+    @_while_open
     def load_checkpoint(
         self, folder: Path | str, optimizer: MimoOptimizer | None
     ) -> LoadedCheckpoint:
@@ -638,6 +712,7 @@ class MultiModuleCoordinator:
 
     # -- what the schedule calls -------------------------------------------------------------------
 
+    @_while_open
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
@@ -645,6 +720,7 @@ class MultiModuleCoordinator:
         with self._finalizer.no_sync():
             yield
 
+    @_while_open
     def start_grad_sync(self, *params: Any) -> None:
         """Launch the overlapped reductions that backward did not; ``finalize_model_grads`` does so.
 
@@ -653,6 +729,7 @@ class MultiModuleCoordinator:
         """
         self._finalizer.start_grad_sync()
 
+    @_while_open
     def start_param_sync(self, *params: Any) -> None:
         """Launch the overlapped gathering of parameters; the schedule's ``param_sync_func``.
 
@@ -661,6 +738,7 @@ class MultiModuleCoordinator:
         """
         self._finalizer.start_param_sync()
 
+    @_while_open
     def finalize_model_grads(
         self,
         model: Any = None,
@@ -698,22 +776,16 @@ class MultiModuleCoordinator:
         assert pg_collection is not None, "module_problems_here has seen to it"
         module = ModuleGradients.collect(
             name,
-            job.ddps[name],
+            ModuleDdp(job.ddps[name]),
             pg_collection,
             job.gradient_scaling_factors[name],
+            self._changes,
         )
         if job.rank == self._grids[name].rank_offset:
-            remarks = [
-                auxiliary_loss_remark(
-                    module.ddp, self._grids[name], self._grids[LANGUAGE], job.per_token
-                )
-            ]
-            if isinstance(module.scaling, ScalingAfterReduction):
-                remarks.append(
-                    f"module {name}: this Megatron-Core does not scale its gradient buckets as "
-                    f"0.19 does; its gradients are scaled in a pass of their own"
-                )
-            for remark in filter(None, remarks):
+            remark = auxiliary_loss_remark(
+                job.ddps[name], self._grids[name], self._grids[LANGUAGE], job.per_token
+            )
+            if remark:
                 logger.warning("%s", remark)
         return module
 

@@ -37,10 +37,11 @@ from megatron_mimo_coord import (
     MultiModuleCoordinator,
 )
 from megatron_mimo_coord.checks import job
-from megatron_mimo_coord.gradients import num_tokens, scaling
-from megatron_mimo_coord.gradients.buckets import buckets
+from megatron_mimo_coord.gradients import num_tokens
 from megatron_mimo_coord.layout import pack, ranks_taken
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 TOLERANCE = 1e-5
 VOCABULARY = 16
@@ -67,9 +68,7 @@ class Case:
         force_all_reduce: passed to the schedule.
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
         second_coordinator: build another coordinator on the same model after the first step.
-        attach_second: attach that one.
         layers, tied_embeddings, experts: of the language model.
-        scale_after_reduction: scale gradients after the reduction, as if Megatron's buckets had changed.
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
         assign: assign images in every microbatch (1), in every second one (2), or never (0).
@@ -92,11 +91,9 @@ class Case:
     force_all_reduce: bool = False
     wrap: str = ""
     second_coordinator: bool = False
-    attach_second: bool = True
     layers: int = 2
     tied_embeddings: bool = False
     experts: int | None = None
-    scale_after_reduction: bool = False
     no_optimizer: bool = False
     megatron_communicator: bool = False
     assign: int = 0
@@ -235,8 +232,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     if case.wrap == "model":
         model.pg_collection = infra.pg_collections[infra.participating_modules[0]]
         wrapped = Float16Module(model.config, model)
-    with _scaled_after_reduction() if case.scale_after_reduction else nullcontext():
-        coordinator = MultiModuleCoordinator(infra, wrapped)
+    coordinator = MultiModuleCoordinator(infra, wrapped)
     optimizer = None
     if not case.no_optimizer:
         optimizer = optimizer_of(case, coordinator)
@@ -269,8 +265,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
                 optimizer.step()
             if case.second_coordinator and step == 0:
                 coordinator = MultiModuleCoordinator(infra, wrapped)
-                if case.attach_second:
-                    coordinator.attach(model.config, optimizer)
+                coordinator.attach(model.config, optimizer)
     finally:
         model.destroy()
         infra.destroy()
@@ -328,17 +323,6 @@ def built(case: Case) -> Any:
 
 def _data(case: Case, step: int) -> Iterator[Microbatch]:
     return iter([draw(case, step, index) for index in range(case.num_microbatches)])
-
-
-@contextmanager
-def _scaled_after_reduction() -> Iterator[None]:
-    """As if Megatron's buckets had changed."""
-    original = scaling.can_scale_in_reduction
-    scaling.can_scale_in_reduction = lambda ddp: False
-    try:
-        yield
-    finally:
-        scaling.can_scale_in_reduction = original
 
 
 def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
@@ -617,14 +601,15 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 def _bucket_factor(after: Any) -> Any:
     """A mutant of the factor that each bucket of a module gets."""
-    original = scaling.ScalingInReduction.__init__
+    original = ModuleDdp.scale_in_reduction
 
-    def broken(self: Any, ddp: Any, factor: float) -> None:
-        original(self, ddp, factor)
-        for bucket in buckets(ddp):
-            bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, ddp, factor)
+    def broken(self: ModuleDdp, factor: float, changes: Changes) -> None:
+        original(self, factor, changes)
+        for group in self.groups:
+            for bucket in group.buckets:
+                bucket.gradient_scaling_factor = after(bucket.gradient_scaling_factor, self, factor)
 
-    return _replaced(scaling.ScalingInReduction, "__init__", broken)
+    return _replaced(ModuleDdp, "scale_in_reduction", broken)
 
 
 def _formula(**wrong: Any) -> Any:

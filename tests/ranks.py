@@ -255,7 +255,7 @@ def _finalize_without_host_sync() -> None:
     original = MultiModuleCoordinator.finalize_model_grads
 
     def finalize_model_grads(self: Any, *args: Any, **options: Any) -> None:
-        config = self._finalizer.config
+        config = self._schedule.config
         with nullcontext() if config and config.timers else no_host_sync():
             original(self, *args, **options)
 

@@ -1,5 +1,6 @@
 """What a trainer holds: built on real ranks, attached, and refused with a sentence."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -178,16 +179,17 @@ def _attach(case: Case) -> dict[str, Any]:
     successor = MultiModuleCoordinator(infra, model)
     successor.attach(config, Optimizer())
     answer["successor"] = config.no_sync_func == successor.no_sync
-    for hook in ("no_sync_func", "finalize_model_grads_func", "grad_scale_func"):
-        before = getattr(config, hook)
-        setattr(config, hook, print)
-        others = {name: getattr(config, name) for name in vars(config) if name.endswith("_func")}
-        try:
-            MultiModuleCoordinator(infra, model).attach(config, optimizer)
-        except ValueError as error:
-            answer[hook] = str(error)
-        assert others == {name: getattr(config, name) for name in others}, "nothing is set then"
-        setattr(config, hook, before)
+    hooks = ("no_sync_func", "finalize_model_grads_func", "grad_scale_func")
+    ours = {name: getattr(config, name) for name in hooks}
+    config.no_sync_func, config.grad_scale_func = print, partial(print, model)
+    others = {name: getattr(config, name) for name in vars(config) if name.endswith("_func")}
+    try:
+        successor.attach(config, optimizer)
+    except ValueError as error:
+        answer["taken"] = str(error)
+    assert others == {name: getattr(config, name) for name in others}, "nothing is set then"
+    for name, hook in ours.items():
+        setattr(config, name, hook)
     config.variable_seq_lengths = False
     try:
         successor.attach(config)
@@ -202,8 +204,12 @@ def test_attach_sets_hooks_and_respects_those_of_others():
         assert answer["without optimizer"]
         assert answer["no_sync"] and answer["finalize"] and answer["scale"] and answer["successor"]
         assert answer["grad_sync"] is None and not answer["param_sync"]
-        for hook in ("no_sync_func", "finalize_model_grads_func", "grad_scale_func"):
-            assert f"config.{hook} is already <built-in function print>" in answer[hook]
+        assert answer["taken"] == (
+            "the coordinator needs places that others have taken: config.no_sync_func is "
+            "builtins.print, config.grad_scale_func is a partial of builtins.print; set "
+            "config.no_sync_func = config.grad_scale_func = None before attach, and leave that to "
+            "the coordinator"
+        )
         assert "config.variable_seq_lengths is False" in answer["shapes"]
 
 

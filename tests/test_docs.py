@@ -4,6 +4,7 @@ import doctest
 import importlib
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def _doctests(module: str, **names: Any) -> tuple[int, str]:
-    """(number of examples, what went wrong) of a module's docstrings."""
+def _doctests(module: str, make: Callable[[], dict[str, Any]], **names: Any) -> tuple[int, str]:
+    """(number of examples, what went wrong) of a module's docstrings; ``make`` is called for each."""
     tested = importlib.import_module(f"megatron_mimo_coord.{module}")
     said: list[str] = []
     runner = doctest.DocTestRunner(verbose=False)
     for test in doctest.DocTestFinder().find(tested, globs={**vars(tested), "Path": Path, **names}):
+        test.globs |= make()
         runner.run(test, out=said.append)
     return runner.tries, "".join(said)
 
@@ -45,10 +47,16 @@ def _doctests_on_a_rank(module: str, folder: str) -> tuple[int, str]:
     from cases import Case, built
     from layouts import parallel
 
+    from megatron_mimo_coord import MultiModuleCoordinator
+
     case = Case(modules={"vision": parallel(rank_offset=0), "language": parallel(rank_offset=0)})
-    infra, model, coordinator = built(case)
-    names = {"infra": infra, "model": model, "coordinator": coordinator, "torch": torch}
-    answer = _doctests(module, folder=folder, **names)
+    infra, model, _ = built(case)
+    names = {"infra": infra, "model": model, "torch": torch}
+
+    def make() -> dict[str, Any]:
+        return {"coordinator": MultiModuleCoordinator(infra, model)}
+
+    answer = _doctests(module, make, folder=folder, **names)
     model.destroy()
     infra.destroy()
     return answer
@@ -57,7 +65,7 @@ def _doctests_on_a_rank(module: str, folder: str) -> tuple[int, str]:
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_in_docstrings_run(module, tmp_path):
     if module.startswith(WITHOUT_TORCH):
-        tried, said = _doctests(module, folder=str(tmp_path))
+        tried, said = _doctests(module, dict, folder=str(tmp_path))
     else:
         ((tried, said),) = world(1).run(_doctests_on_a_rank, module, str(tmp_path))
     assert tried == MODULES[module]

@@ -11,10 +11,8 @@ from megatron.core import __version__ as megatron_version
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 
-from megatron_mimo_coord.checks.megatron_internals import internals_problems
 from megatron_mimo_coord.checks.modules import (
     ddp_facts,
-    ddp_sums,
     find_ddp,
     module_problems_here,
     needs_global_state,
@@ -23,6 +21,8 @@ from megatron_mimo_coord.checks.modules import (
 from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.names import tell_of_missing_name
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 from megatron_mimo_coord.world.global_state import global_state_problems
 
@@ -66,6 +66,16 @@ class Job:
 
 def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str, Any]) -> RankFacts:
     """Fill in what a ``Job`` holds; returns what there is to say about it to the other ranks."""
+    try:
+        return _facts(infra, model, read)
+    except AttributeError as error:
+        tell_of_missing_name(error)
+        raise
+
+
+def _facts(
+    infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str, Any]
+) -> RankFacts:
     infra = as_infra(infra)
     mimo_model = unwrap_mimo_model(model)
     grids = {name: ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()}
@@ -76,9 +86,6 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     read |= {"infra": infra, "model": mimo_model, "grids": grids}
     read |= {"ddps": ddps, "per_token": per_token}
 
-    without_internals = internals_problems(ddps.values())
-    if without_internals:  # all that follows relies on them
-        return RankFacts({}, {}, without_internals)
     problems: list[str] = [*layout_problems(grids, infra.topology, dist.get_world_size())]
     for name in here:
         problems += module_problems_here(mimo_model, infra, grids[name])
@@ -96,9 +103,9 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
                 for field, value in grid.fields().items()
             },
         },
-        modules={name: ddp_facts(ddp) for name, ddp in ddps.items()},
+        modules={name: ddp_facts(ModuleDdp(ddp)) for name, ddp in ddps.items()},
         problems=problems,
-        flags=sum(_bit(grids, name) for name, ddp in ddps.items() if ddp_sums(ddp)),
+        flags=sum(_bit(grids, name) for name, ddp in ddps.items() if ModuleDdp(ddp).delivers_sum),
     )
 
 

@@ -8,9 +8,9 @@ from megatron.core.models.mimo import MimoModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from megatron_mimo_coord.gradients.buckets import owns_its_gradients
 from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 
 def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
@@ -47,15 +47,10 @@ def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
     return module
 
 
-def ddp_sums(ddp: DistributedDataParallel) -> bool:
-    """Whether a DDP delivers the sum over its replicas; else it delivers the mean."""
-    return bool(ddp.config.calculate_per_token_loss)
-
-
-def ddp_facts(ddp: DistributedDataParallel) -> dict[str, str]:
+def ddp_facts(ddp: ModuleDdp) -> dict[str, str]:
     """What all ranks of a module must agree about."""
-    settings = {name: str(value) for name, value in vars(ddp.ddp_config).items()}
-    return {"calculate_per_token_loss": str(ddp_sums(ddp)), **settings}
+    settings = {name: str(value) for name, value in vars(ddp.settings).items()}
+    return {"calculate_per_token_loss": str(ddp.delivers_sum), **settings}
 
 
 def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> list[str]:
@@ -66,8 +61,8 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"infra places module {name!r} on this rank, but the model has no such module "
             f"here: give MimoModelConfig the same module_to_grid_map and a spec for {name!r}"
         ]
-    ddp = find_ddp(model, name)
-    if ddp is None:
+    wrapped = find_ddp(model, name)
+    if wrapped is None:
         return [
             f"module {name!r} is not wrapped in megatron.core.distributed."
             f"DistributedDataParallel: wrap each submodule of the MimoModel, frozen ones too"
@@ -78,21 +73,22 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"pg_collections[{name!r}] there"
         ]
     found = []
-    if ddp.dp_cp_group.size() != grid.replicas:
+    ddp = ModuleDdp(wrapped)
+    if ddp.replicas != grid.replicas:
         found.append(
-            f"module {name!r} is reduced over {ddp.dp_cp_group.size()} ranks by its DDP, but "
+            f"module {name!r} is reduced over {ddp.replicas} ranks by its DDP, but "
             f"its grid has DP x CP = {grid.replicas}: pass pg_collections[{name!r}] to the DDP"
         )
-    if not owns_its_gradients(ddp):
+    if not ddp.owns_its_gradients:
         found.append(
             f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
         )
-    found += _gather_problems(name, ddp.ddp_config)
+    found += _gather_problems(name, ddp.settings)
     per_token = bool(model.config.calculate_per_token_loss)
-    if name == LANGUAGE and ddp_sums(ddp) != per_token:
+    if name == LANGUAGE and ddp.delivers_sum != per_token:
         found.append(
-            f"the language model's DDP was built with calculate_per_token_loss={ddp_sums(ddp)}, "
+            f"the language model's DDP was built with calculate_per_token_loss={ddp.delivers_sum}, "
             f"but the MimoModel's config says {per_token}: use one config for both"
         )
     return found

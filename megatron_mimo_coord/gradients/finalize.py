@@ -11,15 +11,20 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.model_parallel_config import ModelParallelConfig
 
-from megatron_mimo_coord.gradients.launch_order import OrderedReduction, reduces_everything
+from megatron_mimo_coord.gradients.launch_order import OrderedReduction
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.num_tokens import NumTokens
 from megatron_mimo_coord.gradients.param_gather import ParamGather
+from megatron_mimo_coord.gradients.profiler_ranges import named_range
+from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.metrics.profiler_ranges import named_range
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.schedule import Schedule
+
+WHOLE_FINALIZE = "finalize_model_grads"
+"""The range that :mod:`megatron_mimo_coord.gradients.profiler_ranges` shows all of it under."""
 
 
 class GradientFinalizer:
@@ -29,15 +34,20 @@ class GradientFinalizer:
         modules: the modules on this rank.
         num_tokens: the N of a per-token loss.
         step: where a step stands.
-
-    Attributes:
-        config: the config that a coordinator was attached to, whose timers time each module.
+        report: what the ranks tell each other before an optimizer's step.
+        schedule: whose config's timers time each module.
+        changes: where is recorded what is changed in the modules' DDPs.
     """
 
     def __init__(
-        self, modules: Sequence[ModuleGradients], num_tokens: NumTokens, step: StepState
+        self,
+        modules: Sequence[ModuleGradients],
+        num_tokens: NumTokens,
+        step: StepState,
+        report: StepReport,
+        schedule: Schedule,
+        changes: Changes,
     ) -> None:
-        self.config: ModelParallelConfig | None = None
         encoders = [module for module in modules if module.name != LANGUAGE]
         language = [module for module in modules if module.name == LANGUAGE]
         self._modules = encoders + language
@@ -45,10 +55,14 @@ class GradientFinalizer:
         # of encoders alone the schedule runs one for each, in order.
         in_backward = encoders[::-1] if language else encoders
         together = [[module.ddp for module in some] for some in (in_backward, language) if some]
-        self._reductions = [OrderedReduction.shared(ddps) for ddps in together]
-        self._gathers = [ParamGather(ddps) for ddps in together]
+        self._reductions = [OrderedReduction(ddps, changes) for ddps in together]
+        self._gathers = [ParamGather(ddps, changes) for ddps in together]
         self._num_tokens = num_tokens
         self._step = step
+        self._report = report
+        self._schedule = schedule
+        for module in self._modules:
+            module.ddp.route_zeroing(self._before_zeroing, step.zeroed, changes)
 
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module to zero, before a step.
@@ -57,26 +71,28 @@ class GradientFinalizer:
             RuntimeError: they were accumulated, and nobody has finalized them; or nobody counted
                 the tokens of the step before.
         """
+        for module in self._modules:
+            module.ddp.ddp.zero_grad_buffer()
+
+    def _before_zeroing(self) -> None:
+        """Whoever zeroes the gradients of a module."""
         self._step.check_finalized(if_begun=False)
-        self._step.report.check_tokens()
+        self._report.check_tokens()
+        self._abandon()
+
+    def _abandon(self) -> None:
         for reduction in self._reductions:
             reduction.abandon()
-        for module in self._modules:
-            module.ddp.zero_grad_buffer()
-            for param in module.ddp.params_with_grad:
-                # An optimizer in fp32 leaves main_grad here, where backward would add to it twice.
-                param.grad = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate."""
         self._step.begin()
-        for reduction in self._reductions:
-            reduction.abandon()
+        self._abandon()
         self.start_param_sync()
         with ExitStack() as stack:
             for module in self._modules:
-                stack.enter_context(module.ddp.no_sync())
+                stack.enter_context(module.ddp.ddp.no_sync())
             yield
 
     def start_grad_sync(self) -> None:
@@ -111,13 +127,17 @@ class GradientFinalizer:
         """
         self._step.check_finalize()
         self._num_tokens.check(num_tokens)
-        with named_range("finalize_model_grads"):
+        with named_range(WHOLE_FINALIZE):
             self.start_grad_sync()
             counting = self._num_tokens.start(num_tokens)
             for module in self._modules:
-                with named_range(module.name), self._timers_of_config(module):
+                with (
+                    named_range(module.name),
+                    self._timers_of_config(module),
+                    module.ddp.frozen_routers_at_rest(),
+                ):
                     finalize_model_grads(
-                        [module.ddp],
+                        [module.ddp.ddp],
                         num_tokens=None,
                         pg_collection=module.pg_collection_to_finalize,
                         force_all_reduce=force_all_reduce,
@@ -127,21 +147,22 @@ class GradientFinalizer:
                 counting.wait()
                 inverse_tokens = self._num_tokens.reciprocal()
             for module in self._modules:
-                everything = reduces_everything(module.ddp, force_all_reduce)
+                everything = module.ddp.reduces_everything(force_all_reduce)
                 module.scaling.apply(inverse_tokens, everything)
             for reduction in self._reductions:
                 reduction.end(force_all_reduce)
-        self._step.finalized(None if counting is None else self._num_tokens.is_missing())
+        self._report.misses_tokens = None if counting is None else self._num_tokens.is_missing()
+        self._step.finalized()
 
     @contextmanager
     def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:
-        """Have Megatron time a module with the timers of the config that was attached.
+        """Have Megatron time a module with the timers of the schedule's config.
 
         Where timers start with a barrier, each rank must meet it as often as the others, however
         many modules it holds: those of the first one count.
         """
-        attached, config = self.config, module.ddp.config
-        if attached is None or attached.timers is None:
+        attached, config = self._schedule.config, module.ddp.ddp.config
+        if attached.timers is None:
             yield
             return
         before = config.timers, config.barrier_with_L1_time

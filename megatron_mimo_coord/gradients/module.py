@@ -3,11 +3,12 @@
 from copy import copy
 
 from attrs import frozen
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.gradients.scaling import GradientScaling, gradient_scaling
+from megatron_mimo_coord.gradients.scaling import GradientScaling
 from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 
 @frozen
@@ -16,14 +17,14 @@ class ModuleGradients:
 
     Args:
         name: the module.
-        ddp: the module, wrapped in Megatron's DDP.
+        ddp: its DDP.
         pg_collection: the module's process groups.
         pg_collection_to_finalize: the same as Megatron's ``finalize_model_grads`` is to see them.
         scaling: what they are multiplied by.
     """
 
     name: str
-    ddp: DistributedDataParallel
+    ddp: ModuleDdp
     pg_collection: ProcessGroupCollection
     pg_collection_to_finalize: ProcessGroupCollection
     scaling: GradientScaling
@@ -32,17 +33,19 @@ class ModuleGradients:
     def collect(
         cls,
         name: str,
-        ddp: DistributedDataParallel,
+        ddp: ModuleDdp,
         pg_collection: ProcessGroupCollection,
         factor: float,
+        changes: Changes,
     ) -> "ModuleGradients":
         """Take charge of a module's gradients.
 
         Args:
             name: the module.
-            ddp: the module, wrapped in Megatron's DDP.
+            ddp: its DDP.
             pg_collection: the module's process groups.
             factor: c_m of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`.
+            changes: where is recorded what is changed in the DDP.
         """
         to_finalize = pg_collection
         if name != LANGUAGE:
@@ -54,5 +57,5 @@ class ModuleGradients:
             ddp=ddp,
             pg_collection=pg_collection,
             pg_collection_to_finalize=to_finalize,
-            scaling=gradient_scaling(ddp, factor),
+            scaling=GradientScaling(ddp, factor, changes),
         )

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_mimo_coord.gradients.buckets import disjoint_parts
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 
 class GradientNorms:
@@ -30,7 +29,7 @@ class GradientNorms:
     def __init__(
         self,
         names: Sequence[str],
-        modules: Mapping[str, tuple[DistributedDataParallel, ProcessGroupCollection]],
+        modules: Mapping[str, tuple[ModuleDdp, ProcessGroupCollection]],
         device: torch.device,
     ) -> None:
         self._names = names
@@ -55,9 +54,7 @@ class GradientNorms:
         return dict(zip(self._names, counts.tolist(), strict=True))
 
 
-def _counted_here(
-    ddp: DistributedDataParallel, pg_collection: ProcessGroupCollection
-) -> list[torch.Tensor]:
+def _counted_here(ddp: ModuleDdp, pg_collection: ProcessGroupCollection) -> list[torch.Tensor]:
     expert_tp = getattr(pg_collection, "expt_tp", None)
 
     def counts(param: torch.nn.Parameter) -> bool:
@@ -65,4 +62,4 @@ def _counted_here(
             param, pg_collection.tp, expert_tp
         )
 
-    return list(disjoint_parts(ddp, counts))
+    return list(ddp.disjoint_parts(counts))

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo_coord.layout import ModuleGrid
+from megatron_mimo_coord.megatron.changes import Changes
 
 _HAS_GRADIENT = 1 << 40
 """Added to a rank's count if its loss has a gradient: more tokens than any step has."""
@@ -24,6 +25,7 @@ class NumTokens:
         per_token: whether the loss is divided by the number of tokens.
         device: where the backend of the world expects tensors.
         model: whose output the loss is computed from.
+        changes: where is recorded that its output is watched.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class NumTokens:
         per_token: bool,
         device: torch.device,
         model: torch.nn.Module,
+        changes: Changes,
     ) -> None:
         self._per_token = per_token
         self._is_needed_here = per_token and rank in language.ranks
@@ -40,7 +43,7 @@ class NumTokens:
         self._sum = torch.zeros((), dtype=torch.int64, device=device)
         self._loss_gradient: torch.Tensor | None = None
         if self._is_counted_here:
-            model.register_forward_hook(self._watch_output)
+            changes.on_close(model.register_forward_hook(self._watch_output).remove)
 
     def _watch_output(self, _: Any, __: Any, returned: Any) -> None:
         output = returned[0] if isinstance(returned, tuple) else returned

@@ -10,12 +10,14 @@ norms on the host sees them for nothing:
   are the trainer's affair: most layouts never read them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from attrs import define, field
 
 from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.world.device import world_device
 
 _MISSES_TOKENS = (
@@ -44,6 +46,28 @@ class StepReport:
     here: Sequence[str]
     misses_tokens: torch.Tensor | None = field(default=None, init=False)
     rows: int | None = field(default=None, init=False)
+
+    def watch(
+        self, model: torch.nn.Module, is_assigned: Callable[[str], bool], changes: Changes
+    ) -> None:
+        """Look at the text that a model is given.
+
+        Args:
+            model: the model.
+            is_assigned: whether the images that an encoder is given now were dealt out by cost: a
+                rank encodes others than its text says.
+            changes: where that is recorded.
+        """
+
+        def look(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                input_ids = kwargs.get("input_ids", args[0] if args else None)
+                is_packed = kwargs.get("packing_kwargs") is not None
+                others = LANGUAGE not in self.here and any(map(is_assigned, self.here))
+                has_rows = input_ids is not None and not is_packed and not others
+                self.rows = len(input_ids) if has_rows else None
+
+        changes.on_close(model.register_forward_pre_hook(look, with_kwargs=True).remove)
 
     def pack(self) -> torch.Tensor:
         """Numbers of which each rank is to know the largest, in fp32 on the world's device."""

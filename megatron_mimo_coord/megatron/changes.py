@@ -42,7 +42,9 @@ class Changes:
         for owner in owners:
             before: Changes | None = vars(owner).get(_MARK)
             if before is not None and before is not self:
-                before.close(f"a later coordinator of the same {type(owner).__name__}")
+                later = f"a later coordinator of the same {type(owner).__name__}"
+                before.close(later)
+                logger.info("%s closes the one before it: all of its changes are undone", later)
         for owner in owners:
             if _MARK not in vars(owner):
                 self.set(owner, _MARK, self)
@@ -83,4 +85,15 @@ class Changes:
         if not self.closed_by:
             self.closed_by = by
             self._undo.close()
-            logger.info("what a coordinator changed in Megatron's objects is undone, by %s", by)
+
+    def check_open(self) -> None:
+        """Refuse to go on where everything is undone.
+
+        Raises:
+            RuntimeError: says who has undone it.
+        """
+        if self.closed_by:
+            raise RuntimeError(
+                f"this coordinator was closed by {self.closed_by}: use the later one, or build "
+                f"another, MultiModuleCoordinator(infra, model), and attach it"
+            )

@@ -21,7 +21,7 @@ class LazyDict(dict[str, float]):
     """
 
     def __init__(self, read: Callable[[], dict[str, float]]) -> None:
-        super().__init__({"": 0.0})  # json looks at the size beneath before it asks for items
+        dict.__init__(self, {"": 0.0})  # json looks at the size beneath before it asks for items
         self._read: Callable[[], dict[str, float]] | None = read
 
     def fill(self) -> None:
@@ -29,28 +29,25 @@ class LazyDict(dict[str, float]):
         if self._read is not None:
             items = self._read()
             self._read = None
-            super().clear()
-            super().update(items)
+            dict.clear(self)
+            dict.update(self, items)
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
 
-def _filled_first(name: str) -> Callable[..., Any]:
-    method = getattr(dict, name)
-
+def _filled_first(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def filled_first(self: LazyDict, *args: Any, **kwargs: Any) -> Any:
-        for each in (self, *args):
+    def filled_first(*dicts: Any, **kwargs: Any) -> Any:
+        for each in dicts:
             if isinstance(each, LazyDict):
                 each.fill()
-        return method(self, *args, **kwargs)
+        return method(*dicts, **kwargs)
 
     return filled_first
 
 
-_OPERATORS = ("contains", "delitem", "eq", "getitem", "ior", "iter", "len", "ne", "or", "repr")
-_MORE = ("reversed", "ror", "setitem")
-_METHODS = ("clear", "copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update")
-for _name in (*(f"__{name}__" for name in (*_OPERATORS, *_MORE)), *_METHODS, "values"):
-    setattr(LazyDict, _name, _filled_first(_name))
+_WITHOUT_A_LOOK = {"__new__", "__init__", "__getattribute__", "__class_getitem__", "fromkeys"}
+for _name, _method in vars(dict).items():
+    if callable(_method) and _name not in _WITHOUT_A_LOOK:
+        setattr(LazyDict, _name, _filled_first(_method))

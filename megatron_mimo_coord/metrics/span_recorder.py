@@ -1,12 +1,13 @@
 """What one rank does in a step, span after span, as it happens."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from attrs import frozen
 
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated
 from megatron_mimo_coord.metrics.clocks import Clock
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
@@ -55,6 +56,26 @@ class Place:
     modules: Sequence[str]
     stage: int
     bridges: dict[str, str]
+
+    @classmethod
+    def of(cls, rank: int, grids: Mapping[str, ModuleGrid], modules: Sequence[str]) -> "Place":
+        """That of a rank.
+
+        Args:
+            rank: the rank.
+            grids: where each module lies.
+            modules: those on this rank.
+        """
+        grid = grids[modules[0]]
+        stage = grid.coordinate(rank, "pp")
+        bridges: dict[str, str] = {}
+        if not is_colocated(grids.values()):
+            if LANGUAGE not in modules and grid.is_on_last_stage(rank):
+                bridges = dict.fromkeys(TO_NEXT, modules[0])
+            elif LANGUAGE in modules and stage == 0:
+                encoders = [name for name in grids if name != LANGUAGE]
+                bridges = dict.fromkeys(TO_PREVIOUS, ", ".join(encoders))
+        return cls(modules=modules, stage=stage, bridges=bridges)
 
 
 class SpanRecorder:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.gradients.step_state import StepState
+from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.boxes import Box
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
@@ -56,13 +56,15 @@ class Checkpoints:
     Args:
         job: the modules, their grids, and which of them are here.
         gather_params: makes this rank's weights those of the last step, where they come late.
-        step_state: knows the optimizers of the model.
+        optimizer_steps: knows the optimizers of the model.
     """
 
-    def __init__(self, job: Job, gather_params: Callable[[], None], step_state: StepState) -> None:
+    def __init__(
+        self, job: Job, gather_params: Callable[[], None], optimizer_steps: OptimizerSteps
+    ) -> None:
         self._job = job
         self._gather_params = gather_params
-        self._step_state = step_state
+        self._optimizer_steps = optimizer_steps
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
         self._last: CheckpointSave | None = None  # saved or loaded by this coordinator
 
@@ -121,7 +123,7 @@ class Checkpoints:
         tensors: list[torch.Tensor] = []
         said = encode(extra or {}, tensors)
         facts = _facts(saving, optimizer, said, tensors)
-        saving.holds = (dict(facts), self._step_state.num_changes)
+        saving.holds = (dict(facts), self._optimizer_steps.num_changes)
         last = self._last
         if last is not None and last.is_whole and self._watches(optimizer):
             saving.is_over = saving.is_whole = last.holds == saving.holds
@@ -146,7 +148,7 @@ class Checkpoints:
 
     def _watches(self, optimizer: Any) -> bool:
         """Whether every step that changes what is saved is known."""
-        known = self._step_state.optimizers
+        known = self._optimizer_steps.optimizers
         return bool(known) if optimizer is None else optimizer in known
 
     def _collect(
@@ -187,15 +189,15 @@ class Checkpoints:
         loading.refuse_unknown_tensors(headline)
         _agree(loading.verify_files, headline)
         _agree(loading.fill, headline)
-        self._step_state.num_changes += 1
+        self._optimizer_steps.num_changes += 1
         if optimizer is None:
-            for known in self._step_state.optimizers:
+            for known in self._optimizer_steps.optimizers:
                 known.reload_model_params()  # else its next step undoes the load
         self._last = CheckpointSave(folder, step, is_over=True, is_whole=True)
         extra = loading.extra()
         tensors: list[torch.Tensor] = []
         facts = _facts(self._last, optimizer, encode(extra, tensors), tensors)
-        self._last.holds = (facts, self._step_state.num_changes)
+        self._last.holds = (facts, self._optimizer_steps.num_changes)
         return LoadedCheckpoint(step, extra)
 
     def _look(self, folder: Path, optimizer: Any) -> RankFacts:

@@ -138,50 +138,8 @@ def test_encoder_ranks_do_not_wait_for_the_language_model(per_token):
 # -- the path without DDP's help -------------------------------------------------------------------
 
 
-def _way(fault: str) -> tuple[bool, int]:
-    """Whether gradients are scaled after the reduction, and how many warnings say so."""
-    import logging
-
-    import weights
-
-    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
-    from megatron_mimo_coord.gradients.buckets import buckets
-    from megatron_mimo_coord.gradients.scaling import ScalingAfterReduction
-
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    case = Case(modules=FAN_OUT, ddp=SHARDED)
-    infra = MegatronMIMOInfra.build(case.modules)
-    model = weights.build_model(case.shape(), infra)
-    for ddp, _ in _ddps(model, infra):
-        for bucket in buckets(ddp):
-            if fault == "renamed":
-                bucket.scaling = bucket.gradient_scaling_factor
-                del bucket.gradient_scaling_factor
-            if fault == "another meaning":
-                bucket.gradient_scaling_factor = 7.0
-    logging.getLogger("megatron_mimo_coord").addHandler(handler)
-    try:
-        coordinators = [MultiModuleCoordinator(infra, model) for _ in range(2)]
-    finally:
-        logging.getLogger("megatron_mimo_coord").removeHandler(handler)
-        infra.destroy()
-    (first,), (second,) = (coordinator._modules.values() for coordinator in coordinators)
-    assert type(first.scaling) is type(second.scaling)
-    return isinstance(first.scaling, ScalingAfterReduction), len(records)
-
-
-@pytest.mark.parametrize("fault", ["none", "renamed", "another meaning"])
-def test_megatron_internals_that_moved_are_noticed(fault):
-    answers = world(3).run("test_finalize:_way", fault)
-    assert [is_after for is_after, _ in answers] == [fault != "none"] * 3
-    warnings = [number for _, number in answers]
-    assert warnings == ([0, 0, 0] if fault == "none" else [2, 2, 0]), "once a module"
-
-
 def test_a_factor_that_cancels_needs_no_pass():
-    from megatron_mimo_coord.gradients.scaling import _product
+    from megatron_mimo_coord.megatron.ddp import _product
 
     assert all(_product(1 / size, size) == 1.0 for size in range(1, 5000))
     assert 1 / 49 * 49 != 1.0

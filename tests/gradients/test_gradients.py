@@ -201,7 +201,7 @@ def test_mixtures_of_experts(case):
             ddp={**SHARDED, **MANY_BUCKETS, "overlap_param_gather": True},
             evaluate=True,
         ),
-        Case(modules=FAN_IN, second_coordinator=True, attach_second=False, steps=3, ddp=OVERLAP),
+        Case(modules=FAN_IN, second_coordinator=True, steps=3, ddp={**SHARDED, **OVERLAP}),
     ],
 )
 def test_settings(case):
@@ -272,7 +272,6 @@ def cases(draw: st.DrawFn) -> Case:
         force_all_reduce=draw(st.booleans()),
         second_coordinator=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
-        scale_after_reduction=draw(st.booleans()),
         assign=draw(st.integers(0, 2)),
         seed=draw(st.integers(0, 99)),
     )
@@ -296,13 +295,13 @@ SENSITIVE = [
     Case(modules={"vision": parallel(dp=2), "language": parallel(tp=2)}, no_optimizer=True, **more)
     for more in (
         {"per_token": PER_TOKEN},
-        {"scale_after_reduction": True, "per_token": {"vision": True}},
-        {"scale_after_reduction": True, "per_token": {"language": True}},
+        {"per_token": {"vision": True}},
+        {"per_token": {"language": True}},
         {},
     )
 ] + [
     Case(modules={"vision": parallel(dp=1), "language": parallel(dp=2)}, no_optimizer=True, **more)
-    for more in ({"per_token": PER_TOKEN}, {"scale_after_reduction": True}, {})
+    for more in ({"per_token": PER_TOKEN}, {})
 ]
 
 

@@ -72,6 +72,7 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
     asked = coordinator
     if after == "another coordinator's":
         asked = MultiModuleCoordinator(infra, model)
+        asked.attach(config, Optimizer())
     syncs = []
     item = torch.Tensor.item
     torch.Tensor.item = lambda tensor: syncs.append(1) or item(tensor)
@@ -82,7 +83,7 @@ def _norms(case: Case, after: str) -> dict[str, Any]:
         torch.Tensor.item = item
     answer = {
         "norms": {name: float(norm) for name, norm in norms.items()},
-        "counts": coordinator.num_trainable_parameters(),
+        "counts": asked.num_trainable_parameters(),
         "expected": expected,
     }
     model.destroy()
@@ -162,7 +163,7 @@ def _not_finite(case: Case, module: str, value: float, here: int, where: str) ->
             for buffer in ddp.buffers:
                 buffer.grad_data.normal_()
         if bad and dist.get_rank() == here:
-            ddp = next(m.ddp for m in coordinator._modules.values() if m.name == module)
+            ddp = next(m.ddp.ddp for m in coordinator._modules.values() if m.name == module)
             parameters = dict(ddp.module.named_parameters())
             name = next(name for name in parameters if where in name)
             parameters[name].main_grad.view(-1)[0] = value

@@ -10,7 +10,7 @@ from cases import PATCHES, Case, _data, built, optimizer_of, run_schedule
 from layouts import COLOCATED, LAYOUTS, SHARDED, layout_name
 from ranks import world
 
-from megatron_mimo_coord.metrics import profiler_ranges
+from megatron_mimo_coord.gradients import profiler_ranges
 from megatron_mimo_coord.planning import ModuleCosts
 
 STEPS, MICROBATCHES = 2, 3

@@ -1,0 +1,280 @@
+"""Megatron's DDP: how it lays gradients out, reduces them, and gathers parameters.
+
+Leans on ``DistributedDataParallel`` keeping its gradients in flat buffers, dense and expert, cut
+into buckets, in groups of buckets that are reduced by one launch (``start_grad_sync``) once every
+parameter of a group was ready as often as in the first batch; with the distributed optimizer in
+shards. And on each bucket's ``gradient_scaling_factor``, by which DDP multiplies before it reduces,
+and not at all if it is 1. Without these no gradient can be scaled, reduced in one order, or
+measured.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.router import Router
+
+from megatron_mimo_coord.layout import MAX_RANKS
+from megatron_mimo_coord.megatron.changes import Changes
+
+
+class Launch(Protocol):
+    """Stands in for the launch of a reduction, which DDP calls from backward and at the end."""
+
+    def __call__(self, force_all_reduce: bool | None = False) -> None:
+        """Launch it, or see to it that it is launched before the step is over."""
+
+
+class BucketGroup:
+    """Buckets that one launch reduces, and whose parameters another gathers.
+
+    Args:
+        module: whose they are.
+        group: Megatron's.
+        replicas: the process group of their replicas.
+    """
+
+    def __init__(self, module: "ModuleDdp", group: Any, replicas: dist.ProcessGroup) -> None:
+        self.module = module
+        self.params: list[torch.nn.Parameter] = list(group.params)
+        self._group = group
+        self._replicas = replicas
+
+    # -- reductions --------------------------------------------------------------------------------
+
+    def route_reduction(self, launch: Launch, changes: Changes) -> None:
+        """Have ``launch`` called where DDP would launch the reduction."""
+        changes.set(self._group, "start_grad_sync", launch)
+
+    def reduce(self, force_all_reduce: bool | None) -> None:
+        """Launch the reduction, of whole buckets or of this rank's shards."""
+        type(self._group).start_grad_sync(self._group, force_all_reduce=force_all_reduce)
+
+    def abandon(self) -> None:
+        """Wait for a reduction of which nobody will ask any more: it writes until it ends."""
+        if self._group.grad_reduce_handle is not None:
+            self._group.grad_reduce_handle.wait()
+            self._group.grad_reduce_handle = None
+
+    def forget_partial_counts(self) -> None:
+        """Have the next batch counted as the first one, if this one left a parameter out.
+
+        Megatron counts in the first batch how often each gradient becomes ready. One without a
+        modality, or of a pipeline stage that skips a parameter, is no measure for the next ones.
+        """
+        group = self._group
+        if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
+            group.per_param_grad_ready_counts = {}
+
+    def gather_shards(self) -> None:
+        """Have every rank hold what each has reduced."""
+        shards = self._group.intra_distributed_optimizer_instance_group
+        for bucket in self._group.buckets:
+            shard = bucket.grad_data.chunk(shards.size())[shards.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=shards)
+
+    # -- parameters --------------------------------------------------------------------------------
+
+    def unchain_gather(self, changes: Changes) -> None:
+        """Have a gather not launch the next one, when forward waits for it."""
+        changes.set(self._group, "next_param_gather_bucket_group", None)
+
+    def gather(self) -> None:
+        """Launch the gather, unless it is launched."""
+        if not self._group.param_gather_dispatched:
+            self._group.start_param_sync()
+
+    def finish_gather(self) -> None:
+        """Wait for the gather, if nobody has."""
+        if self._group.param_gather_handle is not None:
+            self._group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    # -- buckets -----------------------------------------------------------------------------------
+
+    @property
+    def buckets(self) -> list[Any]:
+        """Megatron's."""
+        return list(self._group.buckets)
+
+    def own_part(self, bucket: Any) -> tuple[int, int]:
+        """The interval of a bucket that is this replica's, if they share it among them."""
+        settings = self.module.settings
+        if not settings.use_distributed_optimizer:
+            return _part(0, len(bucket.grad_data), self._replicas)
+        start, end = self.shard(bucket)
+        if settings.num_distributed_optimizer_instances > 1:
+            return _part(start, end, self._group.inter_distributed_optimizer_instance_group)
+        return start, end
+
+    def shard(self, bucket: Any) -> tuple[int, int]:
+        """The interval of a bucket that holds reduced gradients on this rank."""
+        length = len(bucket.grad_data)
+        if not self.module.settings.use_distributed_optimizer:
+            return 0, length
+        return _part(0, length, self._group.intra_distributed_optimizer_instance_group)
+
+
+class ModuleDdp:
+    """The DDP of a module.
+
+    Args:
+        ddp: Megatron's.
+
+    Attributes:
+        settings: the ``DistributedDataParallelConfig``.
+        delivers_sum: whether a gradient is the sum over the replicas; else it is their mean.
+        replicas: DP x CP.
+        params: the trainable parameters.
+        grads: the gradient buffers.
+        groups: the bucket groups, as Megatron lists them.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.ddp = ddp
+        self.settings = ddp.ddp_config
+        self.delivers_sum = bool(ddp.config.calculate_per_token_loss)
+        self.replicas: int = ddp.dp_cp_group.size()
+        self.params: list[Any] = ddp.params_with_grad
+        self._buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
+        self.grads: list[torch.Tensor] = [buffer.grad_data for buffer in self._buffers]
+        # Beside their buffer, in a dtype of their own.
+        self._extra = [grad for buffer in self._buffers for grad in buffer.extra_main_grads]
+        dense, experts = ddp.bucket_groups, ddp.expert_parallel_bucket_groups
+        self.groups = [BucketGroup(self, group, ddp.dp_cp_group) for group in dense]
+        self.groups += [BucketGroup(self, group, ddp.expt_dp_group) for group in experts]
+        self._frozen_routers = [
+            module
+            for module in ddp.modules()
+            if isinstance(module, Router) and not any(p.requires_grad for p in module.parameters())
+        ]
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    @property
+    def owns_its_gradients(self) -> bool:
+        """Whether backward adds to these buffers, and not to those of a DDP around this one."""
+        storages = {grad.untyped_storage().data_ptr() for grad in (*self.grads, *self._extra)}
+        return all(
+            param.main_grad.untyped_storage().data_ptr() in storages for param in self.params
+        )
+
+    def scale_in_reduction(self, factor: float, changes: Changes) -> None:
+        """Have DDP multiply gradients by ``factor`` besides, in its own pass or in none."""
+        for group in self.groups:
+            for bucket in group.buckets:
+                product = _product(bucket.gradient_scaling_factor, factor)
+                changes.set(bucket, "gradient_scaling_factor", product)
+
+    def reduced(self, everything: bool) -> list[torch.Tensor]:
+        """What holds reduced gradients: whole buffers, or this rank's shards of their buckets."""
+        shards = (
+            bucket.grad_data[slice(*group.shard(bucket))]
+            for group in self.groups
+            for bucket in group.buckets
+        )
+        return [*(self.grads if everything else shards), *self._extra]
+
+    def reduces_everything(self, force_all_reduce: bool) -> bool:
+        """Whether whole buckets are reduced, and not only this rank's shards of them.
+
+        Overlapped reductions are launched before anyone knows of the caller's ``force_all_reduce``.
+        """
+        if not self.settings.use_distributed_optimizer:
+            return True
+        return self.forces_all_reduce if self.settings.overlap_grad_reduce else force_all_reduce
+
+    @property
+    def forces_all_reduce(self) -> bool:
+        """Whether the overlapped reductions are of whole buckets."""
+        return bool(self.ddp.force_all_reduce)
+
+    def disjoint_parts(
+        self, counts: Callable[[torch.nn.Parameter], bool]
+    ) -> Iterator[torch.Tensor]:
+        """The reduced gradients dealt out to all replicas, each element to one of them.
+
+        Args:
+            counts: which parameters are asked for.
+        """
+        for group in self.groups:
+            for bucket in group.buckets:
+                start, end = group.own_part(bucket)
+                for param in filter(counts, bucket.params_list):
+                    first, last = bucket.param_to_index[param]
+                    if max(first, start) < min(last, end):
+                        yield bucket.grad_data[max(first, start) : min(last, end)]
+
+    @property
+    def gradient_bytes(self) -> tuple[float, float]:
+        """Bytes of the dense gradients, and of the experts' divided by an expert's replicas."""
+        dense = sum(buffer.grad_data.nbytes for buffer in self.ddp.buffers)
+        experts = sum(buffer.grad_data.nbytes for buffer in self.ddp.expert_parallel_buffers)
+        return dense, experts / self.ddp.expt_dp_group.size()
+
+    def route_zeroing(
+        self, before: Callable[[], None], after: Callable[[], None], changes: Changes
+    ) -> None:
+        """Around ``zero_grad_buffer``, whoever calls it."""
+        zero = self.ddp.zero_grad_buffer
+
+        def zero_grad_buffer() -> None:
+            before()
+            zero()
+            for param in self.params:
+                # An optimizer in fp32 leaves main_grad here, where backward would add to it twice.
+                param.grad = None
+            after()
+
+        changes.set(self.ddp, "zero_grad_buffer", zero_grad_buffer)
+
+    def leave_nan_to_the_optimizer(self, changes: Changes) -> None:
+        """Have DDP not look for NaN itself: it raises on one rank, and its peers wait for ever."""
+        changes.set(self.settings, "check_for_nan_in_grad", False)
+
+    @contextmanager
+    def frozen_routers_at_rest(self) -> Iterator[None]:
+        """Inside, a mixture of experts whose router is frozen is not balanced.
+
+        Megatron's finalize moves a bias of each router that trains, whether or not its weights do.
+        """
+        training = [router for router in self._frozen_routers if router.training]
+        for router in training:
+            router.training = False
+        try:
+            yield
+        finally:
+            for router in training:
+                router.training = True
+
+    # -- parameters --------------------------------------------------------------------------------
+
+    @property
+    def waits_in_forward(self) -> bool:
+        """Whether forward waits for the gathers of parameters, and asks for them.
+
+        It does not in the first step of Megatron-LM's training loop, where they are as they must
+        be.
+        """
+        return bool(self.ddp.remove_forward_pre_hook_handles)
+
+    def gather_now(self) -> None:
+        """Gather all parameters, and wait. Collective in the module."""
+        with torch.no_grad():
+            self.ddp.start_param_sync(force_sync=True)
+
+
+def _part(start: int, end: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """This rank's part of an interval that a group divides among its ranks."""
+    rank, size = group.rank(), group.size()
+    length = end - start
+    return start + length * rank // size, start + length * (rank + 1) // size
+
+
+def _product(left: float, right: float) -> float:
+    """Of ratios of sizes, which floats only come near: 1/49 x 49 is 1, and needs no pass."""
+    ratios = (Fraction(value).limit_denominator(MAX_RANKS) for value in (left, right))
+    return float(next(ratios) * next(ratios))

@@ -1,0 +1,117 @@
+"""Megatron's schedule: the config that it reads, and the functions that it calls through it.
+
+Leans on the schedule calling ``no_sync_func``, ``finalize_model_grads_func``, ``grad_scale_func``,
+``grad_sync_func`` and ``param_sync_func`` of the config of the outermost model, and on it launching
+reductions during the last backward only where ``grad_sync_func`` is None. Without the first two no
+step is finalized.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+from megatron_mimo_coord.megatron.changes import Changes
+
+Hooks = Mapping[str, Callable[..., Any] | None]
+"""Functions by the name of their place in a config; None for a place that nobody may take."""
+
+
+def check_sequence_lengths(config: ModelParallelConfig) -> None:
+    """Refuse a config with which Megatron's schedule cannot run several modules.
+
+    Raises:
+        ValueError: ``variable_seq_lengths`` is off.
+    """
+    if not config.variable_seq_lengths:
+        raise ValueError(
+            "modules exchange tensors whose shapes vary, but config.variable_seq_lengths is False: "
+            'set it to True (a mixture-of-experts model then needs moe_token_dispatcher_type="'
+            'alltoall")'
+        )
+
+
+class Schedule:
+    """What the schedule calls.
+
+    Args:
+        model: what it runs: the model, or a chain of ``.module`` that ends in it.
+        changes: where is recorded what is set.
+
+    Attributes:
+        config: the one whose hooks are set; before that, the one that the schedule reads.
+        is_attached: whether hooks are set.
+    """
+
+    def __init__(self, model: torch.nn.Module, changes: Changes) -> None:
+        self._read = list(_configs(model))
+        self.config: ModelParallelConfig = self._read[-1]
+        self.is_attached = False
+        self._hooks: Hooks = {}
+        self._changes = changes
+        self._set = Changes()
+
+    def attach(self, config: ModelParallelConfig, hooks: Hooks) -> None:
+        """Set hooks, and give those up that were set before.
+
+        Args:
+            config: the config that the schedule reads.
+            hooks: what it is to call.
+
+        Raises:
+            ValueError: someone else has set one of them. Nothing is set then.
+        """
+        self._changes.take(config)
+        ours = self._hooks if config is self.config else {}
+        places = {name: getattr(config, name) for name in hooks}
+        taken = {
+            name: hook
+            for name, hook in places.items()
+            if hook is not None and hook not in (ours.get(name), hooks[name])
+        }
+        if taken:
+            named = ", ".join(f"config.{name} is {_name(hook)}" for name, hook in taken.items())
+            cure = " = ".join(f"config.{name}" for name in taken)
+            raise ValueError(
+                f"the coordinator needs places that others have taken: {named}; set {cure} = None "
+                f"before attach, and leave that to the coordinator"
+            )
+        self._set.close()
+        self._set = Changes()
+        for name, hook in hooks.items():
+            self._set.set(config, name, hook)
+        self._changes.on_close(self._set.close)
+        self.config, self._hooks, self.is_attached = config, hooks, True
+
+    @property
+    def reads_what_is_attached(self) -> bool:
+        """Whether the schedule reads the config whose hooks are set, and no copy of it."""
+        return any(config is self.config for config in self._read)
+
+    @property
+    def calls_another(self) -> bool:
+        """Whether it has somebody else finalize gradients."""
+        hooks = [config.finalize_model_grads_func for config in self._read]
+        ours = self._hooks.get("finalize_model_grads_func")
+        return any(hook not in (None, ours) for hook in hooks)
+
+
+def _configs(model: Any) -> Iterator[ModelParallelConfig]:
+    """Those of a model and of what is around it, the model's last."""
+    inner = model
+    while isinstance(getattr(inner, "module", None), torch.nn.Module):
+        inner = inner.module
+    while model is not inner:
+        yield getattr(model, "config", inner.config)
+        model = model.module
+    yield inner.config
+
+
+def _name(function: Any) -> str:
+    """What a function is called where it is written."""
+    if isinstance(function, partial):
+        return f"a partial of {_name(function.func)}"
+    name = getattr(function, "__qualname__", None)
+    return f"{function.__module__}.{name}" if name else f"of class {type(function).__qualname__}"

@@ -1,0 +1,182 @@
+"""What this rank does in a step: messages, forward and backward of each module, what is once."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from attrs import asdict, astuple
+
+from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
+from megatron_mimo_coord.gradients import profiler_ranges
+from megatron_mimo_coord.gradients.finalize import WHOLE_FINALIZE
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.optimizers import updates
+from megatron_mimo_coord.metrics.clocks import clock_of
+from megatron_mimo_coord.metrics.measured_costs import RankBytes
+from megatron_mimo_coord.metrics.span_recorder import (
+    FINALIZE,
+    TO_NEXT,
+    TO_PREVIOUS,
+    Place,
+    SpanRecorder,
+)
+from megatron_mimo_coord.planning.timeline import BACKWARD, FORWARD, OPTIMIZER, REDUCE
+from megatron_mimo_coord.world.device import world_device
+
+
+class StepObserver:
+    """Watches a model, its communicators and its optimizer, from :meth:`start` to :meth:`stop`.
+
+    Args:
+        place: where this rank stands.
+        model: the model.
+        ddps: the modules on this rank.
+        communicators: the schedule's.
+        optimizer: Megatron's, if there is one.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        model: torch.nn.Module,
+        ddps: Mapping[str, ModuleDdp],
+        communicators: Sequence[PipelineCommunicator],
+        optimizer: Any,
+    ) -> None:
+        self._place = place
+        self._model = model
+        self._ddps = ddps
+        self._communicators = communicators
+        self._updates = updates(optimizer, ddps) if optimizer is not None else {}
+        self._clock = clock_of(world_device())
+        self._recorders: list[SpanRecorder] = []
+        self._recorder: SpanRecorder | None = None  # of the step that is under way
+        self._sent: Counter[str] = Counter()
+        self._input_shape = (0, 0)
+        self._changes = Changes()
+
+    def start(self) -> None:
+        """Record what runs from now on, inside of steps."""
+        changes = self._changes = Changes()
+        for communicator in self._communicators:
+            for kind in (*TO_PREVIOUS, *TO_NEXT):
+                _around(communicator, kind, partial(self._message, kind), changes)
+        for name, (optimizer, update) in self._updates.items():
+            _around(optimizer, update, partial(self._once, OPTIMIZER, name), changes)
+        profiler_ranges.observers.append(self._range)
+        changes.on_close(partial(profiler_ranges.observers.remove, self._range))
+        watch = self._model.register_forward_pre_hook(self._remember_shape, with_kwargs=True)
+        changes.on_close(watch.remove)
+        if len(self._place.modules) > 1 or not self._communicators:
+            for name, module in self._ddps.items():
+                # MimoModel calls some modules by their forward, past PyTorch's own hooks.
+                _around(module.ddp, "forward", partial(self._forward, name), changes)
+
+    def stop(self) -> None:
+        """Leave no trace of it."""
+        self._changes.close()
+        self._recorder = None
+
+    def begin_step(self) -> None:
+        """What runs from now on belongs to a step, the next one."""
+        self._recorder = SpanRecorder(self._place, self._clock)
+        self._recorders.append(self._recorder)
+
+    def end_step(self) -> None:
+        """What runs from now on belongs to no step: a trainer may evaluate."""
+        if self._recorder is not None:
+            self._recorder.stop_computing()
+            self._recorder = None
+
+    def observed(self) -> dict[str, Any]:
+        """What this rank did, as plain data; waits for the device."""
+        gradients = {name: ddp.gradient_bytes for name, ddp in self._ddps.items()}
+        sizes = RankBytes(
+            dense_gradients={name: dense for name, (dense, _) in gradients.items()},
+            expert_gradients={name: expert for name, (_, expert) in gradients.items()},
+            sent_forward={name: sent / len(self._recorders) for name, sent in self._sent.items()},
+            shards_optimizer=[
+                name for name, ddp in self._ddps.items() if ddp.settings.use_distributed_optimizer
+            ],
+        )
+        return {
+            "steps": [[astuple(span) for span in each.spans()] for each in self._recorders],
+            "bytes": asdict(sizes),
+            "input_shape": self._input_shape,
+        }
+
+    # -- what is observed --------------------------------------------------------------------------
+
+    @contextmanager
+    def _message(self, kind: str, *tensors: Any) -> Iterator[None]:
+        if self._recorder is None:
+            yield
+            return
+        if kind.startswith("send_forward") and tensors:
+            self._sent[self._place.modules[0]] += _nbytes(tensors[0])
+        with self._recorder.message(kind):
+            yield
+
+    def _once(self, kind: str, module: str, *_: Any) -> AbstractContextManager[None]:
+        return self._recorder.once(kind, module) if self._recorder else nullcontext()
+
+    def _range(self, name: str) -> AbstractContextManager[None]:
+        """The finalize and each module's part of it, which are named ranges."""
+        if name == WHOLE_FINALIZE:
+            return self._once(FINALIZE, self._place.modules[0])
+        return self._once(REDUCE, name) if name in self._ddps else nullcontext()
+
+    def _remember_shape(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is not None:
+            self._input_shape = tuple(input_ids.shape[:2])
+
+    @contextmanager
+    def _forward(self, name: str, *_: Any) -> Iterator[Callable[[Any], None]]:
+        """Around a module's forward; its backward begins when its output has a gradient."""
+
+        def watch(output: Any) -> None:
+            if torch.is_tensor(output) and output.requires_grad:
+                output.register_hook(lambda grad: self._compute(BACKWARD, name))
+
+        self._compute(FORWARD, name)
+        yield watch
+
+    def _compute(self, kind: str, module: str) -> None:
+        if self._recorder is not None:
+            self._recorder.compute(kind, module)
+
+
+def _around(
+    owner: Any,
+    name: str,
+    context: Callable[..., AbstractContextManager[Callable[[Any], None] | None]],
+    changes: Changes,
+) -> None:
+    """Run a method of an object inside a context, which may look at what it returns."""
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        with context(*args) as look_at:
+            result = method(*args, **kwargs)
+            if look_at is not None:
+                look_at(result)
+        return result
+
+    changes.set(owner, name, observed)
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of the tensors in what is handed to a communicator."""
+    if torch.is_tensor(value):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
