@@ -11,7 +11,7 @@ from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import Problem
 from megatron_mimo_coord.layout.toml_file import LayoutFile
 from megatron_mimo_coord.layout.toml_tables import TomlFile
-from megatron_mimo_coord.planning.choices import Room
+from megatron_mimo_coord.planning.choices import Room, Task
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
 from megatron_mimo_coord.planning.estimates import ASSUMPTIONS as OF_COSTS
@@ -19,7 +19,6 @@ from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs
 from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
 from megatron_mimo_coord.planning.model_file import ModelFile
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.search import Task
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 MICRO, GIGA = 1e-6, 1e9

@@ -1,0 +1,77 @@
+"""About how long a step of a layout takes, by a closed formula; for ranking layouts.
+
+A pipeline's first microbatch passes all stages forward and back, and each further one takes as long
+as the slowest stage needs for it (Narayanan et al. 2021, arXiv 2104.04473, 2.2.1, for unequal
+stages). Of several encoders the slowest counts. Modules on the same ranks take turns. Where a
+message's ranks are not known yet, it goes over as many as it takes at least.
+"""
+
+from megatron_mimo_coord.planning.choices import Choice
+from megatron_mimo_coord.planning.durations import busiest
+
+
+def pipeline_seconds(
+    language: Choice, encoder: Choice | None, samples: int, microbatches: int
+) -> float:
+    """A step with modules on ranks of their own: the language model, and one of its encoders.
+
+    Args:
+        language: the language model.
+        encoder: what sends to it; None for nothing.
+        samples: of a microbatch, over all ranks.
+        microbatches: in a step.
+    """
+    hop, first = language.hop(samples), samples * language.work[0]
+    once = samples * language.whole + 2 * (language.stages - 1) * hop
+    each = max(
+        samples * language.slowest + min(language.stages - 1, 2) * hop,
+        first + (hop if language.stages > 1 else 0.0),
+    )
+    if encoder is None:
+        end = language.reduction + language.optimizer
+        return once + (microbatches - 1) * each + end
+    ahead, back = bridge_seconds(encoder, language, samples)
+    own_hop = encoder.hop(samples)
+    before = samples * encoder.whole + 2 * (encoder.stages - 1) * own_hop + ahead + back
+    each = max(
+        each,
+        first + max(ahead, back) + hop,
+        samples * encoder.slowest + own_hop + max(ahead, back),
+    )
+    step = once + before + (microbatches - 1) * each
+    after = 2 / 3 * before if encoder.has_backward else 0.0
+    end = max(encoder.reduction, language.reduction - after)
+    return step + end + max(encoder.optimizer, language.optimizer)
+
+
+def turn_seconds(choice: Choice, language: Choice, samples: int, microbatches: int) -> float:
+    """What one of the modules on the same ranks adds to a step."""
+    seconds = microbatches * samples * choice.whole + choice.reduction + choice.optimizer
+    if choice is not language:
+        ways = 2 if choice.has_backward else 1
+        seconds += ways * microbatches * exchange_seconds(choice, language, samples)
+    return seconds
+
+
+def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[float, float]:
+    """The messages of a microbatch over a bridge: (forward, backward)."""
+    parts = max(encoder.replicas, language.replicas)
+    message = encoder.costs.output_bytes_per_sample * samples / parts
+    reach = (0, max(encoder.gpus, language.gpus))
+
+    def seconds(sender: Choice, receiver: Choice) -> float:
+        count = busiest(
+            (sender.replicas, sender.receivers), (receiver.replicas, receiver.receivers)
+        )
+        return encoder.cluster.message_seconds(reach, count * message)
+
+    forward = seconds(encoder, language)
+    return forward, seconds(language, encoder) if encoder.has_backward else 0.0
+
+
+def exchange_seconds(encoder: Choice, language: Choice, samples: int) -> float:
+    """What colocated modules with different DP pass on, forward or backward."""
+    parts = max(encoder.replicas, language.replicas)
+    peers = parts // min(encoder.replicas, language.replicas)
+    message = encoder.costs.output_bytes_per_sample * samples / parts
+    return (peers - 1) * encoder.cluster.message_seconds((0, encoder.gpus - 1), message)
