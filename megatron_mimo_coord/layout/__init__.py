@@ -43,6 +43,7 @@ from megatron_mimo_coord.layout.parallelism import (
     SIZE_FIELDS,
     ModuleParallelism,
     is_count,
+    must_be,
     shown,
 )
 
@@ -59,6 +60,7 @@ __all__ = [
     "gradient_scaling_factor",
     "is_colocated",
     "is_count",
+    "must_be",
     "pack",
     "ranks_taken",
     "shown",

@@ -1,5 +1,6 @@
 """The parallel sizes of one module, as a user writes them down."""
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -44,20 +45,32 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-def _positive(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not is_count(value):
-        raise ValueError(
-            f"{attribute.name} must be a positive integer below 2**31, got {shown(value)}; write a "
-            f"number of ranks, or leave it out for the default"
-        )
+def must_be(is_good: Callable[[Any], bool], what: str, cure: str) -> Any:
+    """A validator of an attrs field that says what was given, what is needed and what to change.
+
+    Args:
+        is_good: whether a value will do.
+        what: what the field must be.
+        cure: what to do about it.
+    """
+
+    def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+        if not is_good(value):
+            raise ValueError(f"{attribute.name} must be {what}, got {shown(value)}; {cure}")
+
+    return check
 
 
-def _offset(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if value is not None and not is_count(value, least=0):
-        raise ValueError(
-            f"{attribute.name} must be a rank, 0 or more and below 2**31, got {shown(value)}; "
-            f"write the module's first rank, or leave it out to pack it behind those before"
-        )
+_positive = must_be(
+    is_count,
+    "a positive integer below 2**31",
+    "write a number of ranks, or leave it out for the default",
+)
+_offset = must_be(
+    lambda value: value is None or is_count(value, least=0),
+    "a rank, 0 or more and below 2**31",
+    "write the module's first rank, or leave it out to pack it behind those before",
+)
 
 
 def _same_as_tensor_parallel(size: Any, module: Any) -> Any:

@@ -4,7 +4,7 @@ Everything works on intervals of ranks, so that a million ranks cost no more tha
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Self
 
@@ -64,16 +64,9 @@ def module_problems(modules: Any) -> list[Problem]:
                 f"{{'language': ModuleParallelism(...)}}"
             )
         ]
-    problems = []
+    problems: list[Problem] = []
     for name, module in modules.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            problems.append(
-                Problem(
-                    f"module name {name!r} must be made of letters, digits, - and _ alone; rename "
-                    f"the module",
-                    (str(name), ""),
-                )
-            )
+        problems += name_problems(name)
         if not isinstance(module, ModuleParallelism):
             problems.append(
                 Problem(
@@ -82,6 +75,29 @@ def module_problems(modules: Any) -> list[Problem]:
                 )
             )
     return problems
+
+
+def name_problems(name: Any) -> Iterator[Problem]:
+    """What keeps something from being the name of a module."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        yield Problem(
+            f"module name {name!r} must be made of letters, digits, - and _ alone; rename the "
+            f"module",
+            (str(name), ""),
+        )
+
+
+def language_problems(names: Collection[str]) -> Iterator[Problem]:
+    """What is wrong if none of the modules is the language model."""
+    if LANGUAGE not in names:
+        near = get_close_matches(LANGUAGE, names, n=1)
+        yield Problem(
+            f"there is no module named {LANGUAGE!r} (modules: {', '.join(names) or 'none'}); "
+            f"Megatron's MimoModel needs exactly one, under that name: "
+            + (f"rename {near[0]}" if near else f"add [{LANGUAGE}]")
+            + (", or rename the language model" if names and not near else ""),
+            (LANGUAGE, ""),
+        )
 
 
 def layout_problems(
@@ -106,18 +122,7 @@ def layout_problems(
         rank 2 of 3 is in no module; make a module larger, move one there with rank_offset, or \
 launch fewer ranks
     """
-    problems = []
-    if LANGUAGE not in grids:
-        near = get_close_matches(LANGUAGE, grids, n=1)
-        problems.append(
-            Problem(
-                f"there is no module named {LANGUAGE!r} (modules: {', '.join(grids) or 'none'}); "
-                f"Megatron's MimoModel needs exactly one, under that name: "
-                + (f"rename {near[0]}" if near else f"add [{LANGUAGE}]")
-                + (", or rename the language model" if grids and not near else ""),
-                (LANGUAGE, ""),
-            )
-        )
+    problems = list(language_problems(grids))
     if grids:
         ranks_of = {name: grid.ranks for name, grid in grids.items()}
         is_given = world_size is not None

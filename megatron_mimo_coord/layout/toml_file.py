@@ -28,7 +28,6 @@ from megatron_mimo_coord.layout.problems import (
     Problem,
     layout_problems,
     module_problems,
-    raise_problems,
 )
 from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
 
@@ -55,7 +54,7 @@ def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
         (2, 1)
     """
     layout = LayoutFile.read(path)
-    raise_problems(f"{path} cannot run", [layout.located(problem) for problem in layout.problems])
+    layout.refuse("cannot run")
     return layout.modules
 
 
@@ -107,7 +106,6 @@ class LayoutFile(TomlFile):
 
     modules: dict[str, ModuleParallelism]
     job: dict[str, Any]
-    problems: list[Problem]
 
     @classmethod
     def of(cls, path: Path, text: str) -> "LayoutFile":
@@ -121,7 +119,7 @@ class LayoutFile(TomlFile):
                 problems.append(Problem(message, ("", name)))
             else:
                 job[name] = value
-        return cls(path, text, modules, job, problems)
+        return cls(path, text, problems, modules, job)
 
     @property
     def broken(self) -> set[str]:
@@ -196,6 +194,4 @@ def _size_message(field: str, value: Any) -> str:
     """What is wrong with a line of a module, if anything is."""
     if field in JOB_FIELDS:
         return f"{field} is of the whole job; put it above the first table"
-    if isinstance(value, dict):
-        return f"a module is a table of its own: write [{field}]"
-    return field_message(FIELDS, "size", field, value)
+    return field_message(ModuleParallelism, "size", field, value)

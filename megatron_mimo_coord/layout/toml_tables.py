@@ -2,15 +2,15 @@
 
 import tomllib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from attrs import Attribute, define
+from attrs import NOTHING, define, fields_dict
 
-from megatron_mimo_coord.layout.problems import Problem
+from megatron_mimo_coord.layout.problems import Problem, name_problems, raise_problems
 
 
 @define(slots=False)
@@ -20,6 +20,7 @@ class TomlFile:
     Args:
         path: the file.
         text: all that is in it.
+        problems: what is wrong with it.
     """
 
     CONTENT: ClassVar[str]
@@ -27,6 +28,7 @@ class TomlFile:
 
     path: Path
     text: str
+    problems: list[Problem]
 
     @classmethod
     @abstractmethod
@@ -48,6 +50,10 @@ class TomlFile:
             ) from error
         except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML
             raise ValueError(f"{path} is not TOML: {error}; write {cls.CONTENT}") from error
+
+    def refuse(self, what: str) -> None:
+        """Raise one ``ValueError`` that lists every problem with its line, if there is any."""
+        raise_problems(f"{self.path} {what}", [self.located(each) for each in self.problems])
 
     def located(self, problem: Problem) -> Problem:
         """A problem, with its places in the file in front."""
@@ -96,15 +102,43 @@ class TomlFile:
         return lines
 
 
-def field_message(fields: "Mapping[str, Attribute[Any]]", what: str, field: str, value: Any) -> str:
-    """What is wrong with a line of a table, if anything is: its name, or its value.
+def table_problems(
+    module: str, table: Any, kind: type, what: str, *, example: str = "", known: Iterable[str] = ()
+) -> list[Problem]:
+    """What is wrong with a table that stands for an instance of an attrs class.
 
     Args:
-        fields: those of the class, each with a validator.
+        module: name of the table; empty for the lines above all tables.
+        table: what stands in it.
+        kind: the class, each field of which has a validator.
         what: what a field is called.
-        field: its name in the file.
-        value: its value in the file.
+        example: a value for a field that is missing; empty if none need be there.
+        known: fields that stand elsewhere.
     """
+    if not isinstance(table, dict):
+        cure = "is in no table; put it below a line such as [vision]"
+        if isinstance(table, list):
+            cure = f"must be one table: write [{module}], with one bracket on each side"
+        return [Problem(f"{module} {cure}", ("", module))]
+    fields = fields_dict(kind)
+    if module and (problems := list(name_problems(module))):
+        return problems
+    problems = [
+        Problem(f"{module} has no {field}; write {field} = {example}, say", (module, ""))
+        for field in fields
+        if example and fields[field].default is NOTHING and field not in {*table, *known}
+    ]
+    messages = {field: field_message(kind, what, field, value) for field, value in table.items()}
+    return problems + [
+        Problem(message, (module, field)) for field, message in messages.items() if message
+    ]
+
+
+def field_message(kind: type, what: str, field: str, value: Any) -> str:
+    """What is wrong with a line of a table, if anything is: its name, or its value."""
+    fields = fields_dict(kind)
+    if isinstance(value, dict):
+        return f"a module is a table of its own: write [{field}]"
     if field not in fields:
         return f"there is no {what} {field!r}; {nearest(field, fields)}"
     check = fields[field].validator

@@ -18,8 +18,8 @@ from megatron_mimo_coord.planning.choices import Choice, Task
 from megatron_mimo_coord.planning.formula import pipeline_seconds, turn_seconds
 from megatron_mimo_coord.planning.memory import stage_memory
 
-ALIKE = 1e-3
-"""Steps that differ by a smaller part are equally long: nobody chooses between them."""
+ALIKE = 0.01
+"""Steps that differ by a smaller part are equally long: no prediction is that exact."""
 
 
 @frozen(eq=False)
@@ -98,12 +98,13 @@ class Candidates:
             options, combine, most = self._on_the_same_ranks(root), add, self.task.memory_bytes
         else:
             options, combine, most = self._on_their_own(root), max, self.task.room.gpus
-        least = 0.0
+        least, nodes = 0.0, inf
         for seconds, taken, chosen in _combinations(options, combine, most):
-            if seconds > least * (1 + ALIKE):
-                gpus = root.gpus if root.colocated else int(taken)
+            gpus = root.gpus if root.colocated else int(taken)
+            allocated = self.task.room.allocated(gpus)
+            if seconds > least * (1 + ALIKE) or allocated < nodes:
                 yield evolve(root, seconds=seconds, gpus=gpus, choices=chosen)
-                least = seconds
+                least, nodes = seconds, allocated
 
     def _on_their_own(self, root: Candidate) -> Iterator[Options]:
         """Ways to lay out each module on ranks of its own: they take GPUs."""

@@ -4,78 +4,51 @@ from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 
-from megatron_mimo_coord.layout import ModuleGrid, ModuleParallelism, is_count, shown
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+from megatron_mimo_coord.layout import ModuleParallelism, is_count, must_be
 
 
-def _not_negative(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not _number(value) or value < 0:
-        raise ValueError(
-            f"{attribute.name} must be a number, 0 or more, got {shown(value)}; give what was "
-            f"measured, or leave it out"
-        )
+def is_number(value: Any, least: float = 0.0, most: float = inf) -> bool:
+    """Whether a value is a finite number in a range."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and isfinite(value) and least <= value <= most
 
 
-def _positive(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if value != inf and (not _number(value) or value <= 0):
-        raise ValueError(
-            f"{attribute.name} must be a number above 0, got {shown(value)}; give what was "
-            f"measured, or leave it out"
-        )
+def _is_speed(value: Any) -> bool:
+    return value == inf or (is_number(value) and value > 0)
 
 
-def _efficiency(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not _number(value) or not 0 < value <= 1:
-        raise ValueError(
-            f"{attribute.name} must be above 0 and at most 1, got {shown(value)}; give the "
-            f"speed-up that was measured, divided by the ranks that share the work"
-        )
+def _are_layers(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and bool(value) and all(is_number(each) and each > 0 for each in value)
 
 
-def _share(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not _number(value) or not 0 <= value <= 1:
-        raise ValueError(
-            f"{attribute.name} must be from 0 to 1, got {shown(value)}; give a part of the whole"
-        )
-
-
-def _at_least_one(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not _number(value) or value < 1:
-        raise ValueError(
-            f"{attribute.name} must be 1 or more, got {shown(value)}; give the largest work of a "
-            f"rank divided by the mean"
-        )
-
-
-def _flag(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"{attribute.name} must be true or false, got {shown(value)}; write one of the two"
-        )
-
-
-def _stage_layers(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if value is None:
-        return
-    numbers = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if not numbers or not all(_number(layers) and layers > 0 for layers in value):
-        raise ValueError(
-            f"{attribute.name} must list a number above 0 for each pipeline stage, got "
-            f"{shown(value)}; write (7, 8, 8, 7), say, or leave it out for equal stages"
-        )
-
-
-def _ranks_or_none(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if value is not None and not is_count(value):
-        raise ValueError(
-            f"{attribute.name} must be a positive integer below 2**31, got {shown(value)}; give "
-            f"the ranks of a node, or leave it out for a cluster of one node"
-        )
+_MEASURED = "give what was measured, or leave it out"
+_not_negative = must_be(is_number, "a number, 0 or more", _MEASURED)
+_positive = must_be(_is_speed, "a number above 0", _MEASURED)
+_efficiency = must_be(
+    lambda value: is_number(value, most=1) and value > 0,
+    "above 0 and at most 1",
+    "give the speed-up that was measured, divided by the ranks that share the work",
+)
+_share = must_be(lambda value: is_number(value, most=1), "from 0 to 1", "give a part of the whole")
+_at_least_one = must_be(
+    lambda value: is_number(value, least=1),
+    "1 or more",
+    "give the largest work of a rank divided by the mean",
+)
+flag = must_be(lambda value: isinstance(value, bool), "true or false", "write one of the two")
+_stage_layers = must_be(
+    lambda value: value is None or _are_layers(value),
+    "a list with a number above 0 for each pipeline stage",
+    "write (7, 8, 8, 7), say, or leave it out for equal stages",
+)
+_ranks_or_none = must_be(
+    lambda value: value is None or is_count(value),
+    "a positive integer below 2**31",
+    "give the ranks of a node, or leave it out for a cluster of one node",
+)
 
 
 @frozen(kw_only=True)
@@ -133,9 +106,9 @@ class ModuleCosts:
     optimizer_seconds: float = field(default=0.0, validator=_not_negative)
     tensor_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
     context_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
-    frozen: bool = field(default=False, validator=_flag)
+    frozen: bool = field(default=False, validator=flag)
     activation_gradient_share: float = field(default=0.5, validator=_share)
-    recompute: bool = field(default=False, validator=_flag)
+    recompute: bool = field(default=False, validator=flag)
     imbalance: float = field(default=1.0, validator=_at_least_one)
     layers_per_stage: Sequence[float] | None = field(default=None, validator=_stage_layers)
 
@@ -261,9 +234,3 @@ class Cluster:
             return 0.0
         latency, bandwidth = self.link(ranks)
         return 2 * (count - 1) * (latency + reduced_bytes / count / bandwidth)
-
-
-def stage_ranks(grid: ModuleGrid, stage: int, replica: int) -> range:
-    """Ranks of a pipeline stage that hold one data-parallel replica, dims in Megatron's order."""
-    first = grid.rank_at(pp=stage, dp=replica)
-    return range(first, first + grid.dim("tp") * grid.dim("cp"))

@@ -21,10 +21,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from attrs import NOTHING, define, fields_dict
+from attrs import define
 
-from megatron_mimo_coord.layout.problems import NAME, Problem, raise_problems
-from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
+from megatron_mimo_coord.layout.toml_tables import TomlFile, table_problems
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 
 CLUSTER = "cluster"
@@ -52,9 +51,7 @@ def read_costs(path: str | Path) -> tuple[dict[str, ModuleCosts], Cluster]:
         (2, 8)
     """
     file = CostsFile.read(path)
-    raise_problems(
-        f"{path} is no file of costs", [file.located(problem) for problem in file.problems]
-    )
+    file.refuse("is no file of costs")
     return file.costs, file.cluster
 
 
@@ -66,7 +63,6 @@ class CostsFile(TomlFile):
         costs: of each module whose table is right.
         cluster: the links between ranks.
         told: the fields that stand in each table with nothing wrong, with their values.
-        problems: what is wrong.
     """
 
     CONTENT = (
@@ -77,49 +73,16 @@ class CostsFile(TomlFile):
     costs: dict[str, ModuleCosts]
     cluster: Cluster
     told: dict[str, dict[str, Any]]
-    problems: list[Problem]
 
     @classmethod
     def of(cls, path: Path, text: str) -> "CostsFile":
         """What a file with this text says."""
         told, problems = {}, []
         for name, table in tomllib.loads(text).items():
-            found = _problems(name, table)
+            kind = Cluster if name == CLUSTER else ModuleCosts
+            found = table_problems(name, table, kind, "cost", example="0.01")
             problems += found
             if not found:
                 told[name] = table
         costs = {name: ModuleCosts(**table) for name, table in told.items() if name != CLUSTER}
-        cluster = Cluster(**told.get(CLUSTER, {}))
-        return cls(path, text, costs, cluster, told, problems)
-
-
-def _problems(name: str, table: Any) -> list[Problem]:
-    """What is wrong with a table."""
-    if not isinstance(table, dict):
-        return [Problem(f"{name} is in no table; put it below a line such as [vision]", ("", name))]
-    if not NAME.fullmatch(name):
-        return [
-            Problem(
-                f"module name {name!r} must be made of letters, digits, - and _ alone; rename it",
-                (name, ""),
-            )
-        ]
-    fields = fields_dict(Cluster if name == CLUSTER else ModuleCosts)
-    missing = [
-        field.name
-        for field in fields.values()
-        if field.default is NOTHING and field.name not in table
-    ]
-    problems = [
-        Problem(
-            f"there is no {field}; write {field} = 0.01, say, with the seconds of one sample",
-            (name, ""),
-        )
-        for field in missing
-    ]
-    messages = {
-        field: field_message(fields, "cost", field, value) for field, value in table.items()
-    }
-    return problems + [
-        Problem(message, (name, field)) for field, message in messages.items() if message
-    ]
+        return cls(path, text, problems, costs, Cluster(**told.get(CLUSTER, {})), told)

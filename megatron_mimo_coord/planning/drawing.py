@@ -1,13 +1,12 @@
 """Pictures of a layout: which ranks hold which module, pipeline stage and replica."""
 
 from collections.abc import Mapping
-from xml.etree import ElementTree as Xml
 
 from attrs import frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, span
 from megatron_mimo_coord.layout.description import bridge
-from megatron_mimo_coord.planning.svg import add, module_colors, new_svg, svg_text, write
+from megatron_mimo_coord.planning.svg import Picture, module_colors
 
 SHOWN = 6  # stages or replicas of a module; of more, those in the middle are left out
 GAP = "…"
@@ -62,65 +61,40 @@ def _ranks(grid: ModuleGrid, stage: int | None, replica: int | None) -> str:
     return span(range(first, first + grid.dim("tp") * grid.dim("cp")))
 
 
-# -- SVG -------------------------------------------------------------------------------------------
-
-CELL, LINE, LABELS, LETTER, SPACE, ARROW = 112, 26, 68, 8, 20, 80  # pixels
+CELL, LINE, LABELS, LETTER, SPACE = 104, 26, 56, 8, 24  # pixels
 
 
 def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
     """A layout as an SVG document: encoders on the left, the language model on the right."""
-    svg = new_svg(f"Ranks of {', '.join(grids)}")
-    encoders = {name: Block.of(grid) for name, grid in grids.items() if name != LANGUAGE}
-    language = Block.of(grids[LANGUAGE])
     together = ", same ranks" if is_colocated(grids.values()) else ""
+    names = sorted(grids, key=lambda name: name == LANGUAGE)
     titles = {
-        name: f"{name}: {bridge(grids[name], grids[LANGUAGE])}{together}" for name in encoders
+        name: name if name == LANGUAGE else f"{name}: {bridge(grids[name], grids[LANGUAGE])} \u2192"
+        for name in names
     }
-    widths = [max(_width(encoders[name]), LETTER * len(titles[name])) for name in encoders]
-    left = max(widths, default=-ARROW) + SPACE
-    right = left + ARROW
-    height = max(
-        SPACE + sum(_height(block) + SPACE for block in encoders.values()),
-        _height(language) + 2 * SPACE,
-    )
-    svg.set("viewBox", f"0 0 {right + _width(language) + SPACE} {height}")
-    top = SPACE
-    colors = module_colors(grids)
-    for name, block in encoders.items():
-        _draw_block(svg, block, titles[name], SPACE, top, colors[name])
-        _draw_arrow(svg, left, top + _height(block) // 2, right, height // 2)
-        top += _height(block) + SPACE
-    _draw_block(svg, language, LANGUAGE, right, (height - _height(language)) // 2, colors[LANGUAGE])
-    return svg_text(svg)
+    blocks = {name: Block.of(grids[name]) for name in names}
+    widths = {
+        name: SPACE + max(LABELS + CELL * len(block.stages), LETTER * len(titles[name] + together))
+        for name, block in blocks.items()
+    }
+    height = LINE * (2 + max(len(block.replicas) for block in blocks.values()))
+    picture = Picture(f"Ranks of {', '.join(grids)}", 0, sum(widths.values()), height)
+    colors, left = module_colors(grids), SPACE
+    for name, block in blocks.items():
+        picture.text(titles[name] + together, left, LINE / 2, "start", colors[name][1])
+        _draw(picture, block, left, colors[name][0])
+        left += widths[name]
+    return str(picture)
 
 
-def _width(block: Block) -> int:
-    return LABELS + CELL * len(block.stages)
-
-
-def _height(block: Block) -> int:
-    return LINE * (2 + len(block.replicas))
-
-
-def _draw_block(
-    svg: Xml.Element, block: Block, title: str, left: int, top: int, color: str
-) -> None:
-    """The title, a line of stages, then a line for each replica."""
-    write(svg, title, left, top + LINE // 2, "start", color)
+def _draw(picture: Picture, block: Block, left: int, fill: str) -> None:
+    """A line of stages, then a line for each replica."""
     for column, stage in enumerate(block.stages):
-        write(svg, stage, left + LABELS + CELL * column + CELL // 2, top + LINE * 3 // 2)
+        picture.text(stage, left + LABELS + CELL * (column + 0.5), LINE * 1.5)
     for row, (replica, cells) in enumerate(zip(block.replicas, block.cells, strict=True), 2):
-        y = top + LINE * row
-        write(svg, replica, left, y + LINE // 2, "start")
+        picture.text(replica, left, LINE * (row + 0.5), "start")
         for column, ranks in enumerate(cells):
             x = left + LABELS + CELL * column
             if ranks != GAP:
-                box = {"x": x + 2, "y": y + 2, "width": CELL - 4, "height": LINE - 4, "rx": 4}
-                look = {"fill": color, "fill-opacity": "0.25", "stroke": color}
-                add(svg, "rect", **box, **look)
-            write(svg, ranks, x + CELL // 2, y + LINE // 2)
-
-
-def _draw_arrow(svg: Xml.Element, left: int, start: int, right: int, end: int) -> None:
-    head = "m-8 -5l8 5l-8 5"
-    add(svg, "path", d=f"M{left + 8} {start}L{right - 8} {end}{head}", fill="none", stroke="#777")
+                picture.boxes([(x + 2, CELL - 4)], LINE * row + 2, LINE - 4, fill)
+            picture.text(ranks, x + CELL / 2, LINE * (row + 0.5))

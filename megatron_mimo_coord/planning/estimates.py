@@ -7,7 +7,7 @@ from attrs import frozen
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import count
+from megatron_mimo_coord.planning.parameters import num_parameters
 
 OPTIMIZER_TRAFFIC = 28
 """Bytes that Adam reads and writes for each parameter: its gradient once, the parameter's master
@@ -135,7 +135,8 @@ def estimated_costs(
     shares = [flops.layers / stages] * stages
     shares[0] += flops.before
     shares[-1] += flops.after
-    parameters = _reduced_parameters(sizes, parallelism, language_hidden_size)
+    tp = parallelism.tensor_model_parallel_size
+    parameters = tp * num_parameters(sizes, parallelism, language_hidden_size)
     hidden = sizes.tokens(1) * sizes.hidden_size * width
     message = hidden
     if sizes.sequence_parallel:
@@ -156,18 +157,6 @@ def estimated_costs(
         recompute=sizes.recompute_granularity == "full",
         layers_per_stage=shares if forward else None,  # without images there is no work
     )
-
-
-def _reduced_parameters(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, language_hidden_size: int
-) -> int:
-    """Parameters of a rank of each stage, times TP: what is there to reduce and to update."""
-    counts = [
-        count(sizes, parallelism, stage, language_hidden_size)
-        for stage in range(parallelism.pipeline_model_parallel_size)
-    ]
-    tp = parallelism.tensor_model_parallel_size
-    return tp * sum(each.dense + each.expert for each in counts)
 
 
 def _efficiency(

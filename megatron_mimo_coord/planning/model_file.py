@@ -25,16 +25,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from attrs import NOTHING, define, fields_dict
+from attrs import define, fields_dict
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
-from megatron_mimo_coord.layout.problems import Problem, module_problems, raise_problems
-from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
+from megatron_mimo_coord.layout.problems import language_problems
+from megatron_mimo_coord.layout.toml_tables import TomlFile, table_problems
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import size_problems
-
-FIELDS = fields_dict(ModuleSizes)
-NEEDED = [name for name, field in FIELDS.items() if field.default is NOTHING]
 
 
 def read_model(path: str | Path) -> dict[str, ModuleSizes]:
@@ -57,7 +53,7 @@ def read_model(path: str | Path) -> dict[str, ModuleSizes]:
         256
     """
     file = ModelFile.read(path)
-    raise_problems(f"{path} is no model", [file.located(problem) for problem in file.problems])
+    file.refuse("is no model")
     return file.sizes
 
 
@@ -67,60 +63,33 @@ class ModelFile(TomlFile):
 
     Args:
         sizes: of each module whose table is right.
-        problems: what is wrong.
     """
 
     CONTENT = "a table for each module, such as [vision], and in it lines such as num_layers = 24"
 
     sizes: dict[str, ModuleSizes]
-    problems: list[Problem]
 
     @classmethod
     def of(cls, path: Path, text: str) -> "ModelFile":
         """What a file with this text says."""
         tables = tomllib.loads(text)
-        shared = {name: value for name, value in tables.items() if not isinstance(value, dict)}
-        messages = _messages("", shared)
-        good = {field: value for field, value in shared.items() if field not in messages}
-        problems = [Problem(message, ("", field)) for field, message in messages.items()]
+        modules = {name: table for name, table in tables.items() if _is_module(name, table)}
+        shared = {name: tables[name] for name in tables.keys() - modules.keys()}
+        problems = table_problems("", shared, ModuleSizes, "size")
+        wrong = {field for problem in problems for _, field in problem.places}
+        shared = {name: value for name, value in shared.items() if name not in wrong}
         sizes = {}
-        for name, table in tables.items():
-            if not isinstance(table, dict):
-                continue
-            messages = _messages(name, table)
-            found = module_problems({name: ModuleParallelism()})
-            found += [Problem(message, (name, field)) for field, message in messages.items()]
-            found += [
-                Problem(f"{name} has no {field}; write {field} = 32, say", (name, ""))
-                for field in NEEDED
-                if field not in good and field not in table
-            ]
-            if not found:
-                sizes[name] = ModuleSizes(**{**good, **table})
+        for name, table in modules.items():
+            found = table_problems(name, table, ModuleSizes, "size", example="32", known=shared)
             problems += found
-        if LANGUAGE not in tables:
-            names = ", ".join(name for name in tables if name not in shared) or "none"
-            problems.append(
-                Problem(
-                    f"there is no module named {LANGUAGE!r} (modules: {names}); Megatron's "
-                    f"MimoModel needs exactly one, under that name: write [{LANGUAGE}]"
-                )
-            )
-        return cls(path, text, sizes, problems + size_problems(sizes))
+            if not found:
+                sizes[name] = ModuleSizes(**{**shared, **table})
+        problems += language_problems(modules)
+        return cls(path, text, problems + size_problems(sizes), sizes)
 
 
-def _messages(module: str, table: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with the lines of a table, or with those above all tables."""
-    messages = {}
-    for field, value in table.items():
-        if isinstance(value, dict):
-            message = f"a module is a table of its own: write [{field}]"
-        elif not module and field not in FIELDS and isinstance(value, list):
-            message = (
-                f"module {field} must be one table: write [{field}], with one bracket each side"
-            )
-        else:
-            message = field_message(FIELDS, "size", field, value)
-        if message:
-            messages[field] = message
-    return messages
+def _is_module(name: str, value: Any) -> bool:
+    """Whether something is a table, well written or not."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and name not in fields_dict(ModuleSizes)
+    )

@@ -7,7 +7,7 @@ from attrs import frozen
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.buffers import lay_out
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import count, stage_parameters
+from megatron_mimo_coord.planning.parameters import stage_parameters
 
 MOMENTS = 8  # bytes a parameter: Adam's two moments, in fp32
 MASTER = 4  # bytes a parameter: its copy in fp32, where the parameter itself is not
@@ -71,29 +71,6 @@ def model_states(
         gradients=(4 if sizes.grad_reduce_in_fp32 else width) * numel,
         optimizer=tuple(optimizer),
     )
-
-
-def least_states(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
-) -> float:
-    """What :func:`model_states` adds up to at least, without laying parameters into buffers.
-
-    Example:
-        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
-        >>> least_states(sizes, ModuleParallelism(data_parallel_size=2), 0, 64)
-        1863680
-    """
-    numel = count(sizes, parallelism, stage, language_hidden_size)
-    width = sizes.bytes_per_number
-    weights = width * (numel.dense + numel.expert)
-    if sizes.frozen:
-        return weights
-    optimized: float = numel.dense + numel.expert
-    if sizes.use_distributed_optimizer:
-        dense, expert = (_replicas(parallelism, is_expert) for is_expert in (False, True))
-        optimized = numel.dense / dense + numel.expert / expert
-    gradients = (4 if sizes.grad_reduce_in_fp32 else width) * (numel.dense + numel.expert)
-    return weights + gradients + optimized * _optimizer_bytes(sizes)
 
 
 def _optimizer_bytes(sizes: ModuleSizes) -> int:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 
-from megatron_mimo_coord.layout import MAX_RANKS, is_count, shown
+from megatron_mimo_coord.layout import MAX_RANKS, is_count, must_be
+from megatron_mimo_coord.planning.costs import flag, is_number
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # more are slips of the pen
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -14,53 +15,37 @@ RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 
 def _count(optional: bool = False, most: int = MAX_RANKS - 1) -> Any:
     """A validator of whole numbers."""
-
-    def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-        if (optional and value is None) or (is_count(value) and value <= most):
-            return
-        raise ValueError(
-            f"{attribute.name} must be a whole number from 1 to {most}, got {shown(value)}"
-        )
-
-    return check
-
-
-def _at_least_zero(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < 2**31:
-        raise ValueError(f"{attribute.name} must be a number, 0 or more, got {shown(value)}")
-
-
-def _flag(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{attribute.name} must be true or false, got {shown(value)}")
+    return must_be(
+        lambda value: (optional and value is None) or (is_count(value) and value <= most),
+        f"a whole number from 1 to {most}",
+        "write one",
+    )
 
 
 def _one_of(*choices: str | None) -> Any:
-    def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-        if value not in choices:
-            known = ", ".join(repr(choice) for choice in choices if choice is not None)
-            raise ValueError(f"{attribute.name} must be one of {known}, got {shown(value)}")
-
-    return check
+    known = ", ".join(repr(choice) for choice in choices if choice is not None)
+    return must_be(lambda value: value in choices, f"one of {known}", "write one of them")
 
 
-def _modules(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
+def _is_list(value: Any, known: Sequence[Any]) -> bool:
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    if not is_list or not all(name in RECOMPUTED_MODULES for name in value):
-        raise ValueError(
-            f"{attribute.name} must be a list of some of {', '.join(RECOMPUTED_MODULES)}, got "
-            f"{shown(value)}"
-        )
+    return is_list and all(each in known for each in value)
 
 
-def _layer_frequency(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-    is_pattern = isinstance(value, Sequence) and value and all(each in (0, 1) for each in value)
-    if not is_count(value) and not is_pattern:
-        raise ValueError(
-            f"{attribute.name} must be a whole number N, for experts in every Nth layer, or a list "
-            f"with 1 for a layer with experts and 0 for one without, got {shown(value)}"
-        )
+_at_least_zero = must_be(
+    lambda value: is_number(value, most=2**31), "a number, 0 or more", "write one"
+)
+_modules = must_be(
+    lambda value: _is_list(value, RECOMPUTED_MODULES),
+    f"a list of some of {', '.join(RECOMPUTED_MODULES)}",
+    "write such a list",
+)
+_layer_frequency = must_be(
+    lambda value: is_count(value) or (_is_list(value, (0, 1)) and len(value) > 0),
+    "a whole number N, for experts in every Nth layer, or a list with 1 for a layer with experts "
+    "and 0 for one without",
+    "write either",
+)
 
 
 def _hashable(value: Any) -> Any:
@@ -120,19 +105,19 @@ class ModuleSizes:
     ffn_hidden_size: int = field(validator=_count())
     num_query_groups: int = field(validator=_count())
     kv_channels: int = field(validator=_count())
-    gated_linear_unit: bool = field(default=False, validator=_flag)
-    add_bias_linear: bool = field(default=True, validator=_flag)
-    add_qkv_bias: bool = field(default=False, validator=_flag)
+    gated_linear_unit: bool = field(default=False, validator=flag)
+    add_bias_linear: bool = field(default=True, validator=flag)
+    add_qkv_bias: bool = field(default=False, validator=flag)
     normalization: str = field(default="LayerNorm", validator=_one_of("LayerNorm", "RMSNorm"))
-    qk_layernorm: bool = field(default=False, validator=_flag)
+    qk_layernorm: bool = field(default=False, validator=flag)
     hidden_dropout: float = field(default=0.1, validator=_at_least_zero)
     attention_dropout: float = field(default=0.1, validator=_at_least_zero)
     attention_backend: str = field(
         default="auto", validator=_one_of("auto", "flash", "fused", "unfused", "local")
     )
-    bias_activation_fusion: bool = field(default=False, validator=_flag)
-    masked_softmax_fusion: bool = field(default=False, validator=_flag)
-    sequence_parallel: bool = field(default=False, validator=_flag)
+    bias_activation_fusion: bool = field(default=False, validator=flag)
+    masked_softmax_fusion: bool = field(default=False, validator=flag)
+    sequence_parallel: bool = field(default=False, validator=flag)
     num_moe_experts: int | None = _optional(MOST_EXPERTS)
     moe_layer_freq: int | Sequence[int] = field(
         default=1, converter=_hashable, validator=_layer_frequency
@@ -148,21 +133,21 @@ class ModuleSizes:
     recompute_modules: Sequence[str] = field(
         default=("core_attn",), converter=_hashable, validator=_modules
     )
-    deallocate_pipeline_outputs: bool = field(default=False, validator=_flag)
+    deallocate_pipeline_outputs: bool = field(default=False, validator=flag)
     params_dtype: str = field(default="fp32", validator=_one_of(*BYTES))
     vocab_size: int | None = _optional()
     seq_length: int | None = _optional()
-    share_embeddings_and_output_weights: bool = field(default=False, validator=_flag)
+    share_embeddings_and_output_weights: bool = field(default=False, validator=flag)
     position_embedding_type: str = field(
         default="learned_absolute",
         validator=_one_of("learned_absolute", "rope", "mrope", "yarn", "none"),
     )
-    use_distributed_optimizer: bool = field(default=False, validator=_flag)
-    grad_reduce_in_fp32: bool = field(default=False, validator=_flag)
-    overlap_grad_reduce: bool = field(default=False, validator=_flag)
+    use_distributed_optimizer: bool = field(default=False, validator=flag)
+    grad_reduce_in_fp32: bool = field(default=False, validator=flag)
+    overlap_grad_reduce: bool = field(default=False, validator=flag)
     bucket_size: int | None = _optional()
-    pad_buckets_for_high_nccl_busbw: bool = field(default=False, validator=_flag)
-    frozen: bool = field(default=False, validator=_flag)
+    pad_buckets_for_high_nccl_busbw: bool = field(default=False, validator=flag)
+    frozen: bool = field(default=False, validator=flag)
     images_per_sample: float = field(default=1.0, validator=_at_least_zero)
     max_images_per_sample: float = field(validator=_at_least_zero)
     tokens_per_image: int | None = _optional()

@@ -1,6 +1,6 @@
 """The parameters of each rank of a module, as Megatron's layers register them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from attrs import frozen
@@ -26,7 +26,7 @@ class Parameter:
 
 def stage_parameters(
     sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
-) -> list[Parameter]:
+) -> Sequence[Parameter]:
     """The parameters of a rank of a pipeline stage, in the order in which Megatron registers them.
 
     The layers are those of ``get_gpt_layer_local_spec``; Transformer Engine's register as many
@@ -44,31 +44,65 @@ def stage_parameters(
         >>> sum(each.numel for each in stage_parameters(sizes, pipeline, 1, 64))
         58304
     """
-    return list(_stage(sizes, parallelism, stage, language_hidden_size))
+    return _stage(sizes, _shards(parallelism), stage, language_hidden_size)
 
 
+def num_parameters(
+    sizes: ModuleSizes, parallelism: ModuleParallelism, language_hidden_size: int
+) -> int:
+    """The numbers that a rank of each stage has, added up.
+
+    Example:
+        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
+        >>> num_parameters(sizes, ModuleParallelism(), 64)
+        116480
+    """
+    return _num_parameters(sizes, _shards(parallelism), language_hidden_size)
+
+
+@frozen
+class _Shards:
+    """The parallel sizes that a rank's parameters depend on."""
+
+    tp: int
+    expert_tp: int
+    ep: int
+    stages: int
+
+
+def _shards(parallelism: ModuleParallelism) -> _Shards:
+    expert_tp, ep, _, stages = parallelism.expert_shape
+    return _Shards(parallelism.tensor_model_parallel_size, expert_tp, ep, stages)
+
+
+@cache
+def _num_parameters(sizes: ModuleSizes, shards: _Shards, language_hidden_size: int) -> int:
+    stages = (_stage(sizes, shards, stage, language_hidden_size) for stage in range(shards.stages))
+    return sum(each.numel for stage in stages for each in stage)
+
+
+@cache
 def _stage(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
-) -> Iterator[Parameter]:
-    stages = parallelism.pipeline_model_parallel_size
-    is_first, is_last = stage == 0, stage == stages - 1
-    if is_first:
-        yield from _inputs(sizes, parallelism)
-    for layer in stage_layers(sizes, stages, stage):
-        yield from _layer(sizes, _shards(parallelism), sizes.has_experts(layer))
-    if is_last:
-        yield from _norm(sizes, sizes.hidden_size)
-        yield from _outputs(sizes, parallelism, language_hidden_size)
+    sizes: ModuleSizes, shards: _Shards, stage: int, language_hidden_size: int
+) -> tuple[Parameter, ...]:
+    found: list[Parameter] = []
+    if stage == 0:
+        found += _inputs(sizes, shards)
+    for layer in stage_layers(sizes, shards.stages, stage):
+        found += _layer(sizes, shards, sizes.has_experts(layer))
+    if stage == shards.stages - 1:
+        found += _norm(sizes, sizes.hidden_size)
+        found += _outputs(sizes, shards, language_hidden_size)
+    return tuple(found)
 
 
-def _inputs(sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Parameter]:
+def _inputs(sizes: ModuleSizes, shards: _Shards) -> Iterator[Parameter]:
     """What turns words or patches into hidden states; an encoder's is on every rank whole."""
     hidden = sizes.hidden_size
     if sizes.vocab_size is not None:
         tied = sizes.share_embeddings_and_output_weights
-        words = sizes.vocab_size // parallelism.tensor_model_parallel_size
-        is_shared = tied and parallelism.pipeline_model_parallel_size > 1
-        yield Parameter(words * hidden, is_shared=is_shared)
+        words = sizes.vocab_size // shards.tp
+        yield Parameter(words * hidden, is_shared=tied and shards.stages > 1)
         if sizes.position_embedding_type == "learned_absolute" and sizes.seq_length:
             yield Parameter(sizes.seq_length * hidden)
     elif sizes.patch_size:
@@ -76,15 +110,12 @@ def _inputs(sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Para
         yield from _linear(sizes.patch_size, hidden)
 
 
-def _outputs(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, language_hidden_size: int
-) -> Iterator[Parameter]:
+def _outputs(sizes: ModuleSizes, shards: _Shards, language_hidden_size: int) -> Iterator[Parameter]:
     """A language model's output layer, or an encoder's projection."""
     if sizes.vocab_size is not None:
         tied = sizes.share_embeddings_and_output_weights
-        alone = parallelism.pipeline_model_parallel_size == 1
-        if not (tied and alone):
-            words = sizes.vocab_size // parallelism.tensor_model_parallel_size
+        if not (tied and shards.stages == 1):
+            words = sizes.vocab_size // shards.tp
             yield Parameter(words * sizes.hidden_size, is_shared=tied)
     elif sizes.projection_hidden_size:
         yield from _linear(sizes.merged_size, sizes.projection_hidden_size)
@@ -105,32 +136,14 @@ def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
         yield Parameter(width)
 
 
-Shards = tuple[int, int, int]
-"""TP, TP of an expert, EP: the parallel sizes that a layer's parameters depend on."""
-
-
-def _shards(parallelism: ModuleParallelism) -> Shards:
-    return (
-        parallelism.tensor_model_parallel_size,
-        parallelism.expert_tensor_parallel_size,
-        parallelism.expert_model_parallel_size,
-    )
-
-
 def stage_layers(sizes: ModuleSizes, stages: int, stage: int) -> range:
     """Indices of a stage's layers in the whole module."""
     length = sizes.num_layers // stages
     return range(stage * length, (stage + 1) * length)
 
 
-@cache
-def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> tuple[Parameter, ...]:
-    """The parameters of one layer."""
-    return tuple(_of_layer(sizes, shards, has_experts))
-
-
-def _of_layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
-    hidden, tp = sizes.hidden_size, shards[0]
+def _layer(sizes: ModuleSizes, shards: _Shards, has_experts: bool) -> Iterator[Parameter]:
+    hidden, tp = sizes.hidden_size, shards.tp
     yield from _norm(sizes, hidden)
     yield Parameter(sizes.query_size // tp * hidden)
     if sizes.add_bias_linear:
@@ -161,60 +174,13 @@ def _mlp(
         yield Parameter(sizes.hidden_size, is_expert)
 
 
-def _mixture(sizes: ModuleSizes, shards: Shards) -> Iterator[Parameter]:
+def _mixture(sizes: ModuleSizes, shards: _Shards) -> Iterator[Parameter]:
     """The router, this rank's experts and the shared expert."""
     assert sizes.num_moe_experts, "only layers with experts come here"
-    tp, expert_tp, ep = shards
+    tp, expert_tp, ep = shards.tp, shards.expert_tp, shards.ep
     yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias=sizes.add_bias_linear)
     reduced_apart = ep > 1 or expert_tp != tp
     for _ in range(sizes.num_moe_experts // ep):
         yield from _mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, reduced_apart)
     if sizes.moe_shared_expert_intermediate_size:
         yield from _mlp(sizes, sizes.moe_shared_expert_intermediate_size // tp, bias=False)
-
-
-@frozen
-class Count:
-    """How many numbers a rank's parameters have.
-
-    Args:
-        dense: of parameters that are reduced over all replicas.
-        expert: of those that are reduced over the experts' replicas.
-    """
-
-    dense: int
-    expert: int
-
-
-def count(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
-) -> Count:
-    """How many numbers :func:`stage_parameters` has, without listing them.
-
-    Example:
-        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
-        >>> count(sizes, ModuleParallelism(pipeline_model_parallel_size=2), 1, 64)
-        Count(dense=58304, expert=0)
-    """
-    stages = parallelism.pipeline_model_parallel_size
-    ends: list[Parameter] = []
-    if stage == 0:
-        ends += _inputs(sizes, parallelism)
-    if stage == stages - 1:
-        ends += _norm(sizes, sizes.hidden_size)
-        ends += _outputs(sizes, parallelism, language_hidden_size)
-    layers = stage_layers(sizes, stages, stage)
-    with_experts = sum(map(sizes.has_experts, layers))
-    dense, expert = sum(each.numel for each in ends), 0
-    for number, has_experts in ((with_experts, True), (len(layers) - with_experts, False)):
-        if number:
-            one = _count_layer(sizes, _shards(parallelism), has_experts)
-            dense, expert = dense + number * one.dense, expert + number * one.expert
-    return Count(dense, expert)
-
-
-@cache
-def _count_layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Count:
-    layer = _layer(sizes, shards, has_experts)
-    expert = sum(each.numel for each in layer if each.is_expert)
-    return Count(sum(each.numel for each in layer) - expert, expert)

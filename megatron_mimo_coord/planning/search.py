@@ -134,8 +134,8 @@ def cost(task: Task, modules: Mapping[str, ModuleParallelism], micro_batch_size:
 def propose(task: Task, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
     """The layouts with the shortest steps, the shortest first; fewer than ``count`` if no more fit.
 
-    Each layout is returned once, with its best microbatch. Of those that differ in encoders alone
-    and take equally long, since these idle anyway, only the fastest is returned.
+    Each layout is returned once, with its best microbatch. Of those on as many nodes that differ in
+    encoders alone, and take equally long since these idle anyway, only the fastest is returned.
 
     Args:
         task: what a layout is sought for.
@@ -187,6 +187,7 @@ def _are_alike(one: Proposal, other: Proposal) -> bool:
         max(seconds) <= (1 + ALIKE) * min(seconds)
         and one.micro_batch_size == other.micro_batch_size
         and one.is_colocated == other.is_colocated
+        and one.allocated == other.allocated
         and languages[0] == languages[1]
     )
 

@@ -25,7 +25,7 @@ network_bytes_per_second = inf
 """
 BAD = {  # line: (what stands there, what is said about it)
     1: ("latency = 1", "latency is in no table; put it below a line such as [vision]"),
-    2: ("[vision]", "there is no backward_seconds_per_sample; write"),
+    2: ("[vision]", "vision has no backward_seconds_per_sample; write"),
     3: ("forward_seconds_per_sample = -1", "must be a number, 0 or more, got -1"),
     4: ("forward_seconds = 1", "did you mean forward_seconds_per_sample?"),
     5: ("recompute = 1", "must be true or false, got 1"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -114,13 +115,43 @@ def test_expert_sizes_are_shown_where_there_are_experts(look):
     assert "expert TP" not in look(FAN_IN)[1]
 
 
-def test_the_picture_has_a_box_for_each_stage_and_replica(look, tmp_path):
+def test_the_picture_has_each_rank_under_its_stage_and_beside_its_replica(look, tmp_path):
     code, _, _ = look(FAN_IN, "--svg", "layout.svg")
     svg = ElementTree.parse(tmp_path / "layout.svg").getroot()
-    texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [
+        (text.text, float(text.get("x")), float(text.get("y")))
+        for text in svg.iter("{http://www.w3.org/2000/svg}text")
+    ]
     assert code == 0
-    assert {"0", "3", "4-5", "10-11", "stage 1", "vision: fan-in 4:2", "language"} <= set(texts)
-    assert len(list(svg.iter("{http://www.w3.org/2000/svg}rect"))) == 4 + 4
+    assert [text for text, _, y in texts if y == 13] == ["vision: fan-in 4:2 \u2192", "language"]
+    middle = [text for text, _, _ in texts].index("language")
+    halves = {"vision": texts[:middle], "language": texts[middle:]}
+    cells = {}
+    for module, drawn in halves.items():
+        stages = {x: text for text, x, _ in drawn if text.startswith("stage")}
+        replicas = {y: text for text, _, y in drawn if text.startswith("dp")}
+        cells |= {
+            (module, stages[x], replicas[y]): text
+            for text, x, y in drawn
+            if x in stages and y in replicas
+        }
+    assert cells == {
+        **{("vision", "stage 0", f"dp {rank}"): str(rank) for rank in range(4)},
+        ("language", "stage 0", "dp 0"): "4-5",
+        ("language", "stage 0", "dp 1"): "6-7",
+        ("language", "stage 1", "dp 0"): "8-9",
+        ("language", "stage 1", "dp 1"): "10-11",
+    }
+    boxes = [path.get("d") for path in svg.iter("{http://www.w3.org/2000/svg}path")]
+    assert len(boxes) == 4 + 4
+    for text, x, y in texts:
+        around = [box for box in boxes if is_inside(x, y, box)]
+        assert len(around) == (text in cells.values()), text
+
+
+def is_inside(x: float, y: float, path: str) -> bool:
+    left, top, width, height = map(float, re.match(r"M(\S+) (\S+)h(\S+?)v(\S+?)h", path).groups())
+    return left < x < left + width and top < y < top + height
 
 
 def test_the_picture_goes_down_a_pipe(look, tmp_path):
