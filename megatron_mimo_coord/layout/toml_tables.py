@@ -64,6 +64,12 @@ class TomlFile:
         ]
         return Problem(": ".join([", ".join(places), problem]) if places else problem)
 
+    def as_json(self, problem: Problem) -> dict[str, Any]:
+        """A problem in types that JSON knows."""
+        names = ("module", "field", "line")
+        places = [dict(zip(names, place, strict=True)) for place in self.places(problem)]
+        return {"message": problem, "places": places, "text": self.located(problem)}
+
     def places(self, problem: Problem) -> Iterator[tuple[str, str, int | None]]:
         """(module, field, line) of all that a problem is about; the table's line if it has none.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import inf
 
-from attrs import evolve, field, frozen
+from attrs import evolve
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.candidates import Candidates
@@ -15,21 +15,11 @@ MOST_GPUS = 2**16  # that are looked at for how many would do
 GB = 1e9
 
 
-@frozen
-class Closest:
-    """What comes closest to fitting.
+def closest(task: Task) -> tuple[Proposal | None, list[str]]:
+    """Where none fits: the layout with the least memory on its fullest rank, and what it lacks.
 
-    Args:
-        layout: with the least memory on its fullest rank; None if GPUs do not suffice for any.
-        reasons: what it lacks, and how many GPUs would do.
+    The layout is None if GPUs do not suffice for any. How many would do is said too.
     """
-
-    layout: Proposal | None
-    reasons: list[str] = field(factory=list)
-
-
-def closest(task: Task) -> Closest:
-    """The layout that comes closest, where none fits."""
     layout = _smallest(task)
     if layout:
         layout = evolve(layout, memory_bytes=task.memory_bytes)
@@ -40,7 +30,7 @@ def closest(task: Task) -> Closest:
             f"{task.room.gpus} GPUs or fewer",
             *_stages_with_costs(task),
         ]
-    return Closest(layout, [*reasons, *_what_would_do(task)])
+    return layout, [*reasons, *_what_would_do(task)]
 
 
 def _smallest(task: Task) -> Proposal | None:

@@ -45,6 +45,11 @@ class Block:
             cells=[[_ranks(grid, stage, replica) for stage in stages] for replica in replicas],
         )
 
+    @property
+    def rows(self) -> list[list[str]]:
+        """A row for each replica, its title first."""
+        return [[title, *cells] for title, cells in zip(self.replicas, self.cells, strict=True)]
+
 
 def _shown(count: int) -> list[int | None]:
     """Which indexes to show, with None for those in between."""

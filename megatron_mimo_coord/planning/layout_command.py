@@ -4,30 +4,28 @@ Neither torch nor Megatron-Core is imported. Installed as ``mimo-layout``.
 """
 
 import argparse
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from attrs import asdict, field, frozen
-
-import megatron_mimo_coord
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor, pack
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.description import headline, summarize, table
 from megatron_mimo_coord.layout.problems import Problem, idle_ranks
-from megatron_mimo_coord.layout.suggestions import Change, in_words, suggestions
+from megatron_mimo_coord.layout.suggestions import in_words, suggestions
 from megatron_mimo_coord.layout.toml_file import LayoutFile
 from megatron_mimo_coord.planning.drawing import Block, to_svg
 from megatron_mimo_coord.planning.terminal import (
     STDOUT,
+    Parser,
     answer,
     drawn,
+    end,
     need_rich,
     positive,
+    print_json,
     print_tables,
-    write_file,
+    write_problem,
 )
 
 EXAMPLE = """\
@@ -61,11 +59,10 @@ def look(options: argparse.Namespace) -> None:
     try:
         layout = LayoutFile.read(options.layout)
     except ValueError as error:
-        end_with(Report(problems=[{"message": str(error), "places": []}]), options)
+        end_with([{"message": str(error), "places": [], "text": str(error)}], options)
     job = {**layout.job, **given(options)}
-    report = Report.of(layout, job, options)
-    if report.problems:
-        end_with(report, options)
+    if found := problems(layout, job, options):
+        end_with([layout.as_json(each) for each in found], options, *fits(layout, job, options))
     grids = pack(layout.modules)
     per_token = job.get("calculate_per_token_loss", False)
     global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
@@ -76,59 +73,39 @@ def look(options: argparse.Namespace) -> None:
         micro_batch_size=micro_batch_size,
         num_microbatches=global_batch_size and global_batch_size // micro_batch_size,
     )
-    if options.svg:
-        write_file("--svg", options.svg, to_svg(grids))
+    if options.svg and (problem := write_problem("--svg", options.svg, to_svg(grids))):
+        end(problem)
     if options.svg == STDOUT:
         return
     if options.json:
-        stages = {name: {"stages": stage_ranks(grid)} for name, grid in grids.items()}
-        modules = {name: module | stages[name] for name, module in summary["modules"].items()}
-        print(json.dumps({**summary, "modules": modules, "problems": []}, indent=2))
+        for name, grid in grids.items():
+            summary["modules"][name]["stages"] = stage_ranks(grid)
+        print_json({**summary, "problems": []})
     else:
         show(summary, grids)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="mimo-layout",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("mimo-layout", __doc__, EXAMPLE)
     parser.add_argument("layout", type=Path, metavar="FILE", help="the layout, as TOML")
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {megatron_mimo_coord.__version__}"
-    )
     batch = parser.add_argument_group("the batch, to see what each rank reads; else as in FILE")
     for name, what in (
         ("global", "samples in an optimizer step, over all ranks"),
         ("micro", "samples in a microbatch over all ranks, before modules deal them out"),
     ):
         batch.add_argument(f"--{name}-batch-size", type=positive, metavar="N", help=what)
-    parser.add_argument(
-        "--world-size",
-        type=positive,
-        metavar="RANKS",
-        help="ranks of the job; left out, as many as the layout takes",
-    )
-    parser.add_argument(
-        "--per-token-loss",
-        action="store_true",
-        help="every module's config has calculate_per_token_loss, which changes the scaling",
-    )
+    size = "ranks of the job; left out, as many as the layout takes"
+    parser.add_argument("--world-size", type=positive, metavar="RANKS", help=size)
+    loss = "every module's config has calculate_per_token_loss, which changes the scaling"
+    parser.add_argument("--per-token-loss", action="store_true", help=loss)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
-    parser.add_argument(
-        "--svg",
-        type=Path,
-        metavar="FILE",
-        help="draw a picture for a document; - prints it, and nothing else",
-    )
-    options = parser.parse_args(arguments)
+    svg = "draw a picture for a document; - prints it, and nothing else"
+    parser.add_argument("--svg", type=Path, metavar="FILE", help=svg)
+    options = parser.read(arguments)
     if options.svg == STDOUT and options.json:
         parser.error("--svg - and --json both print: give --svg a file")
-    if options.svg and options.svg.resolve() == options.layout.resolve():
-        parser.error(f"--svg {options.svg} is the layout itself: give another file")
+    parser.refuse_same_files(options, ["layout"], ["svg"])
     return options
 
 
@@ -152,82 +129,60 @@ def factors(grids: dict[str, ModuleGrid], per_token: bool) -> dict[str, float]:
 # -- a layout that cannot run ----------------------------------------------------------------------
 
 
-@frozen
-class Report:
-    """What keeps a layout from running, in types that JSON knows.
-
-    Args:
-        problems: the message of each, and its places in the file.
-        idle_ranks: first and last of the ranks that are left over.
-        fits: changes after which the layout takes all ranks of the world.
-    """
-
-    problems: list[dict[str, Any]]
-    idle_ranks: list[list[int]] = field(factory=list)
-    fits: list[Change] = field(factory=list)
-
-    @classmethod
-    def of(
-        cls, layout: LayoutFile, job: Mapping[str, int], options: argparse.Namespace
-    ) -> "Report":
-        """Look at a layout and at the batch of a job, which the file or the options tell."""
-        global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
-
-        def of_batch(grids: Sequence[ModuleGrid]) -> list[Problem]:
-            if micro_batch_size is not None:
-                found = batch_problems(grids, global_batch_size, micro_batch_size)
-            elif global_batch_size is not None and not layout.problems:
-                needs = "global_batch_size says nothing without micro_batch_size; give both"
-                found = [Problem(needs, ("", "global_batch_size"))]
-            else:
-                found = []
-            from_options = {("", name) for name in given(options)}
-            return [
-                Problem(problem, *(at for at in problem.places if at not in from_options))
-                for problem in found
-            ]
-
-        grids = pack(layout.modules)
-        sound = [grid for name, grid in grids.items() if name not in layout.broken]
-        found = layout.problems_on(options.world_size) + of_batch(sound)
-        problems = [
-            {
-                "message": problem,
-                "places": [
-                    {"module": module, "field": name, "line": line}
-                    for module, name, line in layout.places(problem)
-                ],
-                "text": layout.located(problem),
-            }
-            for problem in found
+def problems(layout: LayoutFile, job: dict[str, Any], options: argparse.Namespace) -> list[Problem]:
+    """What keeps a layout from running on a world, with the batch of a job."""
+    grids = pack(layout.modules)
+    sound = [grid for name, grid in grids.items() if name not in layout.broken]
+    found = layout.problems_on(options.world_size)
+    global_batch_size, micro_batch_size = map(job.get, BATCH_SIZES)
+    from_options = {("", name) for name in given(options)}
+    if micro_batch_size is not None:
+        found += [
+            Problem(each, *(at for at in each.places if at not in from_options))
+            for each in batch_problems(sound, global_batch_size, micro_batch_size)
         ]
-        if not found or not options.world_size or layout.problems:
-            return cls(problems)
-        ranks_of = {name: grid.ranks for name, grid in grids.items()}
-        return cls(
-            problems,
-            idle_ranks=[[r[0], r[-1]] for r in idle_ranks(ranks_of, options.world_size)],
-            fits=suggestions(layout.modules, options.world_size, lambda grids: not of_batch(grids)),
-        )
+    elif global_batch_size is not None and not layout.problems:
+        needs = "global_batch_size says nothing without micro_batch_size; give both"
+        found.append(Problem(needs, *({("", "global_batch_size")} - from_options)))
+    return found
 
 
-def end_with(report: Report, options: argparse.Namespace) -> NoReturn:
-    """End with code 2, having told all problems."""
+def fits(
+    layout: LayoutFile, job: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[list[int]], list[Any]]:
+    """First and last of the ranks of the world that are left over, and what would take all."""
+    if not options.world_size or layout.problems:
+        return [], []
+    ranks_of = {name: grid.ranks for name, grid in pack(layout.modules).items()}
+    idle = [[ranks[0], ranks[-1]] for ranks in idle_ranks(ranks_of, options.world_size)]
+    batch, samples = map(job.get, BATCH_SIZES)
+
+    def takes_batch(grids: Sequence[ModuleGrid]) -> bool:
+        return samples is None or not batch_problems(grids, batch, samples)
+
+    return idle, suggestions(layout.modules, options.world_size, takes_batch)
+
+
+def end_with(
+    found: list[dict[str, Any]],
+    options: argparse.Namespace,
+    idle: Sequence[list[int]] = (),
+    changes: Sequence[Any] = (),
+) -> NoReturn:
+    """End with code 2, having told all problems, ranks that are left over, and what would help."""
     if options.json:
-        print(json.dumps(asdict(report), indent=2))
-    else:
-        lines = [f"{options.layout} cannot run:"]
-        lines += [f"  - {problem.get('text', problem['message'])}" for problem in report.problems]
-        if report.fits:
-            lines.append(f"what would take all {options.world_size} ranks:")
-            lines += [f"  - {in_words(change)}" for change in report.fits]
-        elif report.idle_ranks:
-            lines.append(
-                f"no other size of a module or two takes all {options.world_size} ranks: change "
-                f"more of them, or launch another number"
-            )
-        print("\n".join(lines), file=sys.stderr)
-    sys.exit(2)
+        print_json({"problems": found, "idle_ranks": idle, "fits": changes})
+        raise SystemExit(2)
+    lines = [f"  - {problem['text']}" for problem in found]
+    if changes:
+        lines.append(f"what would take all {options.world_size} ranks:")
+        lines += [f"  - {in_words(change)}" for change in changes]
+    elif idle:
+        lines.append(
+            f"no other size of a module or two takes all {options.world_size} ranks: change more "
+            f"of them, or launch another number"
+        )
+    end("\n".join([f"{options.layout} cannot run:", *lines]))
 
 
 # -- a layout that can -----------------------------------------------------------------------------
@@ -243,12 +198,9 @@ def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
     """Numbers and a picture in the terminal."""
     need_rich()
     titles, *rows = table(summary)
-    pictures = [
-        drawn(
-            ["", *block.stages],
-            [[label, *cells] for label, cells in zip(block.replicas, block.cells, strict=True)],
-            title=block.name,
-        )
-        for block in map(Block.of, grids.values())
-    ]
-    print_tables(headline(summary), drawn(titles, rows), beside=pictures)
+    blocks = map(Block.of, grids.values())
+    print_tables(
+        headline(summary),
+        drawn(titles, rows),
+        beside=[drawn(["", *block.stages], block.rows, title=block.name) for block in blocks],
+    )

@@ -7,24 +7,26 @@ measured costs. Neither torch nor Megatron-Core is imported. Installed as mimo-p
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_mimo_coord import __version__
 from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.plan_inputs import Inputs
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows
 from megatron_mimo_coord.planning.search import Proposal, cost, propose
 from megatron_mimo_coord.planning.terminal import (
+    Parser,
     answer,
     drawn,
     end,
     need_rich,
+    number,
     positive,
+    print_json,
     print_tables,
+    size,
     write_problem,
 )
 from megatron_mimo_coord.planning.timeline_drawing import timeline_svg
@@ -82,43 +84,43 @@ def plan(options: argparse.Namespace) -> None:
     if not options.json:
         need_rich()
     inputs = Inputs.of(options)
-    if inputs.problems:
-        end_with(inputs.problems, f"{options.model} cannot be planned:", options)
-    assert inputs.task, "there are no problems"
-    if inputs.modules:
-        assert inputs.micro_batch_size, "there are no problems"
-        proposals = [cost(inputs.task, inputs.modules, inputs.micro_batch_size)]
-    else:
+    proposals: list[Proposal] = []
+    nearest, problems = None, inputs.problems
+    head = f"{options.model} cannot be planned:"
+    if inputs.task and inputs.modules:
+        assert inputs.task.micro_batch_size, "the layout's batch is known"
+        proposals = [cost(inputs.task, inputs.modules, inputs.task.micro_batch_size)]
+    elif inputs.task:
         proposals = propose(inputs.task, options.count, per_gpu=options.per_gpu)
-    if not proposals:
-        found = closest(inputs.task)
-        head = f"no layout fits into {options.gpus} GPUs of {options.memory}:"
-        end_with(as_problems(found.reasons), head, options, found.layout, inputs.assumptions)
-    problems = as_problems(
-        [
-            *(f"the layout does not fit: {why}" for why in shortages(proposals[0])),
-            *write_files(proposals[0], options),
-        ]
-    )
+        if not proposals:
+            head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
+            nearest, reasons = closest(inputs.task)
+            problems = as_problems(reasons)
+    if proposals:
+        lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
+        problems = as_problems([*lacks, *write_files(proposals[0], options)])
     if options.json:
-        print_json(problems, proposals, assumptions=inputs.assumptions)
-    else:
+        print_json(as_answer(problems, proposals, nearest, inputs.assumptions))
+    elif proposals:
         show(inputs, proposals)
+    texts = [problem["text"] for problem in problems]
     if problems and not options.json:
-        end("\n".join(problem["text"] for problem in problems))
+        end("\n".join(texts)) if proposals else end(head, texts)
     if problems:
         raise SystemExit(2)
 
 
 def show(inputs: Inputs, proposals: Sequence[Proposal]) -> None:
     """Numbers in the terminal."""
-    assert inputs.task, "there are no problems"
+    is_given = bool(inputs.modules)
     titles, *table = rows(proposals)
-    parts = [drawn(titles, table, numbers=True)]
     memory_titles, *memory = memory_rows(proposals[0])
-    title = "memory of a GPU in GB" if inputs.modules else "memory of a GPU in GB, layout 1"
-    parts.append(drawn(memory_titles, memory, title=title, numbers=True))
-    print_tables(headline(inputs.task.room, len(proposals), bool(inputs.modules)), *parts)
+    title = f"memory of a GPU in GB{'' if is_given else ', layout 1'}"
+    print_tables(
+        headline(proposals[0].room, len(proposals), is_given),
+        drawn(titles, table, numbers=True),
+        drawn(memory_titles, memory, title=title, numbers=True),
+    )
     print("\n".join(["assumed:", *(f"  - {line}" for line in inputs.assumptions)]))
 
 
@@ -128,12 +130,11 @@ def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
         "global_batch_size": best.room.global_batch_size,
         "micro_batch_size": best.micro_batch_size,
     }
-    texts: dict[str, Callable[[], str]] = {
-        "write": lambda: layout_text(best.modules, job),
-        "trace": lambda: json.dumps(chrome_trace(stage_threads(best.timeline))),
-        "svg": lambda: timeline_svg(best.timeline),
-    }
-    for name, text in texts.items():
+    for name, text in (
+        ("write", lambda: layout_text(best.modules, job)),
+        ("trace", lambda: json.dumps(chrome_trace(stage_threads(best.timeline)))),
+        ("svg", lambda: timeline_svg(best.timeline)),
+    ):
         path = getattr(options, name)
         if path and (problem := write_problem(f"--{name}", path, text())):
             yield problem
@@ -144,189 +145,75 @@ def as_problems(messages: Iterable[str]) -> list[dict[str, Any]]:
     return [{"message": message, "places": [], "text": message} for message in messages]
 
 
-def print_json(
+def as_answer(
     problems: Sequence[dict[str, Any]],
     proposals: Sequence[Proposal] = (),
     nearest: Proposal | None = None,
     assumptions: Sequence[str] = (),
-) -> None:
+) -> dict[str, Any]:
     """The answer for scripts, with the same keys whatever it is."""
-    said = {
+    return {
         "proposals": list(map(as_json, proposals)),
         "closest": nearest and as_json(nearest),
         "assumptions": list(assumptions),
         "problems": list(problems),
     }
-    print(json.dumps(said, indent=2))
-
-
-def end_with(
-    problems: Sequence[dict[str, Any]],
-    head: str,
-    options: argparse.Namespace,
-    nearest: Proposal | None = None,
-    assumptions: Sequence[str] = (),
-) -> NoReturn:
-    """End with code 2, having told all problems."""
-    if options.json:
-        print_json(problems, nearest=nearest, assumptions=assumptions)
-        raise SystemExit(2)
-    end("\n".join([head, *(f"  - {problem['text']}" for problem in problems)]))
 
 
 # -- the command line ------------------------------------------------------------------------------
 
-
-class Parser(argparse.ArgumentParser):
-    """Ends with JSON where that is asked for, be it that the rest is wrong."""
-
-    is_json = False
-
-    def error(self, message: str) -> NoReturn:
-        """End with code 2 and a message."""
-        if not self.is_json:
-            super().error(message)
-        print_json(as_problems([message]))
-        raise SystemExit(2)
+READ, WRITTEN = ("model", "layout", "costs"), ("write", "trace", "svg")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        prog="mimo-plan",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.is_json = "--json" in (sys.argv if arguments is None else arguments)
+    parser = Parser("mimo-plan", __doc__, EXAMPLE, lambda said: as_answer(as_problems([said])))
     parser.add_argument("model", type=Path, metavar="MODEL", help="the model, as TOML")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    _add_room(parser.add_argument_group("what there is"))
-    _add_assumptions(parser.add_argument_group("what is assumed"))
-    asked = parser.add_argument_group("what is asked")
-    asked.add_argument("--layout", type=Path, metavar="FILE", help="cost this layout alone")
-    asked.add_argument(
-        "--count", type=positive, default=10, metavar="N", help="layouts to list (default: 10)"
-    )
-    asked.add_argument(
-        "--per-gpu",
-        action="store_true",
-        help="best are most samples per second and allocated GPU, not the shortest step",
-    )
-    for name, what in (
-        ("write", "write the best layout, for mimo-layout and read_layout"),
-        ("trace", "write its step as Chrome Trace JSON, for Perfetto"),
-        ("svg", "draw its step"),
-    ):
-        asked.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
-    asked.add_argument("--json", action="store_true", help="print JSON, for scripts")
-    options = parser.parse_args(arguments)
+    for title, arguments_of in ARGUMENTS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, unit, what in arguments_of:
+            shown = "" if default is None else f" (default: {default})"
+            kind_of = {"type": kind, "default": default, "metavar": unit}
+            group.add_argument(f"--{name}", help=what + shown, **kind_of)
+    flags = parser.add_argument_group("how it is told")
+    per_gpu = "best are most samples per second and allocated GPU, not the shortest step"
+    flags.add_argument("--per-gpu", action="store_true", help=per_gpu)
+    flags.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    options = parser.read(arguments)
     if options.layout is None:
         for name in ("gpus", "global_batch_size"):
             if getattr(options, name) is None:
                 parser.error(f"--{name.replace('_', '-')} is needed, unless --layout tells")
-    _refuse_same_files(parser, options)
+    parser.refuse_same_files(options, READ, WRITTEN)
     return options
 
 
-def _refuse_same_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """No file is written over another."""
-    known: dict[Path, str] = {}
-    for name in ("model", "layout", "costs", "write", "trace", "svg"):
-        path = getattr(options, name)
-        if path is None:
-            continue
-        if path.resolve() in known and name in ("write", "trace", "svg"):
-            parser.error(f"--{name} {path} is {known[path.resolve()]} too: give another file")
-        known[path.resolve()] = f"--{name}" if name != "model" else "the model"
-
-
-def _add_room(group: Any) -> None:
-    group.add_argument(
-        "--gpus",
-        type=positive,
-        metavar="N",
-        help="GPUs that can be rented: whole nodes, and what is left over of a last one",
-    )
-    group.add_argument(
-        "--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of a node (default: 8)"
-    )
-    group.add_argument(
-        "--memory",
-        type=size,
-        default=size("80GB"),
-        metavar="BYTES",
-        help="memory of a GPU, such as 80GB or 80GiB (default: 80GB)",
-    )
-    group.add_argument(
-        "--global-batch-size",
-        type=positive,
-        metavar="N",
-        help="samples in an optimizer step, over all ranks; else as in --layout",
-    )
-    group.add_argument(
-        "--micro-batch-size",
-        type=positive,
-        metavar="N",
-        help="samples in a microbatch over all ranks; else as in --layout, or every one is tried",
-    )
-
-
-def _add_assumptions(group: Any) -> None:
-    group.add_argument("--costs", type=Path, metavar="FILE", help="measured costs, as TOML")
-    for name, default, unit, what in (
-        ("flops", 400.0, "TFLOP/S", "what a GPU achieves in training, in TFLOP/s"),
-        ("memory-bandwidth", 2000.0, "GB/S", "of a GPU's memory"),
-        ("node-bandwidth", 300.0, "GB/S", "of a GPU's link inside its node"),
-        ("network-bandwidth", 40.0, "GB/S", "of a GPU's link to other nodes"),
-        ("node-latency", 10.0, "US", "of a message inside a node, in microseconds"),
-        ("network-latency", 20.0, "US", "of a message between nodes, in microseconds"),
-    ):
-        group.add_argument(
-            f"--{name}",
-            type=number,
-            default=default,
-            metavar=unit,
-            help=f"{what} (default: {default:g})",
-        )
-    group.add_argument(
-        "--reserve",
-        type=size,
-        default=size("4GB"),
-        metavar="BYTES",
-        help="memory for CUDA, NCCL and fragmentation (default: 4GB)",
-    )
-
-
-class Bytes(float):
-    """A number of bytes that remembers how it was written."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def size(text: str) -> Bytes:
-    """An argument that is a size of memory."""
-    units = {"B": 1, "MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30, "TB": 1e12}
-    digits = text.rstrip("BiGMT")
-    try:
-        value = Bytes(float(digits) * units[text[len(digits) :]])
-    except (ValueError, KeyError):
-        value = Bytes("nan")
-    if not 0 <= value < 1e18:
-        raise argparse.ArgumentTypeError(f"must be a size such as 80GB or 80GiB, not {text!r}")
-    value.text = text
-    return value
-
-
-def number(text: str) -> float:
-    """An argument that is a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e12:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
+ARGUMENTS: dict[str, tuple[tuple[str, Any, Any, str, str], ...]] = {
+    "what there is": (
+        ("gpus", positive, None, "N", "GPUs to rent: whole nodes, and what is left of a last one"),
+        ("gpus-per-node", positive, 8, "N", "GPUs of a node"),
+        ("memory", size, "80GB", "BYTES", "memory of a GPU, such as 80GB or 80GiB"),
+        ("global-batch-size", positive, None, "N", "samples in an optimizer step, over all ranks; "
+         "else as in --layout"),
+        ("micro-batch-size", positive, None, "N", "samples in a microbatch over all ranks; else "
+         "as in --layout, or every one is tried"),
+    ),
+    "what is assumed": (
+        ("costs", Path, None, "FILE", "measured costs, as TOML"),
+        ("flops", number, "400", "TFLOP/S", "what a GPU achieves in training, in TFLOP/s"),
+        ("memory-bandwidth", number, "2000", "GB/S", "of a GPU's memory"),
+        ("node-bandwidth", number, "300", "GB/S", "of a GPU's link inside its node"),
+        ("network-bandwidth", number, "40", "GB/S", "of a GPU's link to other nodes"),
+        ("node-latency", number, "10", "US", "of a message inside a node, in microseconds"),
+        ("network-latency", number, "20", "US", "of a message between nodes, in microseconds"),
+        ("reserve", size, "4GB", "BYTES", "memory for CUDA, NCCL and fragmentation"),
+    ),
+    "what is asked": (
+        ("layout", Path, None, "FILE", "cost this layout alone"),
+        ("count", positive, 10, "N", "layouts to list"),
+        ("write", Path, None, "FILE", "write the best layout, for mimo-layout and read_layout"),
+        ("trace", Path, None, "FILE", "write its step as Chrome Trace JSON, for Perfetto"),
+        ("svg", Path, None, "FILE", "draw its step"),
+    ),
+}  # fmt: skip
+"""Options: name, type, default, unit, and what it is."""

@@ -1,7 +1,7 @@
 """What the planning command is given: files and options, and everything that is wrong with them."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from attrs import define, evolve, field
@@ -21,7 +21,7 @@ from megatron_mimo_coord.planning.model_file import ModelFile
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
-MICRO, GIGA = 1e-6, 1e9
+MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
 SIZES = ("global_batch_size", "micro_batch_size")
 
 
@@ -33,146 +33,137 @@ class Inputs:
         problems: all that is wrong, in types that JSON knows; then nothing else is there.
         task: what a layout is sought for.
         modules: the layout that is to be costed; None to seek one.
-        micro_batch_size: that of the layout.
         assumptions: what the numbers rest on, for a user to read.
     """
 
     problems: list[dict[str, Any]] = field(factory=list)
     task: Task | None = None
     modules: Mapping[str, ModuleParallelism] | None = None
-    micro_batch_size: int | None = None
     assumptions: list[str] = field(factory=list)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Inputs":
         """Read all files and look at all options."""
-        reading = _Reading(options)
-        if reading.problems:
-            return cls(problems=reading.problems)
-        model, layout, costs = reading.model, reading.layout, reading.costs
+        files = _Files(options)
+        told = [
+            file.as_json(each) if file else {"message": each, "places": [], "text": each}
+            for file, each in files.problems()
+        ]
+        if told:
+            return cls(told)
+        model, layout, costs = files.model, files.layout, files.costs
         assert model, "there are no problems"
-        batch, samples = reading.job["global_batch_size"], reading.job.get("micro_batch_size")
-        gpus = options.gpus or _whole_nodes(layout, options.gpus_per_node)
-        cluster = _cluster(options, costs)
+        measured = costs.told if costs else {}
+        modules = layout.modules if layout else None
+        cluster = _cluster(options, measured.get(CLUSTER, {}))
+        ranks = ranks_taken(pack(modules).values()) if modules else 0
+        whole_nodes = -(-ranks // options.gpus_per_node) * options.gpus_per_node
+        gpus = options.gpus or whole_nodes
         task = Task(
             sizes=model.sizes,
-            room=Room(gpus, options.gpus_per_node, batch),
+            room=Room(gpus, options.gpus_per_node, files.job["global_batch_size"]),
             memory_bytes=options.memory - options.reserve,
-            costs=_costs(model.sizes, options, cluster, costs.told if costs else {}),
+            costs=_costs(model.sizes, options, cluster, measured),
             cluster=cluster,
-            micro_batch_size=samples,
+            micro_batch_size=files.job.get("micro_batch_size"),
         )
-        return cls(
-            task=task,
-            modules=layout and layout.modules,
-            micro_batch_size=samples,
-            assumptions=list(_assumptions(options, costs, cluster, model.sizes)),
-        )
+        assumptions = _assumptions(options, costs, cluster, model.sizes)
+        return cls(task=task, modules=modules, assumptions=list(assumptions))
 
 
-class _Reading:
-    """The files, and what is wrong with them and with the options."""
+class _Files:
+    """The files, as far as they can be read, and the batch that they and the options tell."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.problems: list[dict[str, Any]] = []
-        self.model = self._read(ModelFile, options.model)
-        self.costs = options.costs and self._read(CostsFile, options.costs)
-        self.layout = options.layout and self._read(LayoutFile, options.layout)
+        self.options, self.unread = options, list[Problem]()
+        self.model: ModelFile | None = self._read(ModelFile, options.model)
+        self.costs: CostsFile | None = self._read(CostsFile, options.costs)
+        self.layout: LayoutFile | None = self._read(LayoutFile, options.layout)
         given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
         self.job = {**(self.layout.job if self.layout else {}), **given}
-        for file in filter(None, (self.model, self.costs)):
-            self._tell(file.problems, file)
-        if self.layout:
-            self._tell(self._of_layout(self.layout), self.layout)
-        if self.costs and self.model and not self.costs.problems:
-            self._tell(self._of_costs(self.model, self.costs), self.costs)
-        self._tell(self._of_options())
 
     def _read(self, kind: type[TomlFile], path: Any) -> Any:
         try:
-            return kind.read(path)
+            return path and kind.read(path)
         except ValueError as error:
-            self._tell([Problem(str(error))])
+            self.unread.append(Problem(str(error)))
             return None
 
-    def _tell(self, problems: Iterable[Problem], file: TomlFile | None = None) -> None:
-        for problem in problems:
-            places = file.places(problem) if file else ()
-            self.problems.append(
-                {
-                    "message": problem,
-                    "places": [
-                        {"module": module, "field": name, "line": line}
-                        for module, name, line in places
-                    ],
-                    "text": file.located(problem) if file else problem,
-                }
-            )
+    def problems(self) -> Iterator[tuple[TomlFile | None, Problem]]:
+        """All that is wrong, each with the file that it is in."""
+        for file, found in (
+            (None, self.unread),
+            (self.model, self.model.problems if self.model else ()),
+            (self.costs, self.costs.problems if self.costs else ()),
+            (self.layout, self._of_layout(self.layout) if self.layout else ()),
+            (self.costs, self._of_costs(self.costs) if self.costs else ()),
+            (None, self._of_options()),
+        ):
+            yield from ((file, problem) for problem in found)
 
     def _of_layout(self, layout: LayoutFile) -> Iterator[Problem]:
         yield from layout.problems_on(None)
         if layout.problems:
             return
         batch, samples = map(self.job.get, SIZES)
-        for name, size in zip(SIZES, (batch, samples), strict=True):
-            if size is None:
+        for name in SIZES:
+            if name not in self.job:
                 yield Problem(f"{name} is not known; give --{name.replace('_', '-')}")
         if batch and samples:
             yield from batch_problems(pack(layout.modules).values(), batch, samples)
         ranks = ranks_taken(pack(layout.modules).values())
         if self.options.gpus and ranks > self.options.gpus:
             yield Problem(f"the layout takes {ranks} ranks, but --gpus is {self.options.gpus}")
-        if self.model is None or self.model.problems:
-            return
-        for name, sizes in self.model.sizes.items():
-            if name in layout.modules:
-                yield from sharding_problems(name, sizes, layout.modules[name])
-            else:
-                yield Problem(f"the layout has no module {name}, which the model has: add [{name}]")
-        for name, module in layout.modules.items():
-            if name not in self.model.sizes:
-                yield Problem(f"the model has no module {name}; remove it", (name, ""))
-            known = self.costs.costs.get(name) if self.costs else None
-            stages = known.layers_per_stage if known else None
-            if stages is not None and len(stages) != module.pipeline_model_parallel_size:
-                yield Problem(
-                    f"{name} has PP {module.pipeline_model_parallel_size}, but its costs are of "
-                    f"{len(stages)} stages: leave layers_per_stage out of {self.options.costs}",
-                    (name, "pipeline_model_parallel_size"),
+        if self.model and not self.model.problems:
+            for name in self.model.sizes.keys() | layout.modules.keys():
+                yield from self._of_module(
+                    name, self.model.sizes.get(name), layout.modules.get(name)
                 )
 
-    def _of_costs(self, model: ModelFile, costs: CostsFile) -> Iterator[Problem]:
-        for name in costs.costs.keys() - model.sizes.keys() if not model.problems else ():
-            yield Problem(f"the model has no module {name}; remove the table", (name, ""))
-        per_node = costs.cluster.ranks_per_node
-        if per_node not in (None, self.options.gpus_per_node):
+    def _of_module(
+        self, name: str, sizes: ModuleSizes | None, module: ModuleParallelism | None
+    ) -> Iterator[Problem]:
+        """What keeps a module of the model from being one of the layout."""
+        if not module:
+            yield Problem(f"the layout has no module {name}, which the model has: add [{name}]")
+        elif not sizes:
+            yield Problem(f"the model has no module {name}; remove it", (name, ""))
+        else:
+            yield from sharding_problems(name, sizes, module)
+        known = self.costs.costs.get(name) if self.costs else None
+        stages = known.layers_per_stage if known else None
+        if module and stages and len(stages) != module.pipeline_model_parallel_size:
             yield Problem(
-                f"ranks_per_node is {per_node}, but --gpus-per-node {self.options.gpus_per_node}; "
-                f"give the same",
-                ("cluster", "ranks_per_node"),
+                f"{name} has PP {module.pipeline_model_parallel_size}, but its costs are of "
+                f"{len(stages)} stages: leave layers_per_stage out of {self.options.costs}",
+                (name, "pipeline_model_parallel_size"),
+            )
+
+    def _of_costs(self, costs: CostsFile) -> Iterator[Problem]:
+        if costs.problems or not self.model:
+            return
+        for name in costs.costs.keys() - self.model.sizes.keys() if not self.model.problems else ():
+            yield Problem(f"the model has no module {name}; remove the table", (name, ""))
+        per_node, given = costs.cluster.ranks_per_node, self.options.gpus_per_node
+        if per_node not in (None, given):
+            yield Problem(
+                f"ranks_per_node is {per_node}, but --gpus-per-node {given}; give the same",
+                (CLUSTER, "ranks_per_node"),
             )
 
     def _of_options(self) -> Iterator[Problem]:
-        options = self.options
-        if options.reserve >= options.memory:
+        reserve, memory = self.options.reserve, self.options.memory
+        if reserve >= memory:
             yield Problem(
-                f"--reserve {options.reserve} leaves nothing of --memory {options.memory}; lower it"
+                f"--reserve {reserve / GIGA:g} GB leaves nothing of --memory {memory / GIGA:g} GB; "
+                f"lower it"
             )
         batch, samples = map(self.job.get, SIZES)
-        if self.layout is None and batch and samples and batch % samples:
-            yield Problem(
-                f"global_batch_size {batch} is not a multiple of micro_batch_size {samples}; "
-                f"change one of the two"
-            )
+        if self.layout is None and batch and samples:
+            yield from batch_problems((), batch, samples)
 
 
-def _whole_nodes(layout: LayoutFile, gpus_per_node: int) -> int:
-    """GPUs of the nodes that a layout takes."""
-    return -(-ranks_taken(pack(layout.modules).values()) // gpus_per_node) * gpus_per_node
-
-
-def _cluster(options: argparse.Namespace, costs: CostsFile | None) -> Cluster:
+def _cluster(options: argparse.Namespace, measured: Mapping[str, Any]) -> Cluster:
     """The links between ranks: as measured, and as assumed where nothing was measured."""
     assumed = Cluster(
         ranks_per_node=options.gpus_per_node,
@@ -181,7 +172,7 @@ def _cluster(options: argparse.Namespace, costs: CostsFile | None) -> Cluster:
         network_latency_seconds=options.network_latency * MICRO,
         network_bytes_per_second=options.network_bandwidth * GIGA,
     )
-    return evolve(assumed, **(costs.told.get(CLUSTER, {}) if costs else {}))
+    return evolve(assumed, **measured)
 
 
 def _costs(
@@ -192,7 +183,7 @@ def _costs(
 ) -> Callable[[str, ModuleParallelism], ModuleCosts]:
     """What a module costs in a layout: as measured, and as estimated where nothing was measured."""
     accelerator = Accelerator(
-        flops_per_second=options.flops * 1e12,
+        flops_per_second=options.flops * TERA,
         memory_bytes_per_second=options.memory_bandwidth * GIGA,
     )
     width = sizes[LANGUAGE].hidden_size
@@ -205,10 +196,7 @@ def _costs(
 
 
 def _assumptions(
-    options: argparse.Namespace,
-    costs: CostsFile | None,
-    cluster: Cluster,
-    names: Collection[str],
+    options: argparse.Namespace, costs: CostsFile | None, cluster: Cluster, names: Collection[str]
 ) -> Iterator[str]:
     """What the numbers rest on."""
     if costs and costs.costs:
@@ -216,20 +204,25 @@ def _assumptions(
             f"{', '.join(costs.costs)} cost what {options.costs} says; what it leaves out is "
             f"estimated from sizes"
         )
-    yield (
-        f"a GPU achieves {options.flops:g} TFLOP/s and {options.memory_bandwidth:g} GB/s of memory"
-    )
+    bandwidth = options.memory_bandwidth
+    yield f"a GPU achieves {options.flops:g} TFLOP/s and {bandwidth:g} GB/s of memory"
     yield (
         f"links: {cluster.node_bytes_per_second / GIGA:g} GB/s and "
         f"{cluster.node_latency_seconds / MICRO:g} us inside a node of {cluster.ranks_per_node}, "
         f"{cluster.network_bytes_per_second / GIGA:g} GB/s and "
         f"{cluster.network_latency_seconds / MICRO:g} us between nodes"
     )
+    if not options.layout:
+        yield (
+            "of layouts that differ in encoders alone and take as long to 1 %, on as many nodes, "
+            "the fastest is listed"
+        )
     if len(names) > 2 and not options.layout:
         yield (
             "encoders share ranks with each other only where they share them with the language "
             "model; give other layouts to --layout"
         )
     yield from OF_COSTS
-    yield f"{options.reserve} of each GPU's {options.memory} are for CUDA, NCCL and fragmentation"
+    reserve, memory = options.reserve / GIGA, options.memory / GIGA
+    yield f"{reserve:g} GB of each GPU's {memory:g} GB are for CUDA, NCCL and fragmentation"
     yield from OF_MEMORY

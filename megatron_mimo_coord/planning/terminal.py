@@ -1,16 +1,109 @@
 """What the commands share: arguments, tables, and an end that says what went wrong."""
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import megatron_mimo_coord
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 STDOUT = Path("-")
+UNITS = {"B": 1, "MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30, "TB": 1e12}
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line; what is wrong with it is JSON where that is asked for.
+
+    Args:
+        name: of the command.
+        description: what it is for.
+        epilog: an example, and its exit codes.
+        problems_as_json: of one message, all that the command prints with ``--json``; None for the
+            message alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str | None,
+        epilog: str,
+        problems_as_json: Callable[[str], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            prog=name,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument(
+            "--version", action="version", version=f"%(prog)s {megatron_mimo_coord.__version__}"
+        )
+        self._as_json, self._is_json = problems_as_json, False
+
+    def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Parse a command line, by default the one that this process was started with."""
+        self._is_json = "--json" in (sys.argv if arguments is None else arguments)
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2 and a message."""
+        if not self._is_json or not self._as_json:
+            super().error(message)
+        print_json(self._as_json(message))
+        raise SystemExit(2)
+
+    def refuse_same_files(
+        self, options: argparse.Namespace, read: Iterable[str], written: Iterable[str]
+    ) -> None:
+        """No file is written over another."""
+        paths = {name: getattr(options, name) for name in (*read, *written)}
+        known: dict[Path, str] = {}
+        for name, path in paths.items():
+            if path and path.resolve() in known and name in written:
+                self.error(f"--{name} {path} is the {known[path.resolve()]} too: give another file")
+            if path:
+                known[path.resolve()] = name
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """An argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e12:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
+def size(text: str) -> float:
+    """An argument that is a size of memory, in bytes.
+
+    Example:
+        >>> size("80GB"), size("1.5GiB")
+        (80000000000.0, 1610612736.0)
+    """
+    digits = text.rstrip("BiGMT")
+    try:
+        value = float(digits) * UNITS[text[len(digits) :]]
+    except (ValueError, KeyError):
+        value = -1.0
+    if not 0 <= value < 1e18:
+        raise argparse.ArgumentTypeError(f"must be a size such as 80GB or 80GiB, not {text!r}")
+    return value
 
 
 def answer(command: Callable[[], None]) -> None:
@@ -28,21 +121,8 @@ def answer(command: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
-
-
-def write_file(option: str, path: Path, text: str) -> None:
-    """Write what an option asks for; ``-`` is the terminal."""
-    if problem := write_problem(option, path, text):
-        end(problem)
-
-
 def write_problem(option: str, path: Path, text: str) -> str:
-    """Write what an option asks for; returns what went wrong, if anything did."""
+    """Write what an option asks for, ``-`` being the terminal; returns what went wrong, if any."""
     if path == STDOUT:
         sys.stdout.write(text)
         return ""
@@ -53,10 +133,15 @@ def write_problem(option: str, path: Path, text: str) -> str:
     return ""
 
 
-def end(message: str) -> NoReturn:
-    """End with code 2 and a message."""
-    print(message, file=sys.stderr)
+def end(head: str, problems: Iterable[str] = ()) -> NoReturn:
+    """End with code 2 and a message, with a line for each problem."""
+    print("\n".join([head, *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
     sys.exit(2)
+
+
+def print_json(said: Any) -> None:
+    """The answer for scripts."""
+    print(json.dumps(said, indent=2))
 
 
 def need_rich() -> None:
@@ -107,12 +192,9 @@ def print_tables(headline: str, *parts: "Table", beside: Sequence["Table"] = ())
 
     console = Console(highlight=False)
     unlimited = console.options.update(width=10_000)
-    tables = (*parts, *beside)
-    widths = [console.measure(part, options=unlimited).maximum for part in tables]
+    widths = [console.measure(part, options=unlimited).maximum for part in (*parts, *beside)]
     least = console.width if console.is_terminal else 120
     console.size = max(least, *widths), console.height
     console.print(headline, soft_wrap=True, markup=False)
-    for part in parts:
+    for part in (*parts, *([Columns(beside)] if beside else [])):
         console.print(part)
-    if beside:
-        console.print(Columns(beside))

@@ -287,7 +287,7 @@ def test_all_problems_are_listed_with_their_places(look):
         ("[language]\ndata_parallel_size = 1" + 400 * "0", (), "got an integer of 1329 bits"),
         ("x = " + 3000 * "[" + 3000 * "]", (), "layout.toml is not TOML"),
         ('["[/red]"]\n[language]\n', (), "module name '[/red]' must be made of letters"),
-        (FAN_IN, ("--svg", "layout.toml"), "is the layout itself"),
+        (FAN_IN, ("--svg", "layout.toml"), "--svg layout.toml is the layout too"),
         (FAN_IN, ("--svg", "/dev/full"), "--svg /dev/full cannot be written: No space left on device"),
         (FAN_IN, ("--svg", "."), "--svg . cannot be written: Is a directory"),
         (FAN_IN, ("--world-size", "11"), "launch at least 12 ranks"),

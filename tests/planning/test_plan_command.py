@@ -203,7 +203,7 @@ def test_the_batch_may_stand_in_the_layout(ask):
 def test_what_is_closest_and_why(ask):
     code, shown, complaints = ask(MODEL, *ASKED, "--memory", "20MB", "--reserve", "1MB")
     assert (code, shown) == (2, "")
-    assert "no layout fits into 8 GPUs of 20MB:\n  - closest is vision TP" in complaints
+    assert "no layout fits into 8 GPUs of 0.02 GB:\n  - closest is vision TP" in complaints
     assert "together need" in complaints or "stage 0 needs" in complaints
     assert "weights" in complaints
     _, shown, _ = ask(MODEL, *ASKED, "--memory", "20MB", "--reserve", "1MB", "--json")
@@ -251,7 +251,7 @@ num_attention_heads = "8"
         "model.toml:6 [language]: language has no num_layers",
         "layout.toml:5 [language] foo: there is no size 'foo'",
         "costs.toml:2 [audio] forward_seconds_per_sample",
-        "--reserve 90GB leaves nothing of --memory 80GB",
+        "--reserve 90 GB leaves nothing of --memory 80 GB",
     ):
         assert part in complaints
     known = json.loads(ask(model, *files, "--json", layout=layout, costs=costs)[1])
