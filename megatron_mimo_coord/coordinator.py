@@ -51,7 +51,7 @@ from megatron_mimo_coord.layout.image_assignment import (
 )
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
-from megatron_mimo_coord.megatron.names import tell_of_missing_name
+from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.schedule import Hooks, Schedule, check_sequence_lengths
 from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.metrics.span_recorder import Place
@@ -81,11 +81,8 @@ def _while_open[**Params, Result](
         self: "MultiModuleCoordinator", /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Result:
         self._changes.check_open()
-        try:
+        with told_of_missing_names():
             return method(self, *args, **kwargs)
-        except AttributeError as error:
-            tell_of_missing_name(error)
-            raise
 
     return checked
 
@@ -124,6 +121,7 @@ class MultiModuleCoordinator:
         language  0      1   1   1   1   8             1
     """
 
+    @told_of_missing_names()
     def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
         self._job = job = Job.agree(infra, model)
         self._changes = Changes()

@@ -9,7 +9,6 @@ from attrs import asdict, frozen
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
-from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import (
     MultiModuleProcessGroupCollection,
     ProcessGroupCollection,
@@ -33,8 +32,12 @@ from megatron_mimo_coord.layout.problems import (
     module_problems,
     raise_problems,
 )
+from megatron_mimo_coord.megatron.bridge_groups import destroy_bridge_groups
+from megatron_mimo_coord.megatron.random_states import (
+    global_state_problems,
+    initialize_global_state,
+)
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
-from megatron_mimo_coord.world.global_state import global_state_problems, initialize_global_state
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import world_timeout
 
@@ -252,8 +255,7 @@ class MegatronMIMOInfra:
         for grid in self.module_to_grid_map.values():
             ExtraGroups.shared(grid).destroy()
             grid.destroy()
-        BridgeCommunicator.destroy_broadcast_pgs()
-        BridgeCommunicator.destroy_bridge_pgs()
+        destroy_bridge_groups()
 
 
 def as_infra(given: Infra | GridsAndGroups) -> Infra:

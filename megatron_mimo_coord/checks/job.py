@@ -15,16 +15,15 @@ from megatron_mimo_coord.checks.modules import (
     ddp_facts,
     find_ddp,
     module_problems_here,
-    needs_global_state,
     unwrap_mimo_model,
 )
 from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
-from megatron_mimo_coord.megatron.names import tell_of_missing_name
+from megatron_mimo_coord.megatron.names import told_of_missing_names
+from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
-from megatron_mimo_coord.world.global_state import global_state_problems
 
 
 @frozen
@@ -64,18 +63,9 @@ class Job:
         return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors)
 
 
+@told_of_missing_names()
 def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str, Any]) -> RankFacts:
     """Fill in what a ``Job`` holds; returns what there is to say about it to the other ranks."""
-    try:
-        return _facts(infra, model, read)
-    except AttributeError as error:
-        tell_of_missing_name(error)
-        raise
-
-
-def _facts(
-    infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str, Any]
-) -> RankFacts:
     infra = as_infra(infra)
     mimo_model = unwrap_mimo_model(model)
     grids = {name: ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()}

@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
@@ -92,18 +90,6 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"but the MimoModel's config says {per_token}: use one config for both"
         )
     return found
-
-
-def needs_global_state(ddp: DistributedDataParallel) -> bool:
-    """Whether layers of a module draw from Megatron's random states and gather into its buffer."""
-    return any(
-        isinstance(layer, DotProductAttention)
-        or (
-            isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
-            and layer.config.sequence_parallel
-        )
-        for layer in ddp.modules()
-    )
 
 
 def auxiliary_loss_remark(

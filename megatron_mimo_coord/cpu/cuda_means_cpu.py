@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megatron_mimo_coord.megatron import gpu_only
+
 CPU = torch.device("cpu")
 
 
@@ -90,8 +92,6 @@ class NoStream:
 
 def replacements() -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, replacement) of everything that Megatron-Core calls and a CPU lacks."""
-    from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import token_dispatcher
     from torch.distributed import distributed_c10d
 
     stream = NoStream()
@@ -109,22 +109,6 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "manual_seed", torch.manual_seed
     yield torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()
     yield torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)
-    yield (
-        megatron_random,
-        "_get_cuda_rng_state",
-        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
-    )
-    yield (
-        megatron_random,
-        "_set_cuda_rng_state",
-        lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
-    )
-
-    yield megatron_random.CudaRNGStatesTracker, "fork", _fork
-
-    # The token dispatcher of mixture-of-experts layers wants split sizes that Python can read.
-    yield token_dispatcher, "maybe_move_tensor_to_cpu", _to_numpy
-
     for module in (dist, distributed_c10d):
         yield module, "new_group", _over_gloo(distributed_c10d.new_group)
         yield module, "all_reduce", _averaging_all_reduce(distributed_c10d.all_reduce)
@@ -133,25 +117,24 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
             "reduce_scatter_tensor",
             _averaging_reduce_scatter(distributed_c10d.reduce_scatter_tensor),
         )
-    from megatron.core.distributed import param_and_grad_buffer
-
-    yield param_and_grad_buffer, "dist_reduce_scatter_func", dist.reduce_scatter_tensor
-
-
-@contextlib.contextmanager
-def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """Draw from a state of the tracker; its own ``fork`` takes the one generator for two."""
-    outside = torch.get_rng_state()
-    torch.set_rng_state(tracker.states_[name])
-    try:
-        yield
-    finally:
-        tracker.states_[name] = torch.get_rng_state()
-        torch.set_rng_state(outside)
+    for what, (owner, name) in gpu_only.places().items():
+        yield owner, name, _INSTEAD[what]
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+_INSTEAD: dict[str, Callable[..., Any]] = {
+    "get a random state": lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    ),
+    "set a random state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+    "draw from a random state": gpu_only.drawing_from,
+    # Of mixture-of-experts layers, which want split sizes that Python can read.
+    "copy split sizes": _to_numpy,
+    "reduce and scatter": lambda *args, **options: dist.reduce_scatter_tensor(*args, **options),
+}
 
 
 def _over_gloo(new_group: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_mimo_coord.cpu.cuda_means_cpu import CudaMeansCpu, inside, replacements
 from megatron_mimo_coord.cpu.rehearsal import Rehearsal
+from megatron_mimo_coord.megatron.changes import Changes
 
 _enabled: list[TorchFunctionMode] = []
 
@@ -39,11 +40,11 @@ def enable_cpu_ranks(rehearse: bool = False) -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch._dynamo.config.disable = True
     rehearsal = Rehearsal() if rehearse else None
+    changes = Changes()
     for owner, name, replacement in replacements():
-        if hasattr(owner, name):  # else a coordinator would look for it, and find ours
-            setattr(owner, name, replacement)
+        changes.set(owner, name, replacement)
     for owner, name, replacement in rehearsal.replacements() if rehearsal else ():
-        setattr(owner, name, replacement)
+        changes.set(owner, name, replacement)
     mode = rehearsal.device_tensors if rehearsal else CudaMeansCpu()
     torch.autograd._engine_run_backward = inside(mode, torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
     mode.__enter__()

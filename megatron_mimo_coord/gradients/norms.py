@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
@@ -34,7 +32,9 @@ class GradientNorms:
     ) -> None:
         self._names = names
         self._device = device
-        self._counted = {name: _counted_here(*pair) for name, pair in modules.items()}
+        self._counted = {
+            name: list(ddp.disjoint_parts(groups)) for name, (ddp, groups) in modules.items()
+        }
 
     def norms(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """L2 norm of each module's gradients / ``scale``. Collective; no host sync."""
@@ -52,14 +52,3 @@ class GradientNorms:
         counts = torch.tensor([here.get(name, 0) for name in self._names], device=self._device)
         dist.all_reduce(counts)
         return dict(zip(self._names, counts.tolist(), strict=True))
-
-
-def _counted_here(ddp: ModuleDdp, pg_collection: ProcessGroupCollection) -> list[torch.Tensor]:
-    expert_tp = getattr(pg_collection, "expt_tp", None)
-
-    def counts(param: torch.nn.Parameter) -> bool:
-        return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(
-            param, pg_collection.tp, expert_tp
-        )
-
-    return list(ddp.disjoint_parts(counts))

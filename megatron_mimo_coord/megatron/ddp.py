@@ -16,6 +16,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.router import Router
 
 from megatron_mimo_coord.layout import MAX_RANKS
@@ -192,14 +195,19 @@ class ModuleDdp:
         """Whether the overlapped reductions are of whole buckets."""
         return bool(self.ddp.force_all_reduce)
 
-    def disjoint_parts(
-        self, counts: Callable[[torch.nn.Parameter], bool]
-    ) -> Iterator[torch.Tensor]:
-        """The reduced gradients dealt out to all replicas, each element to one of them.
+    def disjoint_parts(self, pg_collection: ProcessGroupCollection) -> Iterator[torch.Tensor]:
+        """The reduced gradients dealt out to all ranks of the module, each element to one of them.
 
         Args:
-            counts: which parameters are asked for.
+            pg_collection: the module's process groups.
         """
+        expert_tp = getattr(pg_collection, "expt_tp", None)
+
+        def counts(param: torch.nn.Parameter) -> bool:
+            return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(
+                param, pg_collection.tp, expert_tp
+            )
+
         for group in self.groups:
             for bucket in group.buckets:
                 start, end = group.own_part(bucket)

@@ -4,6 +4,8 @@ Nothing is looked up beforehand: Python says whose attribute is missing when it 
 stack which file of this room asked for it. What that file does is the first line of its docstring.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, TracebackType
 
 from megatron.core import __version__ as megatron_version
@@ -11,31 +13,38 @@ from megatron.core import __version__ as megatron_version
 _ROOM = __name__.rpartition(".")[0]
 
 
-def tell_of_missing_name(error: AttributeError) -> None:
-    """Say that Megatron-Core has changed, if that is what an error is about.
+@contextmanager
+def told_of_missing_names() -> Iterator[None]:
+    """Say that Megatron-Core has changed where a file of this room misses a name in it.
 
     Raises:
-        RuntimeError: a class, a module or an object of Megatron-Core's lacks a name.
+        RuntimeError: a class, a module or an object of Megatron-Core's lacks an attribute.
     """
-    owner = error.obj if isinstance(error.obj, type | ModuleType) else type(error.obj)
-    of_module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
-    facade = _innermost_facade(error.__traceback__)
-    if facade is None or not of_module.startswith("megatron."):
-        return
-    name, purpose = facade
-    raise RuntimeError(
-        f"megatron-core {megatron_version}: {getattr(owner, '__qualname__', owner.__name__)} has "
-        f"no {error.name}, on which {name.replace('.', '/')}.py relies ({purpose}); use "
-        f"megatron-core 0.19, or the release of this package for it"
-    ) from error
+    try:
+        yield
+    except AttributeError as error:
+        owner = error.obj if isinstance(error.obj, type | ModuleType) else type(error.obj)
+        facade = _facade_that_asked(error.__traceback__)
+        is_module = isinstance(owner, ModuleType)
+        path = owner.__name__ if is_module else f"{owner.__module__}.{owner.__qualname__}"
+        if facade is None or not path.startswith("megatron."):
+            raise
+        raise RuntimeError(
+            f"megatron-core {megatron_version}: {path} has no {error.name}, on which {facade}; use "
+            f"megatron-core 0.19, or the release of this package for it"
+        ) from error
 
 
-def _innermost_facade(traceback: TracebackType | None) -> tuple[str, str] | None:
-    """(name, purpose) of the file of this room that raised an error, if one did."""
+def _facade_that_asked(traceback: TracebackType | None) -> str | None:
+    """The file of this room that asked for an attribute, if one did, and what it is for."""
     found = None
     while traceback is not None:
-        names = traceback.tb_frame.f_globals
-        name = names.get("__name__", "")
-        found = (name, names["__doc__"].partition("\n")[0]) if name.startswith(_ROOM) else None
+        frame = traceback.tb_frame
+        name, text = frame.f_globals.get("__name__", ""), frame.f_globals.get("__doc__") or ""
+        if name.startswith(_ROOM):
+            purpose = text.partition("\n")[0]
+            found = f"{name.replace('.', '/')}.py relies ({purpose})"
+        elif frame.f_code.co_name != "__getattr__":  # of torch.nn.Module, where it looks
+            found = None
         traceback = traceback.tb_next
     return found

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.world.device import world_device
@@ -78,6 +82,58 @@ class ModuleOptimizer:
 
 def _wait(found_inf: bool) -> None:
     """Instead of a scale's own ``update``, which follows once all modules are known."""
+
+
+def optimizer_of(
+    ddp: DistributedDataParallel,
+    pg_collection: ProcessGroupCollection | None,
+    config: OptimizerConfig,
+) -> Any:
+    """Megatron's optimizer of one module. Collective over the world."""
+    return get_megatron_optimizer(
+        config=config,
+        model_chunks=[ddp],
+        pg_collection=pg_collection,
+        use_gloo_process_groups=False,
+    )
+
+
+def without_parameters(
+    ddp: DistributedDataParallel, pg_collection: ProcessGroupCollection | None
+) -> DistributedDataParallel:
+    """A DDP like another, of a module in which nothing is to be optimized."""
+    return DistributedDataParallel(
+        config=ddp.config,
+        ddp_config=ddp.ddp_config,
+        module=torch.nn.Module(),
+        pg_collection=pg_collection,
+    )
+
+
+def mimo_optimizer(
+    optimizers: Mapping[str, Any],
+    grids: Mapping[str, HyperCommGrid],
+    pg_collections: Mapping[str, ProcessGroupCollection | None],
+    config: OptimizerConfig,
+) -> MimoOptimizer:
+    """Those of all modules as one.
+
+    Args:
+        optimizers: Megatron's, of each module on this rank.
+        grids: of all modules.
+        pg_collections: the process groups of those on this rank.
+        config: their settings.
+    """
+    infos = {
+        name: ModuleOptimizerInfo(
+            optimizer=optimizers.get(name),
+            grid=grid,
+            pg_collection=pg_collections.get(name),
+            is_active=name in optimizers,
+        )
+        for name, grid in grids.items()
+    }
+    return MimoOptimizer(infos, config)
 
 
 def optimizers_here(optimizer: MimoOptimizer) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.models.mimo.optimizer import MimoOptimizer
+from megatron.core.optimizer import OptimizerConfig
 
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.megatron.optimizers import (
+    mimo_optimizer,
+    optimizer_of,
+    without_parameters,
+)
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 
@@ -30,48 +33,12 @@ def build_optimizer(job: Job, config: OptimizerConfig) -> MimoOptimizer:
         ValueError: on every rank, if the config does not fit a module's DDP.
     """
     check_consistency(lambda: _facts(job, config), "the optimizer cannot be built")
-    optimizers = {
-        name: _optimizer_of(ddp, job.infra.pg_collections[name], config)
-        for name, ddp in job.ddps.items()
-    }
+    groups = job.infra.pg_collections
+    optimizers = {name: optimizer_of(ddp, groups[name], config) for name, ddp in job.ddps.items()}
     name, ddp = next(iter(job.ddps.items()))
     for _ in range(_most_modules_on_a_rank(job) - len(job.ddps)):
-        pg_collection = job.infra.pg_collections[name]
-        _optimizer_of(_without_parameters(ddp, pg_collection), pg_collection, config)
-    infos = {
-        name: ModuleOptimizerInfo(
-            optimizer=optimizers.get(name),
-            grid=grid,
-            pg_collection=job.infra.pg_collections.get(name),
-            is_active=name in optimizers,
-        )
-        for name, grid in job.infra.module_to_grid_map.items()
-    }
-    return MimoOptimizer(infos, config)
-
-
-def _optimizer_of(
-    ddp: DistributedDataParallel,
-    pg_collection: ProcessGroupCollection | None,
-    config: OptimizerConfig,
-) -> Any:
-    return get_megatron_optimizer(
-        config=config,
-        model_chunks=[ddp],
-        pg_collection=pg_collection,
-        use_gloo_process_groups=False,
-    )
-
-
-def _without_parameters(
-    ddp: DistributedDataParallel, pg_collection: ProcessGroupCollection | None
-) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        config=ddp.config,
-        ddp_config=ddp.ddp_config,
-        module=torch.nn.Module(),
-        pg_collection=pg_collection,
-    )
+        optimizer_of(without_parameters(ddp, groups[name]), groups[name], config)
+    return mimo_optimizer(optimizers, job.infra.module_to_grid_map, groups, config)
 
 
 def _most_modules_on_a_rank(job: Job) -> int:

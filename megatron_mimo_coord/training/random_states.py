@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_mimo_coord.megatron.random_states import restore_tracked_states, tracked_states
 
 
 def random_states() -> dict[str, Any]:
@@ -23,10 +24,7 @@ def random_states() -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": [version, list(integers), gauss],
         "torch": _text(torch.get_rng_state()),
-        "megatron": {
-            name: _text(state.get_state() if isinstance(state, torch.Generator) else state)
-            for name, state in get_cuda_rng_tracker().get_states().items()
-        },
+        "megatron": {name: _text(state) for name, state in tracked_states().items()},
     }
     if torch.cuda.is_available():
         found["cuda"] = _text(torch.cuda.get_rng_state())
@@ -41,14 +39,7 @@ def restore_random_states(saved: dict[str, Any]) -> None:
     version, integers, gauss = saved["python"]
     random.setstate((version, tuple(integers), gauss))
     torch.set_rng_state(_bytes(saved["torch"]))
-    tracker = get_cuda_rng_tracker()
-    states = tracker.get_states()
-    for name, text in saved["megatron"].items():
-        if isinstance(states.get(name), torch.Generator):
-            states[name].set_state(_bytes(text))
-        else:
-            states[name] = _bytes(text)
-    tracker.set_states(states)
+    restore_tracked_states({name: _bytes(text) for name, text in saved["megatron"].items()})
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(saved["cuda"]))
     if "numpy" in saved and "numpy" in sys.modules:

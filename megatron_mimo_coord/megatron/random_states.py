@@ -1,0 +1,99 @@
+"""What Megatron's layers look up in global variables: random states and a buffer that they share.
+
+``initialize_model_parallel`` and ``model_parallel_cuda_manual_seed`` make them where all ranks have
+the same parallel sizes. With a grid for each module nobody does, and layers fail when they are
+built, or in their first forward. Leans on ``parallel_state`` making that buffer on request, and on
+the tracker giving its states out and taking them back, without which checkpoints cannot resume.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from megatron_mimo_coord.megatron.names import told_of_missing_names
+
+ADVICE = "call infra.initialize_megatron(seed) before the model is built"
+
+
+@told_of_missing_names()
+def initialize_global_state(seed: int, groups: ProcessGroupCollection) -> None:
+    """Seed every random state for a rank's place in its module, and make the buffer if need be.
+
+    Args:
+        seed: of the job; stages of a pipeline draw from different ones, replicas from the same.
+        groups: of the module.
+    """
+    seed += 100 * groups.pp.rank()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed,
+        tp_rank=groups.tp.rank(),
+        ep_rank=groups.ep.rank(),
+        etp_rank=groups.expt_tp.rank(),
+        force_reset_rng=True,
+    )
+    if not _has_memory_buffer():
+        parallel_state._set_global_memory_buffer()
+
+
+@told_of_missing_names()
+def global_state_problems() -> list[str]:
+    """A sentence for each thing that layers would not find."""
+    problems = []
+    if not get_cuda_rng_tracker().is_initialized():
+        problems.append(
+            f"Megatron's random states are not initialised (model_parallel_cuda_manual_seed): "
+            f"{ADVICE}"
+        )
+    if not _has_memory_buffer():
+        problems.append(
+            f"Megatron's global memory buffer is not initialised "
+            f"(parallel_state._set_global_memory_buffer): {ADVICE}"
+        )
+    return problems
+
+
+def needs_global_state(module: torch.nn.Module) -> bool:
+    """Whether layers of a module draw from Megatron's random states and gather into its buffer."""
+    return any(
+        isinstance(layer, DotProductAttention)
+        or (
+            isinstance(layer, (ColumnParallelLinear, RowParallelLinear))
+            and layer.config.sequence_parallel
+        )
+        for layer in module.modules()
+    )
+
+
+def tracked_states() -> dict[str, torch.Tensor]:
+    """The random states that Megatron tracks, by name."""
+    states = get_cuda_rng_tracker().get_states().items()
+    return {
+        name: state.get_state() if isinstance(state, torch.Generator) else state
+        for name, state in states
+    }
+
+
+def restore_tracked_states(saved: Mapping[str, torch.Tensor]) -> None:
+    """Have Megatron go on drawing from where :func:`tracked_states` was called."""
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    for name, state in saved.items():
+        if isinstance(states.get(name), torch.Generator):
+            states[name].set_state(state)
+        else:
+            states[name] = state
+    tracker.set_states(states)
+
+
+def _has_memory_buffer() -> bool:
+    """Whether layers will find the buffer into which they gather."""
+    return parallel_state._GLOBAL_MEMORY_BUFFER is not None
