@@ -5,6 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from megatron_mimo_coord import init_process_group
+
 
 def start_ranks(rehearse: bool = False) -> None:
     """Join the other ranks: on a GPU each if this machine has as many, else on its CPU.
@@ -21,11 +23,7 @@ def start_ranks(rehearse: bool = False) -> None:
         enable_cpu_ranks(rehearse)
         torch.set_num_threads(1)  # the ranks already share the cores
         backend = "nccl" if rehearse else "gloo"
-    store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        # torchrun starts ranks again with the same store: apart from where lost ones left addresses
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    init_process_group(backend)
 
 
 def stop_ranks() -> None:

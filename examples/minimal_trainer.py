@@ -18,7 +18,12 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.utils import get_model_config
 
-from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+from megatron_mimo_coord import (
+    MegatronMIMOInfra,
+    ModuleParallelism,
+    MultiModuleCoordinator,
+    init_process_group,
+)
 from megatron_mimo_coord.cpu import enable_cpu_ranks
 
 LAYOUT = {name: ModuleParallelism() for name in ("vision", "audio", "language")}
@@ -115,6 +120,6 @@ def train(folder, steps):
 if __name__ == "__main__":
     has_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if has_gpus else enable_cpu_ranks()
-    dist.init_process_group("nccl" if has_gpus else "gloo")
+    init_process_group("nccl" if has_gpus else "gloo")
     train(sys.argv[1] if sys.argv[1:] else "checkpoints", steps=30)
     dist.destroy_process_group()

@@ -109,10 +109,10 @@ def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, flo
     from unittest.mock import patch
 
     import torch
-    import torch.distributed as dist
     from attrs import frozen
 
     import megatron_mimo_coord
+    from megatron_mimo_coord.world import process_group
 
     @frozen
     class Topology:
@@ -139,7 +139,7 @@ def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, flo
     local = {"LOCAL_WORLD_SIZE": "12", "LOCAL_RANK": "0"}
     with (
         patch.dict(os.environ, local),
-        patch.object(dist, "init_process_group"),  # the world is there already
+        patch.object(process_group, "init_process_group"),  # the world is there already
     ):
         exec(join, names)
     for part in trainer:

@@ -243,6 +243,8 @@ class Rehearsal(TorchDispatchMode):
                 if in_flight.is_finished:
                     return True
                 self._peers.wait_for(in_flight.launch)
+            elif works.is_finished(work):
+                return True
             return self._wait(work, *args, **kwargs)
 
         return wait

@@ -34,6 +34,7 @@ class Works:
 
     def __init__(self) -> None:
         self.in_flight: dict[int, InFlight] = {}
+        self._finished: dict[int, Any] = {}
         self._seen_at_last_step: set[int] = set()
         self.problems: list[str] = []
 
@@ -52,6 +53,13 @@ class Works:
     def waited_for(self, work: Any) -> InFlight | None:
         """Somebody waits for a work: what it belongs to, if it was in flight."""
         return self.in_flight.pop(id(work), None)
+
+    def is_finished(self, work: Any) -> bool:
+        """Whether a launch that blocked has waited for it: gloo would wait for ever a second time.
+
+        Asked of what :meth:`waited_for` does not know.
+        """
+        return self._finished.pop(id(work), None) is not None
 
     def of_future(self, future: Any) -> InFlight | None:
         """What a future of ``Work.get_future`` belongs to, if it is in flight."""
@@ -95,7 +103,9 @@ class Works:
     def end_step(self) -> list[str]:
         """The problems of a step. What stays in flight untouched for a whole step is forgotten."""
         for key in self._seen_at_last_step & set(self.in_flight):
-            del self.in_flight[key]
+            forgotten = self.in_flight.pop(key)
+            if forgotten.is_finished:
+                self._finished[key] = forgotten.work
         self._seen_at_last_step = set(self.in_flight)
         problems, self.problems = self.problems, []
         return problems

@@ -265,6 +265,27 @@ def test_a_batch_is_one_launch():
     assert world(2).run(_batched_and_blocking) == [[1.0] * 3] * 2
 
 
+def _waited_for_two_steps_later() -> list[float]:
+    """A send that blocked is waited for when the rehearsal has long forgotten it."""
+    rank, got = dist.get_rank(), device(2)
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    operations = [
+        dist.P2POp(dist.isend, device(2) + 3 + rank, 1 - rank),
+        dist.P2POp(dist.irecv, got, 1 - rank),
+    ]
+    under_way = dist.batch_isend_irecv(operations)
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "0"
+    for _ in range(3):
+        end_of_step()
+    for work in under_way:
+        work.wait()
+    return got.tolist()
+
+
+def test_a_blocking_send_may_be_waited_for_late():
+    assert world(2).run(_waited_for_two_steps_later) == [[4.0] * 2, [3.0] * 2]
+
+
 def _one_ends() -> None:
     if dist.get_rank() == 1:
         raise KeyError("something else")

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from jobs import run_job
 from ranks import world
 
 TRAINER = Path(__file__).parents[2] / "examples" / "minimal_trainer.py"
@@ -20,32 +21,64 @@ def _run(folder: str) -> str:
 
     import torch.distributed as dist
 
+    from megatron_mimo_coord.world import process_group
+
     environment = patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"})
     arguments = patch.object(sys, "argv", [str(TRAINER), folder])
     give_back = dist.destroy_process_group
-    stays = {
-        "init_process_group": lambda backend: None,
-        "destroy_process_group": lambda group=None: group and give_back(group),
-    }
-    with redirect_stdout(StringIO()) as said, environment, arguments, patch.multiple(dist, **stays):
+    there = patch.object(process_group, "init_process_group", lambda backend: None)
+    stays = patch.object(
+        dist, "destroy_process_group", lambda group=None: group and give_back(group)
+    )
+    with redirect_stdout(StringIO()) as said, environment, arguments, there, stays:
         runpy.run_path(str(TRAINER), run_name="__main__")
     return said.getvalue()
 
 
 def _train(folder: str, steps: int) -> str:
-    """What a rank prints of a training that goes on."""
+    """What a rank prints of a training that goes on, with launches that block."""
+    import os
     from contextlib import redirect_stdout
     from io import StringIO
+    from unittest.mock import patch
 
     from minimal_trainer import train
 
-    with redirect_stdout(StringIO()) as said:
+    blocking = patch.dict(os.environ, {"CUDA_LAUNCH_BLOCKING": "1"})
+    with redirect_stdout(StringIO()) as said, blocking:
         train(folder, steps)
     return said.getvalue()
 
 
+def test_it_survives_the_loss_of_a_rank(tmp_path):
+    """Under torchrun, which starts all ranks again: with the numbers that an undisturbed job has."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    code, output = run_job(script, str(tmp_path / "saved"), ranks=4, restarts=1)
+    assert code == 0, output
+    undisturbed, *_ = world(4).run("test_minimal_trainer:_run", str(tmp_path / "other"))
+    assert re.findall(LINE, output) == re.findall(LINE, undisturbed)
+
+
+KILLED = f"""
+import os, runpy, signal
+from megatron_mimo_coord import MultiModuleCoordinator
+
+evaluation = MultiModuleCoordinator.evaluation
+
+def killed(self):  # after the first checkpoint, before the line of step 20
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        if os.path.exists(os.path.join(__import__("sys").argv[1], "step-00000010")):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return evaluation(self)
+
+MultiModuleCoordinator.evaluation = killed
+runpy.run_path({str(TRAINER)!r}, run_name="__main__")
+"""
+
+
 def test_it_fits_on_a_page():
-    assert len(TRAINER.read_text().splitlines()) <= 120
+    assert len(TRAINER.read_text().splitlines()) <= 125
 
 
 def test_it_learns_and_goes_on(tmp_path):
