@@ -2,9 +2,9 @@
 
     python examples/compare_layouts.py --steps 30
 
-Runs ``train_digits_vlm.py`` on each layout with the same data and the same initial weights, and
-prints the largest difference of the loss in any step as a Markdown table. Exit code 1 if one of
-them is larger than the tolerance.
+One rank draws the weights as Megatron does and saves them as a checkpoint of step 0. Each layout
+starts from it and trains on the same data. The largest difference of the loss in any step is
+printed as a Markdown table; exit code 1 if one of them is larger than the tolerance.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TRAINING = Path(__file__).with_name("train_digits_vlm.py")
+ALONE = "--colocated --vision-dp 1 --language-pp 1"
 LAYOUTS = {  # name: (ranks, options)
     "vision DP 2 → language PP 2": (4, ""),
     "vision DP 1 → language DP 2 (fan-out)": (3, "--vision-dp 1 --language-pp 1 --language-dp 2"),
@@ -39,36 +39,69 @@ def main() -> None:
         "--tolerance", type=float, default=1e-4, help="largest difference allowed (default: 1e-4)"
     )
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder, "start")
+        run(1, [*ALONE.split(), "--save", str(start)])
+        worst = compare(start, options.steps)
+    sys.exit(worst > options.tolerance)
+
+
+def compare(start: Path, steps: int) -> float:
+    """Train on every layout and print how; the largest difference of the loss in any step."""
     reference: list[float] = []
     worst = 0.0
     print("| layout | first loss | last loss | largest difference in a step |", flush=True)
     print("|---|---|---|---|", flush=True)
     for name, (ranks, arguments) in LAYOUTS.items():
-        losses = train(ranks, arguments.split(), options.steps)
+        log = start.with_name("losses")
+        run(
+            ranks,
+            [
+                *arguments.split(),
+                *("--steps", str(steps), "--load", str(start), "--log-losses", str(log)),
+            ],
+        )
+        losses = json.loads(log.read_text())
         reference = reference or losses
-        differences = (abs(mine - first) for mine, first in zip(losses, reference, strict=True))
-        difference = max(differences)
+        difference = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
         worst = max(worst, difference)
-        row = (name, f"{losses[0]:.6f}", f"{losses[-1]:.6f}", f"{difference:.1e}")
-        print(f"| {' | '.join(row)} |", flush=True)
-    sys.exit(worst > options.tolerance)
+        print(
+            f"| {name} | {losses[0]:.6f} | {losses[-1]:.6f} | {difference:.1e} |", flush=True
+        )
+    return worst
 
 
-def train(ranks: int, arguments: list[str], steps: int) -> list[float]:
-    """Losses of a run, step by step."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "losses"
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), str(TRAINING)),
-            *("--steps", str(steps), "--log-losses", str(log), *arguments),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if run.returncode:
-            sys.exit(f"{' '.join(command)} failed:\n{run.stdout}\n{run.stderr}")
-        return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+def run(ranks: int, arguments: list[str]) -> None:
+    """Start ranks that do :func:`work`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), __file__, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+
+
+def work() -> None:
+    """What a rank does: save the start, or train from it and log the loss of each step."""
+    import digits
+    from digits_options import HEADS, parallelism, parse_options
+    from digits_trainer import Trainer, model_shape, train
+    from job import start_ranks
+    from train_digits_vlm import HIDDEN, IS_MAIN
+
+    options = parse_options()
+    start_ranks()
+    trainer = Trainer.build(parallelism(options), model_shape(options, HIDDEN, HEADS), options)
+    if options.save:
+        trainer.coordinator.save_checkpoint(options.save, None, step=0)
+    else:
+        done, _ = trainer.coordinator.load_checkpoint(options.load, None)
+        steps = train(trainer, *digits.load(), options, done)
+        losses = [step.loss for step in steps]
+        if IS_MAIN:
+            options.log_losses.write_text(json.dumps(losses))
+    trainer.destroy()
 
 
 if __name__ == "__main__":
-    main()
+    work() if "RANK" in os.environ else main()

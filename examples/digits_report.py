@@ -1,6 +1,7 @@
 """What train_digits_vlm.py tells: progress while it trains, then what the model reads."""
 
 import json
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -98,6 +99,30 @@ def show_reading(held_out: Digits, words: Sequence[str]) -> None:
     fine = [index for index, right in enumerate(is_right) if right][: SHOWN - len(wrong)]
     pictures = [_picture(held_out, index, words[index], truth[index]) for index in fine + wrong]
     console.print(Columns(pictures, padding=(1, 2)))
+
+
+def failure(
+    held_out: Digits, words: Sequence[str], steps: Sequence[Progress], options: Namespace
+) -> str:
+    """Why the model reads no better than by always naming one digit; empty if it does read."""
+    right = round(held_out.accuracy(words) * len(words))
+    most_frequent = int(held_out.digits.bincount().max())
+    if right > most_frequent:
+        return ""
+    skipped = sum(step.grad_norm is None for step in steps)
+    if skipped:
+        why = f"{skipped} steps were skipped, for their gradients were not finite: lower --lr "
+        why += f"{options.lr:g}"
+    elif steps and not steps[-1].loss < steps[0].loss:
+        why = f"the loss went from {steps[0].loss:.4f} to {steps[-1].loss:.4f}: lower --lr "
+        why += f"{options.lr:g}"
+    else:
+        why = f"too few steps, {options.steps}, or a low --lr, {options.lr:g}: the defaults read "
+        why += "nearly all"
+    return (
+        f"the model has not learned to read: naming one digit everywhere gets {most_frequent} of "
+        f"{len(words)} right, and this model {right}\n{why}"
+    )
 
 
 def _picture(held_out: Digits, index: int, word: str, name: str) -> Text:

@@ -66,13 +66,17 @@ def main() -> None:
         recording = trainer.coordinator.record_timeline(options.timeline, last)
     history = list(steps)
     words = trainer.read(held_out.images)
+    failure = digits_report.failure(held_out, words, history, options)
     if IS_MAIN:
         digits_report.show_reading(held_out, words)
         if recording:
             print(f"\n{recording.summary}\n\nthe trace is in {options.timeline}")
         if options.plot:
             digits_report.plot(history, options.plot)
+        if failure:
+            print(f"\n{failure}", flush=True)
     trainer.destroy()
+    sys.exit(bool(failure))
 
 
 @contextlib.contextmanager
