@@ -65,9 +65,7 @@ def compare(start: Path, steps: int) -> float:
         reference = reference or losses
         difference = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
         worst = max(worst, difference)
-        print(
-            f"| {name} | {losses[0]:.6f} | {losses[-1]:.6f} | {difference:.1e} |", flush=True
-        )
+        print(f"| {name} | {losses[0]:.6f} | {losses[-1]:.6f} | {difference:.1e} |", flush=True)
     return worst
 
 

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from statistics import median
 
@@ -82,7 +82,7 @@ def main() -> None:
     comparisons: list[Comparison] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for layout, modules in LAYOUTS.items():
+        for layout, modules in islice(LAYOUTS.items(), options.layouts):
             file = folder / "layout.toml"
             file.write_text(as_toml(modules), encoding="utf-8")
             sizes = read_layout(file)
@@ -104,6 +104,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--compute", action="store_true", help="layers compute, and do not sleep")
     parser.add_argument("--num-microbatches", type=int, default=4, metavar="N", help="(default: 4)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed (default: 5)")
+    parser.add_argument("--layouts", type=int, metavar="N", help="the first N (default: all)")
     return parser.parse_args()
 
 
