@@ -36,7 +36,7 @@ def test_a_job_that_loses_ranks_comes_back_by_itself(tmp_path):
         restarts=3,
         FAULTS="killed_while_saving raises_in_a_step killed_while_reading",
     )
-    assert code == 0, output
+    assert code == 1, "twelve steps teach nothing, and the job says so"
     assert f"no whole checkpoint in {saved}: starts from the beginning" in output
     goes_on = f"goes on after step 5, from {saved / 'step-00000005'}"
     _, raising, _ = output.split(goes_on)
