@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_mimo_coord.layout.toml_file import read_layout
     from megatron_mimo_coord.world.process_group import init_process_group
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MegatronMIMOInfra",

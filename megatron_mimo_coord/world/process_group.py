@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 ERROR = "error of rank 0"  # the store's key
 SECONDS = timedelta(seconds=2)  # that a rank waits to hear whether rank 0 has its error too
@@ -37,15 +39,15 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
         >>> dist.is_initialized()  # here it was called before
         True
     """
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"start {restarts}", store)
+        store = PrefixStore(f"start {restarts}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
-    print_errors_once(dist.PrefixStore("errors", store), rank)
+    print_errors_once(PrefixStore("errors", store), rank)
 
 
-def print_errors_once(store: dist.Store, rank: int) -> None:
+def print_errors_once(store: Store, rank: int) -> None:
     """Have a rank that ends with the same error as rank 0 leave the printing to rank 0."""
     printing = sys.excepthook
 
@@ -58,7 +60,7 @@ def print_errors_once(store: dist.Store, rank: int) -> None:
     sys.excepthook = hook
 
 
-def _is_printed(store: dist.Store, rank: int, said: str) -> bool:
+def _is_printed(store: Store, rank: int, said: str) -> bool:
     """Whether rank 0 prints this; a store that is gone, or stays silent, says that it does not."""
     try:
         if rank == 0:
