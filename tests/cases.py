@@ -67,6 +67,7 @@ class Case:
         frozen: parameters whose name in the whole model starts with one of these are frozen.
         force_all_reduce: passed to the schedule.
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
+        zeroed_by_ddp: zero gradients through the DDPs, and never through optimizer or coordinator.
         second_coordinator: build another coordinator on the same model after the first step.
         layers, tied_embeddings, experts: of the language model.
         no_optimizer: do not build Megatron's optimizer; one step only.
@@ -90,6 +91,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     force_all_reduce: bool = False
     wrap: str = ""
+    zeroed_by_ddp: bool = False
     second_coordinator: bool = False
     layers: int = 2
     tied_embeddings: bool = False
@@ -258,7 +260,11 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
                     _data(case, step + 1),
                     forward_only=True,
                 )
-            coordinator.zero_grad_buffer()
+            if case.zeroed_by_ddp:
+                for ddp, _ in coordinator.module_to_grid_tuples:
+                    ddp.zero_grad_buffer()
+            else:
+                coordinator.zero_grad_buffer()
             losses = run_schedule(case, wrapped, coordinator, communicator, _data(case, step))
             yield infra, model, coordinator.reduce_losses(losses)
             if optimizer is not None:

@@ -181,6 +181,8 @@ def test_mixtures_of_experts(case):
             steps=3,
         ),
         Case(modules=FAN_IN, num_microbatches=9, steps=3, per_token=PER_TOKEN),
+        Case(modules=FAN_IN, zeroed_by_ddp=True, steps=3, per_token=PER_TOKEN),
+        Case(modules=LAYOUTS["colocated"], zeroed_by_ddp=True, steps=3, ddp=OVERLAP),
         Case(modules=FAN_IN, second_coordinator=True, steps=3),
         Case(
             modules=FAN_OUT, second_coordinator=True, steps=3, ddp=MANY_BUCKETS, per_token=PER_TOKEN
@@ -270,6 +272,7 @@ def cases(draw: st.DrawFn) -> Case:
         },
         frozen=draw(st.sampled_from([(), (), ("vision.",), ("vision.encoders",), ("language.",)])),
         force_all_reduce=draw(st.booleans()),
+        zeroed_by_ddp=draw(st.booleans()),
         second_coordinator=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         assign=draw(st.integers(0, 2)),

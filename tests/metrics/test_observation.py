@@ -197,6 +197,8 @@ def _not_finite(case: Case, module: str, value: float, here: int, where: str) ->
         (Case(modules=FAN_IN, ddp=SHARDED), "vision", float("-inf"), 1, ""),
         (Case(modules=FAN_IN, ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True}), "vision", float("nan"), 1, ""),
         (Case(modules=COLOCATED), "vision", float("nan"), 1, ""),
+        (Case(modules=FAN_IN, ddp={"check_for_nan_in_grad": True}), "vision", float("nan"), 1, ""),
+        (Case(modules=FAN_IN, ddp={"check_for_nan_in_grad": True, **OVERLAP}), "language", float("inf"), 2, ""),
         (Case(modules={"vision": parallel(), "language": parallel(tp=2)}), "language", float("nan"), 2, ""),
         (Case(modules={"vision": parallel(), "language": parallel(pp=2)}), "language", float("nan"), 1, ""),
         (Case(modules={"vision": parallel(), "language": parallel(tp=2)}), "language", float("nan"), 2, "layernorm"),
