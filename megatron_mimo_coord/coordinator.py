@@ -27,14 +27,10 @@ from megatron_mimo_coord.bridges.token_counts import (
     fan_in_ratios,
 )
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
-from megatron_mimo_coord.gradients.finalize import GradientFinalizer
+from megatron_mimo_coord.gradients.assembly import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientNorms
-from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
-from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
-from megatron_mimo_coord.gradients.step_report import StepReport
-from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
+from megatron_mimo_coord.gradients.num_tokens import holds_a_distinct_count
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
     Infra,
@@ -50,7 +46,6 @@ from megatron_mimo_coord.layout.image_assignment import (
     encoder_grid,
 )
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.schedule import Hooks, Schedule, check_sequence_lengths
 from megatron_mimo_coord.metrics.losses import reduce_losses
@@ -128,11 +123,6 @@ class MultiModuleCoordinator:
         self._changes.take(job.model, *job.ddps.values())
         self._grids = job.grids
         self._device = world_device()
-        self._modules = {name: self._collect(name) for name in job.ddps}
-        self._module_to_grid_tuples = tuple(
-            (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
-        )
-        self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         self._token_counts = TokenCounts.shared(
             job.model,
             fan_in_ratios(job.grids, job.infra.topology),
@@ -142,36 +132,16 @@ class MultiModuleCoordinator:
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         self._schedule = Schedule(model, self._changes)
-        ddps = [module.ddp for module in self._modules.values()]
-        self._step = StepState([grads for ddp in ddps for grads in ddp.grads], self._schedule)
-        watch_passes(job.model, self._step, self._changes)
-        report = StepReport(
-            {name: grid.data_parallel_size for name, grid in job.grids.items()}, list(job.ddps)
-        )
-        report.watch(
-            job.model,
-            lambda name: self._pending_assignments.next(name) is not None,
-            self._changes,
-        )
-        self._optimizer_steps = OptimizerSteps(ddps, self._step, report, self._changes)
-        self._finalizer = GradientFinalizer(
-            list(self._modules.values()),
-            NumTokens(
-                job.grids[LANGUAGE],
-                job.rank,
-                job.per_token,
-                self._device,
-                job.model,
-                self._changes,
-            ),
-            self._step,
-            report,
-            self._schedule,
-            self._changes,
-        )
+        self._gradients = Gradients.of(job, self._schedule, self._is_assigned, self._changes)
+        self._modules, self._step = self._gradients.modules, self._gradients.step
+        self._finalizer = self._gradients.finalizer
         self._checkpoints = Checkpoints(
-            job, self._finalizer.gather_params_now, self._optimizer_steps
+            job, self._finalizer.gather_params_now, self._gradients.optimizer_steps
         )
+        self._module_to_grid_tuples = tuple(
+            (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
+        )
+        self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:
             logger.info("%s", self.describe())
 
@@ -287,7 +257,7 @@ class MultiModuleCoordinator:
         self._step.attached()
         self._optimizer = optimizer
         if optimizer is not None:
-            self._optimizer_steps.watch(optimizer)
+            self._gradients.optimizer_steps.watch(optimizer)
 
     def _hooks(self, optimizer: Any) -> Hooks:
         """What the schedule is to call."""
@@ -325,7 +295,7 @@ class MultiModuleCoordinator:
             (True, 0.0, None)
         """
         optimizer = build_optimizer(self._job, optimizer_config)
-        self._optimizer_steps.watch(optimizer)
+        self._gradients.optimizer_steps.watch(optimizer)
         return optimizer
 
     @_while_open
@@ -556,7 +526,7 @@ class MultiModuleCoordinator:
             >>> recording.summary is None
             True
         """
-        job, ddps = self._job, {name: module.ddp for name, module in self._modules.items()}
+        job, ddps = self._job, self._gradients.ddps
         place = Place.of(job.rank, job.grids, list(ddps))
         recording = TimelineRecording(
             steps_to_record(steps),
@@ -713,8 +683,12 @@ class MultiModuleCoordinator:
     @_while_open
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``."""
+        """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``.
+
+        The schedule enters it where a step begins: parameters are gathered from there on.
+        """
         self._pending_assignments.begin_pass()
+        self._finalizer.begin_step()
         with self._finalizer.no_sync():
             yield
 
@@ -766,26 +740,8 @@ class MultiModuleCoordinator:
         """
         self._finalizer.finalize(num_tokens, bool(force_all_reduce))
 
-    # -- construction ------------------------------------------------------------------------------
-
-    def _collect(self, name: str) -> ModuleGradients:
-        job = self._job
-        pg_collection = job.infra.pg_collections[name]
-        assert pg_collection is not None, "module_problems_here has seen to it"
-        module = ModuleGradients.collect(
-            name,
-            ModuleDdp(job.ddps[name]),
-            pg_collection,
-            job.gradient_scaling_factors[name],
-            self._changes,
-        )
-        if job.rank == self._grids[name].rank_offset:
-            remark = auxiliary_loss_remark(
-                job.ddps[name], self._grids[name], self._grids[LANGUAGE], job.per_token
-            )
-            if remark:
-                logger.warning("%s", remark)
-        return module
+    def _is_assigned(self, module_name: str) -> bool:
+        return self._pending_assignments.next(module_name) is not None
 
     def _only_module(self, asked: str, plural: str) -> ModuleGradients:
         if len(self._modules) != 1:

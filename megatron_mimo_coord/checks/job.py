@@ -23,7 +23,7 @@ from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
-from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags
 
 
 @frozen
@@ -58,7 +58,7 @@ class Job:
             RuntimeError: ``model`` holds no ``MimoModel``; the other ranks raise a ValueError.
         """
         read: dict[str, Any] = {}
-        flags = check_consistency(partial(_read, infra, model, read))
+        flags = exchange_flags(partial(_read, infra, model, read))
         factors = _factors(read["grids"], read["per_token"], flags)
         return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors)
 

@@ -84,12 +84,15 @@ class GradientFinalizer:
         for reduction in self._reductions:
             reduction.abandon()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Gradients of the microbatches inside only accumulate."""
+    def begin_step(self) -> None:
+        """The schedule begins: parameters are gathered, and nothing is left of a step before."""
         self._step.begin()
         self._abandon()
         self.start_param_sync()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of the microbatches inside only accumulate."""
         with ExitStack() as stack:
             for module in self._modules:
                 stack.enter_context(module.ddp.ddp.no_sync())

@@ -18,8 +18,9 @@ from functools import partial
 
 import torch
 
+from megatron_mimo_coord.megatron.bucket_groups import BucketGroup
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.ddp import BucketGroup, ModuleDdp
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 
 class OrderedReduction:
@@ -34,30 +35,30 @@ class OrderedReduction:
     def __init__(self, ddps: Sequence[ModuleDdp], changes: Changes) -> None:
         self._ddps = ddps
         self._overlapped = [
-            group
+            (ddp, group)
             for ddp in ddps
             if ddp.settings.overlap_grad_reduce
             for group in in_order_of_backward(ddp)
         ]
-        for index, group in enumerate(self._overlapped):
+        for index, (_, group) in enumerate(self._overlapped):
             group.route_reduction(partial(self._request, index), changes)
         self.forget_launches()
 
     def abandon(self) -> None:
         """Forget the launches of a step that an exception cut short."""
-        for group in self._overlapped:
+        for _, group in self._overlapped:
             group.abandon()
         self.forget_launches()
 
     def launch(self) -> None:
         """Launch every reduction that backward did not."""
-        for index, group in enumerate(self._overlapped):
-            self._request(index, group.module.forces_all_reduce)
+        for index, (ddp, _) in enumerate(self._overlapped):
+            self._request(index, ddp.forces_all_reduce)
 
     def end(self, force_all_reduce: bool) -> None:
         """Called when all reductions are done: get ready for the next step."""
         self.forget_launches()
-        for group in self._overlapped:
+        for _, group in self._overlapped:
             group.forget_partial_counts()
         for ddp in self._ddps:
             if force_all_reduce and not ddp.reduces_everything(force_all_reduce):
@@ -73,7 +74,7 @@ class OrderedReduction:
         """Launch a group when its turn comes; one that is launched already stays launched."""
         self._held[index] = force_all_reduce
         while self._launched in self._held:
-            group = self._overlapped[self._launched]
+            _, group = self._overlapped[self._launched]
             force_all_reduce = self._held[self._launched]
             self._launched += 1
             group.reduce(force_all_reduce)

@@ -23,20 +23,20 @@ class ParamGather:
 
     def __init__(self, ddps: Sequence[ModuleDdp], changes: Changes) -> None:
         self._ddps = [ddp for ddp in ddps if ddp.settings.overlap_param_gather]
-        groups = [group for ddp in self._ddps for group in in_order_of_backward(ddp)]
+        groups = [(ddp, group) for ddp in self._ddps for group in in_order_of_backward(ddp)]
         self._in_order_of_forward = groups[::-1]
-        for group in groups:
+        for _, group in groups:
             group.unchain_gather(changes)
 
     def launch(self) -> None:
         """Launch the gathers that forward waits for."""
-        for group in self._in_order_of_forward:
-            if group.module.waits_in_forward:
+        for ddp, group in self._in_order_of_forward:
+            if ddp.waits_in_forward:
                 group.gather()
 
     def wait(self) -> None:
         """Wait for the gathers that this step's forward did not wait for."""
-        for group in self._in_order_of_forward:
+        for _, group in self._in_order_of_forward:
             group.finish_gather()
 
     def gather_now(self) -> None:

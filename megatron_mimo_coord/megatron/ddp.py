@@ -1,20 +1,16 @@
-"""Megatron's DDP: how it lays gradients out, reduces them, and gathers parameters.
+"""Megatron's DDP: how it lays a module's gradients out, scales them, and gathers parameters.
 
 Leans on ``DistributedDataParallel`` keeping its gradients in flat buffers, dense and expert, cut
-into buckets, in groups of buckets that are reduced by one launch (``start_grad_sync``) once every
-parameter of a group was ready as often as in the first batch; with the distributed optimizer in
-shards. And on each bucket's ``gradient_scaling_factor``, by which DDP multiplies before it reduces,
-and not at all if it is 1. Without these no gradient can be scaled, reduced in one order, or
-measured.
+into buckets, in groups; and on each bucket's ``gradient_scaling_factor``, by which DDP multiplies
+before it reduces, and not at all if it is 1. Without these no gradient can be scaled or measured.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
@@ -22,103 +18,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.router import Router
 
 from megatron_mimo_coord.layout import MAX_RANKS
+from megatron_mimo_coord.megatron.bucket_groups import BucketGroup
 from megatron_mimo_coord.megatron.changes import Changes
-
-
-class Launch(Protocol):
-    """Stands in for the launch of a reduction, which DDP calls from backward and at the end."""
-
-    def __call__(self, force_all_reduce: bool | None = False) -> None:
-        """Launch it, or see to it that it is launched before the step is over."""
-
-
-class BucketGroup:
-    """Buckets that one launch reduces, and whose parameters another gathers.
-
-    Args:
-        module: whose they are.
-        group: Megatron's.
-        replicas: the process group of their replicas.
-    """
-
-    def __init__(self, module: "ModuleDdp", group: Any, replicas: dist.ProcessGroup) -> None:
-        self.module = module
-        self.params: list[torch.nn.Parameter] = list(group.params)
-        self._group = group
-        self._replicas = replicas
-
-    # -- reductions --------------------------------------------------------------------------------
-
-    def route_reduction(self, launch: Launch, changes: Changes) -> None:
-        """Have ``launch`` called where DDP would launch the reduction."""
-        changes.set(self._group, "start_grad_sync", launch)
-
-    def reduce(self, force_all_reduce: bool | None) -> None:
-        """Launch the reduction, of whole buckets or of this rank's shards."""
-        type(self._group).start_grad_sync(self._group, force_all_reduce=force_all_reduce)
-
-    def abandon(self) -> None:
-        """Wait for a reduction of which nobody will ask any more: it writes until it ends."""
-        if self._group.grad_reduce_handle is not None:
-            self._group.grad_reduce_handle.wait()
-            self._group.grad_reduce_handle = None
-
-    def forget_partial_counts(self) -> None:
-        """Have the next batch counted as the first one, if this one left a parameter out.
-
-        Megatron counts in the first batch how often each gradient becomes ready. One without a
-        modality, or of a pipeline stage that skips a parameter, is no measure for the next ones.
-        """
-        group = self._group
-        if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
-            group.per_param_grad_ready_counts = {}
-
-    def gather_shards(self) -> None:
-        """Have every rank hold what each has reduced."""
-        shards = self._group.intra_distributed_optimizer_instance_group
-        for bucket in self._group.buckets:
-            shard = bucket.grad_data.chunk(shards.size())[shards.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=shards)
-
-    # -- parameters --------------------------------------------------------------------------------
-
-    def unchain_gather(self, changes: Changes) -> None:
-        """Have a gather not launch the next one, when forward waits for it."""
-        changes.set(self._group, "next_param_gather_bucket_group", None)
-
-    def gather(self) -> None:
-        """Launch the gather, unless it is launched."""
-        if not self._group.param_gather_dispatched:
-            self._group.start_param_sync()
-
-    def finish_gather(self) -> None:
-        """Wait for the gather, if nobody has."""
-        if self._group.param_gather_handle is not None:
-            self._group.finish_param_sync(skip_next_bucket_dispatch=True)
-
-    # -- buckets -----------------------------------------------------------------------------------
-
-    @property
-    def buckets(self) -> list[Any]:
-        """Megatron's."""
-        return list(self._group.buckets)
-
-    def own_part(self, bucket: Any) -> tuple[int, int]:
-        """The interval of a bucket that is this replica's, if they share it among them."""
-        settings = self.module.settings
-        if not settings.use_distributed_optimizer:
-            return _part(0, len(bucket.grad_data), self._replicas)
-        start, end = self.shard(bucket)
-        if settings.num_distributed_optimizer_instances > 1:
-            return _part(start, end, self._group.inter_distributed_optimizer_instance_group)
-        return start, end
-
-    def shard(self, bucket: Any) -> tuple[int, int]:
-        """The interval of a bucket that holds reduced gradients on this rank."""
-        length = len(bucket.grad_data)
-        if not self.module.settings.use_distributed_optimizer:
-            return 0, length
-        return _part(0, length, self._group.intra_distributed_optimizer_instance_group)
 
 
 class ModuleDdp:
@@ -147,8 +48,8 @@ class ModuleDdp:
         # Beside their buffer, in a dtype of their own.
         self._extra = [grad for buffer in self._buffers for grad in buffer.extra_main_grads]
         dense, experts = ddp.bucket_groups, ddp.expert_parallel_bucket_groups
-        self.groups = [BucketGroup(self, group, ddp.dp_cp_group) for group in dense]
-        self.groups += [BucketGroup(self, group, ddp.expt_dp_group) for group in experts]
+        self.groups = [BucketGroup(group, self.settings, ddp.dp_cp_group) for group in dense]
+        self.groups += [BucketGroup(group, self.settings, ddp.expt_dp_group) for group in experts]
         self._frozen_routers = [
             module
             for module in ddp.modules()
@@ -273,13 +174,6 @@ class ModuleDdp:
         """Gather all parameters, and wait. Collective in the module."""
         with torch.no_grad():
             self.ddp.start_param_sync(force_sync=True)
-
-
-def _part(start: int, end: int, group: dist.ProcessGroup) -> tuple[int, int]:
-    """This rank's part of an interval that a group divides among its ranks."""
-    rank, size = group.rank(), group.size()
-    length = end - start
-    return start + length * rank // size, start + length * (rank + 1) // size
 
 
 def _product(left: float, right: float) -> float:

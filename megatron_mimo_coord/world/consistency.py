@@ -51,10 +51,13 @@ class RankFacts:
 CANNOT_START = "this job cannot start"
 
 
-def check_consistency(
-    make_facts: Callable[[], RankFacts], headline: str = CANNOT_START
-) -> list[int]:
+def check_consistency(make_facts: Callable[[], RankFacts], headline: str = CANNOT_START) -> None:
     """:func:`compare`, on a statement that may be impossible to make: then all ranks hear why."""
+    exchange_flags(make_facts, headline)
+
+
+def exchange_flags(make_facts: Callable[[], RankFacts], headline: str = CANNOT_START) -> list[int]:
+    """:func:`check_consistency`, which brings every rank's flags along, in the same collective."""
     try:
         statement = make_facts()
     except Exception as error:  # raised again: this is only so that nobody waits for this rank

@@ -192,3 +192,24 @@ def test_megatron_trains_on_with_equal_numbers(ddp):
     ours = world(4).run("test_close:_trained", case, True)
     assert ours == world(4).run("test_close:_trained", case, False)
     assert len(ours[-1]) == 3 * case.num_microbatches and len(set(ours[-1])) > 3
+
+
+def _saved_behind_its_end(folder: str) -> list[tuple[str, int]]:
+    """A checkpoint whose coordinator ends while it is written, and what a later one loads."""
+    from cases import built
+
+    from megatron_mimo_coord import MultiModuleCoordinator
+
+    infra, model, coordinator = built(Case(modules=COLOCATED))
+    saved = coordinator.save_checkpoint(folder, None, step=7, background=True)
+    later = MultiModuleCoordinator(infra, model)
+    path = saved.wait()
+    step, _ = later.load_checkpoint(folder, None)
+    model.destroy()
+    infra.destroy()
+    return path.name, step
+
+
+def test_a_checkpoint_in_the_background_outlives_its_coordinator(tmp_path):
+    answers = world(2).run("test_close:_saved_behind_its_end", str(tmp_path))
+    assert answers == [("step-00000007", 7)] * 2

@@ -22,12 +22,16 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
     optimizer = optimizer_of(case, coordinator)
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
-    owners = [coordinator._finalizer, optimizer, communicator]
+    owners = [optimizer, communicator]
     before = [dict(vars(owner)).keys() for owner in owners]
     path = Path(folder, "timeline.json")
     recording = coordinator.record_timeline(path, range(1, 1 + STEPS), gpus_per_node=8)
     for step in range(4):
-        coordinator.zero_grad_buffer()
+        if case.zeroed_by_ddp:
+            for ddp, _ in coordinator.module_to_grid_tuples:
+                ddp.zero_grad_buffer()
+        else:
+            coordinator.zero_grad_buffer()
         run_schedule(case, model, coordinator, communicator, _data(case, step))
         optimizer.step()
         run_schedule(case, model, coordinator, communicator, _data(case, step), forward_only=True)
@@ -55,7 +59,8 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
     ids=layout_name,
 )
 def test_every_rank_is_recorded(layout, tmp_path):
-    case = Case(modules=layout, num_microbatches=MICROBATCHES, ddp=SHARDED)
+    by_ddp = layout == COLOCATED
+    case = Case(modules=layout, num_microbatches=MICROBATCHES, ddp=SHARDED, zeroed_by_ddp=by_ddp)
     first, *others = world(case.world_size).run(_record, case, str(tmp_path))
     assert others == [{}] * len(others), "rank 0 alone has the summary"
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
@@ -94,3 +99,38 @@ def test_every_rank_is_recorded(layout, tmp_path):
     if layout != COLOCATED:
         hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
         assert costs["vision"].output_bytes_per_sample == PATCHES * hidden * itemsize
+
+
+def _cut_short(case: Case, zeroes: bool, folder: str) -> list[str]:
+    """What is logged when the coordinator ends after one step of three; with no optimizer."""
+    import logging
+
+    infra, model, coordinator = built(case)
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    path = Path(folder, "timeline.json")
+    coordinator.record_timeline(path)
+    if zeroes:
+        coordinator.zero_grad_buffer()
+    run_schedule(case, model, coordinator, communicator, _data(case, 0))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_mimo_coord").addHandler(handler)
+    try:
+        coordinator.close()
+    finally:
+        logging.getLogger("megatron_mimo_coord").removeHandler(handler)
+    assert not profiler_ranges.observers and not path.exists()
+    model.destroy()
+    infra.destroy()
+    return said
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_a_recording_that_sees_too_few_steps_says_so(zeroes, tmp_path):
+    for (text,) in world(2).run(
+        "test_timeline:_cut_short", Case(modules=COLOCATED), zeroes, str(tmp_path)
+    ):
+        assert text.startswith(f"record_timeline saw {int(zeroes)} of 3 steps begin")
+        assert "a step begins with zero_grad_buffer" in text

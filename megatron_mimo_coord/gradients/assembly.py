@@ -1,0 +1,88 @@
+"""What a coordinator has of gradients, put together once."""
+
+import logging
+from collections.abc import Callable
+
+from attrs import frozen
+
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
+from megatron_mimo_coord.gradients.finalize import GradientFinalizer
+from megatron_mimo_coord.gradients.module import ModuleGradients
+from megatron_mimo_coord.gradients.num_tokens import NumTokens
+from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
+from megatron_mimo_coord.gradients.step_report import StepReport
+from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
+from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.schedule import Schedule
+from megatron_mimo_coord.world.device import world_device
+
+logger = logging.getLogger(__name__)
+
+
+@frozen
+class Gradients:
+    """Of a model, on this rank.
+
+    Args:
+        modules: the modules on this rank.
+        step: where a step stands.
+        finalizer: from zeroing to the gradient of the one loss.
+        optimizer_steps: what is looked at before an optimizer uses them.
+    """
+
+    modules: dict[str, ModuleGradients]
+    step: StepState
+    finalizer: GradientFinalizer
+    optimizer_steps: OptimizerSteps
+
+    @classmethod
+    def of(
+        cls, job: Job, schedule: Schedule, is_assigned: Callable[[str], bool], changes: Changes
+    ) -> "Gradients":
+        """Take charge of a job's gradients.
+
+        Args:
+            job: the modules, their grids, and which of them are here.
+            schedule: what calls us.
+            is_assigned: whether the images that an encoder is given now were dealt out by cost.
+            changes: where is recorded what is changed in the model and its DDPs.
+        """
+        modules = {name: _collect(job, name, changes) for name in job.ddps}
+        ddps = [module.ddp for module in modules.values()]
+        step = StepState([grads for ddp in ddps for grads in ddp.grads], schedule)
+        watch_passes(job.model, step, changes)
+        report = StepReport(
+            {name: grid.data_parallel_size for name, grid in job.grids.items()}, list(job.ddps)
+        )
+        report.watch(job.model, is_assigned, changes)
+        num_tokens = NumTokens(
+            job.grids[LANGUAGE], job.rank, job.per_token, world_device(), job.model, changes
+        )
+        finalizer = GradientFinalizer(
+            list(modules.values()), num_tokens, step, report, schedule, changes
+        )
+        return cls(modules, step, finalizer, OptimizerSteps(ddps, step, report, changes))
+
+    @property
+    def ddps(self) -> dict[str, ModuleDdp]:
+        """The DDP of each module on this rank."""
+        return {name: module.ddp for name, module in self.modules.items()}
+
+
+def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:
+    pg_collection = job.infra.pg_collections[name]
+    assert pg_collection is not None, "module_problems_here has seen to it"
+    grid = job.grids[name]
+    remark = auxiliary_loss_remark(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token)
+    if remark and job.rank == grid.rank_offset:
+        logger.warning("%s", remark)
+    return ModuleGradients.collect(
+        name,
+        ModuleDdp(job.ddps[name]),
+        pg_collection,
+        job.gradient_scaling_factors[name],
+        changes,
+    )
