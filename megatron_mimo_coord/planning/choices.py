@@ -1,13 +1,13 @@
 """All ways to lay out one module, what each costs, and where modules lie side by side."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from itertools import permutations
 
-from attrs import evolve, frozen
+from attrs import Factory, evolve, field, frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.durations import Durations
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
@@ -75,98 +75,66 @@ class Task:
 
     def choices(self, name: str) -> "list[Choice]":
         """Every way to lay out a module whose costs are known, those on fewer GPUs first."""
-        found = []
-        for parallelism in choices(name, self.sizes[name], self.room):
-            costs = self.costs(name, parallelism)
-            # Costs of unequal stages are of one number of stages.
-            pp, layers = parallelism.pipeline_model_parallel_size, costs.layers_per_stage
-            if layers is None or len(layers) == pp:
-                found.append(
-                    Choice(name, parallelism, costs, self.cluster, self.distributed_optimizer)
-                )
+        every = choices(name, self.sizes[name], self.room)
+        found = filter(None, (Choice.of(self, name, parallelism) for parallelism in every))
         return sorted(found, key=lambda choice: choice.gpus)
 
 
-@frozen(slots=False, eq=False)
+@frozen(eq=False)
 class Choice:
-    """One way to lay out one module, and what it costs.
+    """One way to lay out one module, and what it costs in seconds.
 
     Args:
         name: of the module.
         parallelism: its sizes.
         costs: of the module in this layout.
         cluster: the links between ranks.
-        distributed_optimizer: whether replicas share the optimizer's work.
+        work: of a sample of the batch on each stage, forward and back.
+        reduction: of the first stage's sum of gradients.
+        optimizer: on the stage with the largest share.
+        gpus, stages, replicas: ranks, PP and DP.
+        whole, slowest: of a sample on all stages together, and on the slowest.
     """
 
     name: str
     parallelism: ModuleParallelism
     costs: ModuleCosts
     cluster: Cluster
-    distributed_optimizer: bool
+    work: list[float]
+    reduction: float
+    optimizer: float
+    gpus: int = field(default=Factory(lambda self: self.parallelism.size, True))
+    stages: int = field(default=Factory(lambda self: len(self.work), True))
+    replicas: int = field(default=Factory(lambda self: self.parallelism.data_parallel_size, True))
+    whole: float = field(default=Factory(lambda self: sum(self.work), True))
+    slowest: float = field(default=Factory(lambda self: max(self.work), True))
 
-    @cached_property
-    def gpus(self) -> int:
-        """Ranks."""
-        return self.parallelism.size
+    @classmethod
+    def of(cls, task: Task, name: str, parallelism: ModuleParallelism) -> "Choice | None":
+        """What a task says of a choice; None if its costs are of another number of stages."""
+        costs, stages = task.costs(name, parallelism), parallelism.pipeline_model_parallel_size
+        layers = costs.layers_per_stage
+        if layers is not None and len(layers) != stages:
+            return None
+        others = dict.fromkeys(task.encoders if name == LANGUAGE else (), ModuleParallelism())
+        modules = {name: parallelism, **others}
+        alone = Durations(
+            modules, pack(modules), {name: costs}, task.cluster, 1, task.distributed_optimizer
+        )
+        return cls(
+            name,
+            parallelism,
+            costs,
+            task.cluster,
+            [alone.forward(name, stage) + alone.backward(name, stage) for stage in range(stages)],
+            alone.reduction(name, 0),
+            max(alone.optimizer(name, stage) for stage in range(stages)),
+        )
 
-    @cached_property
-    def stages(self) -> int:
-        """PP."""
-        return self.parallelism.pipeline_model_parallel_size
-
-    @cached_property
-    def replicas(self) -> int:
-        """DP."""
-        return self.parallelism.data_parallel_size
-
-    @cached_property
-    def receivers(self) -> int:
-        """Ranks of a replica's stage, each of which gets its own copy of a message."""
-        return self.parallelism.tensor_model_parallel_size * self.parallelism.context_parallel_size
-
-    @cached_property
-    def work(self) -> list[float]:
-        """Seconds of a sample of the batch on each stage, forward and back."""
-        module, costs = self.parallelism, self.costs
-        return [
-            costs.forward_seconds(module, stage, 1)
-            + costs.backward_seconds(module, stage, 1, receives=stage > 0 or self.name == LANGUAGE)
-            for stage in range(self.stages)
-        ]
-
-    @cached_property
-    def whole(self) -> float:
-        """Seconds of a sample on all stages, one after the other."""
-        return sum(self.work)
-
-    @cached_property
-    def slowest(self) -> float:
-        """Seconds of a sample on the slowest stage."""
-        return max(self.work)
-
-    @cached_property
+    @property
     def has_backward(self) -> bool:
         """Whether the last stage sends gradients back to whom it has its input from."""
         return not self.costs.frozen or self.stages > 1
-
-    @cached_property
-    def reduction(self) -> float:
-        """Seconds of the first stage's sum of gradients."""
-        if self.costs.frozen:
-            return 0.0
-        tp = self.parallelism.tensor_model_parallel_size
-        gradients = self.costs.gradient_bytes * self.costs.stage_share(self.stages, 0) / tp
-        return self.cluster.reduction_seconds(range(0, tp * self.replicas, tp), gradients)
-
-    @cached_property
-    def optimizer(self) -> float:
-        """Seconds of the optimizer on the stage with the largest share."""
-        if self.costs.frozen:
-            return 0.0
-        share = max(self.costs.stage_share(self.stages, stage) for stage in range(self.stages))
-        seconds = self.costs.optimizer_seconds * share / self.parallelism.tensor_model_parallel_size
-        return seconds / (self.replicas if self.distributed_optimizer else 1)
 
     def hop(self, samples: int) -> float:
         """Seconds of a message between two stages, for a microbatch of so many samples."""

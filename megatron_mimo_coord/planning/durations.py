@@ -74,21 +74,18 @@ class Durations:
         end that sends or receives most takes longest.
         """
         source, target = self.grids[encoder], self.grids[LANGUAGE]
+        ends = [self.modules[encoder], self.modules[LANGUAGE]]
         parts = max(source.data_parallel_size, target.data_parallel_size)
         message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
+        messages = busiest(*(ends if forward else reversed(ends))) * message
         last = source.dim("pp") - 1
-        ends = [
-            (each.data_parallel_size, each.dim("tp") * each.dim("cp")) for each in (source, target)
-        ]
-        firsts = source.rank_at(pp=last), target.rank_at()
         pairs = (
-            [
-                first + part * dp // parts * ranks
-                for first, (dp, ranks) in zip(firsts, ends, strict=True)
-            ]
+            (
+                source.rank_at(pp=last, dp=part * source.data_parallel_size // parts),
+                target.rank_at(dp=part * target.data_parallel_size // parts),
+            )
             for part in range(parts)
         )
-        messages = busiest(*(ends if forward else reversed(ends))) * message
         return max(self.cluster.message_seconds(pair, messages) for pair in pairs)
 
     def exchange(self, encoder: str) -> float:
@@ -123,17 +120,16 @@ class Durations:
         return seconds / grid.dim("tp") / (grid.replicas if self.distributed_optimizer else 1)
 
 
-def busiest(sender: tuple[int, int], receiver: tuple[int, int]) -> int:
+def busiest(sender: ModuleParallelism, receiver: ModuleParallelism) -> int:
     """Messages of the rank of a bridge that sends or receives most.
 
-    Args:
-        sender: (DP, TP x CP) of the module that sends.
-        receiver: the same of the module that receives.
-
     Example:
-        >>> busiest((4, 1), (2, 1)), busiest((4, 1), (2, 8))
+        >>> def module(dp, tp=1):
+        ...     return ModuleParallelism(data_parallel_size=dp, tensor_model_parallel_size=tp)
+        >>> busiest(module(4), module(2)), busiest(module(4), module(2, tp=8))
         (2, 8)
     """
-    parts = max(sender[0], receiver[0])
-    sent = parts // sender[0] * ceil(receiver[1] / sender[1])
-    return max(sent, parts // receiver[0])
+    (tp, cp, dp, _), (their_tp, their_cp, their_dp, _) = sender.shape, receiver.shape
+    parts = max(dp, their_dp)
+    sent = parts // dp * ceil(their_tp * their_cp / (tp * cp))
+    return max(sent, parts // their_dp)

@@ -60,9 +60,7 @@ def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[flo
     reach = (0, max(encoder.gpus, language.gpus))
 
     def seconds(sender: Choice, receiver: Choice) -> float:
-        count = busiest(
-            (sender.replicas, sender.receivers), (receiver.replicas, receiver.receivers)
-        )
+        count = busiest(sender.parallelism, receiver.parallelism)
         return encoder.cluster.message_seconds(reach, count * message)
 
     forward = seconds(encoder, language)
