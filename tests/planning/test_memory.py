@@ -3,7 +3,8 @@
 from layouts import parallel
 
 from megatron_mimo_coord.layout import LANGUAGE, pack
-from megatron_mimo_coord.planning.memory import layout_memory, rank_totals
+from megatron_mimo_coord.planning.activations import stage_activations
+from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 
 VISION = ModuleSizes(
@@ -25,6 +26,16 @@ def test_a_stage_holds_what_comes_before_its_first_backward():
     assert first.messages == 4 * (received + sent)
     assert memory[LANGUAGE, 3].messages == 0
     assert memory["vision", 1].messages == 5 * 2 * received
+
+
+def test_all_that_is_held_counts():
+    assert StageMemory(1, 2, 4, 8, 16, 32, microbatches=100).total == 63
+
+
+def test_activations_are_those_of_all_microbatches_in_flight():
+    memory = layout_memory({LANGUAGE: parallel(pp=4)}, {LANGUAGE: WORDS}, **STEP)
+    one = stage_activations(WORDS, parallel(pp=4), 1, samples=4).saved
+    assert [memory[LANGUAGE, stage].activations for stage in (1, 2)] == [3 * one, 2 * one]
 
 
 def test_modules_on_the_same_ranks_share_their_memory():

@@ -63,15 +63,99 @@ def ask(tmp_path, monkeypatch, capsys):
     return ask
 
 
-def test_layouts_are_listed_with_their_numbers(ask):
+# Two microbatches of 6 samples, one GPU for each module, messages and the optimizer for free:
+#   vision    F0 0-3  F1 3-6  waits 6-21          B0 21-30  waits 30-39  B1 39-48
+#   language          F0 3-9  B0 9-21    F1 21-27  B1 27-39
+BY_HAND = """\
+global_batch_size = 12
+micro_batch_size = 6
+[vision]
+rank_offset = 1
+[language]
+"""
+FREE = "[cluster]\nnode_latency_seconds = 0\nnode_bytes_per_second = inf\n"
+COSTS_BY_HAND = COSTS.replace("_sample = 2\n", "_sample = 2\noptimizer_seconds = 0\n") + FREE
+COSTS_BY_HAND = COSTS_BY_HAND.replace("[language]", "optimizer_seconds = 0\n[language]")
+
+
+def test_the_numbers_of_a_layout_are_those_by_hand(ask):
+    options = ("--layout", "layout.toml", "--costs", "costs.toml", "--gpus", "8")
+    options += ("--gpus-per-node", "4", "--memory", "10GB", "--reserve", "3GB")
+    files = {"layout": BY_HAND.replace("[language]", "[language]\nrank_offset = 0")}
+    files["costs"] = COSTS_BY_HAND
+    code, shown, complaints = ask(MODEL, *options, **files)
+    assert (code, complaints) == (0, "")
+    assert shown.startswith("8 GPUs, 4 a node; 12 samples a step; the layout as given\n")
+    rows = [line.split() for line in shown.splitlines()]
+    (row,) = [row for row in rows if row[:1] == ["1"]]
+    assert row[:8] == ["1", "1", "1", "1", "1", "1", "1", "6"], "layout, sizes, microbatch"
+    # 12 samples in 48 s on a node of 4, of which 2 are used; busy are 24 s and 36 s
+    assert row[8:16] == ["48", "0.25", "0.0625", "4", "own", "2", "50%", "25%"]
+    held = [
+        float(each[-1])
+        for each in rows
+        if each[:1] in (["vision"], ["language"]) and each[1:2] == ["0"]
+    ]
+    assert float(row[16]) == pytest.approx(7 - max(held), abs=0.06)
+    files_written = ("--json", "--trace", "step.json", "--svg", "step.svg")
+    (found,) = json.loads(ask(MODEL, *options, *files_written, **files)[1])["proposals"]
+    assert found["step_seconds"] == pytest.approx(48)
+    assert found["samples_per_second_per_allocated_gpu"] == pytest.approx(12 / 48 / 4)
+    shares = {
+        name: [(each["busy"], each["waiting"], each["idle"]) for each in module["stages"]]
+        for name, module in found["modules"].items()
+    }
+    assert shares["vision"] == [pytest.approx((24 / 48, 24 / 48, 0))]
+    assert shares["language"][0][0] == pytest.approx(36 / 48)
+    assert [found["modules"][name]["ranks_idle"] for name in shares] == pytest.approx([0.5, 0.25])
+    fullest = max(stage["total"] for each in found["modules"].values() for stage in each["stages"])
+    assert found["headroom_bytes"] == pytest.approx(7e9 - fullest)
+    events = [
+        each
+        for each in json.loads(Path("step.json").read_text())["traceEvents"]
+        if each["ph"] == "X"
+    ]
+    computed = {
+        (each["pid"], each["name"]): (each["ts"] / 1e6, each["dur"] / 1e6)
+        for each in events
+        if each["cat"] in ("forward", "backward")
+    }
+    assert computed == {
+        (0, "forward 0"): (0, 3), (0, "forward 1"): (3, 3), (0, "backward 0"): (21, 9), (0, "backward 1"): (39, 9),
+        (1, "forward 0"): (3, 6), (1, "backward 0"): (9, 12), (1, "forward 1"): (21, 6), (1, "backward 1"): (27, 12),
+    }  # fmt: skip
+    texts = [
+        each.text for each in ElementTree.parse("step.svg").iter() if each.tag.endswith("text")
+    ]
+    assert [text for text in texts if "busy" in text] == ["50 % busy", "75 % busy"]
+    assert [text for text in texts if text.endswith(" s")] == [f"{6 * tick} s" for tick in range(9)]
+
+
+def test_layouts_are_listed_as_json_lists_them(ask):
     code, shown, complaints = ask(MODEL, *ASKED)
     assert (code, complaints) == (0, "")
     assert "8 GPUs, 4 a node; 12 samples a step; the 10 best layouts" in shown
-    for title in ("TP PP DP", "seconds", "ranks", "empty", "idle", "free"):
-        assert title in shown
     assert max(map(len, shown.partition("assumed:")[0].splitlines())) <= 120
-    for assumed in ("a GPU achieves 400 TFLOP/s", "Korthikanti", "1F1B"):
-        assert assumed in shown
+    known = json.loads(ask(MODEL, *ASKED, "--json")[1])
+    for assumed in known["assumptions"]:
+        assert f"  - {assumed}\n" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    listed = [row for row in rows if len(row) == 17 and row[0].isdecimal()]
+    assert len(listed) == len(known["proposals"]) == 10
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    for number, (row, told) in enumerate(zip(listed, known["proposals"], strict=True), 1):
+        modules = told["modules"].values()
+        shapes = [str(module[size]) for module in modules for size in sizes]
+        assert row[:8] == [str(number), *shapes, str(told["micro_batch_size"])]
+        assert float(row[8]) == pytest.approx(told["step_seconds"], rel=1e-3)
+        assert row[11:14] == [
+            str(told["allocated_gpus"]),
+            "shared" if told["colocated"] else "own",
+            str(told["empty_gpus"]),
+        ]
+        idle = [float(cell.rstrip("%")) / 100 for cell in row[14:16]]
+        assert idle == pytest.approx([module["ranks_idle"] for module in modules], abs=0.006)
+        assert float(row[16]) == pytest.approx(told["headroom_bytes"] / 1e9, abs=0.06)
 
 
 def test_json_says_the_same(ask):

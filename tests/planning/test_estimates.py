@@ -1,0 +1,118 @@
+"""Estimated costs are what the papers' formulas and arithmetic by hand give."""
+
+from typing import Any
+
+import pytest
+from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import parallel
+
+from megatron_mimo_coord.layout import ModuleParallelism
+from megatron_mimo_coord.planning import Cluster, ModuleCosts, ModuleSizes
+from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs, forward_flops
+
+ACCELERATOR = Accelerator(flops_per_second=1e12, memory_bytes_per_second=1e11)
+CLUSTER = Cluster(ranks_per_node=8, node_latency_seconds=1e-3, node_bytes_per_second=1e9)
+WORDS = ModuleSizes(
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    vocab_size=128,
+    seq_length=32,
+    params_dtype="bf16",
+    attention_backend="unfused",
+)
+
+
+def costs(sizes: ModuleSizes, parallelism: ModuleParallelism, **more: Any) -> ModuleCosts:
+    return estimated_costs(evolve(sizes, **more), parallelism, 64, ACCELERATOR, CLUSTER)
+
+
+@given(
+    layers=st.integers(1, 96),
+    heads=st.sampled_from([4, 16, 64]),
+    sequence=st.integers(1, 8192),
+    words=st.integers(1, 10) .map(lambda number: 1024 * number),
+)  # fmt: skip
+def test_a_forward_pass_is_that_of_the_paper(layers, heads, sequence, words):
+    # 24 B s l h^2 (1 + s / 6h) + 2 B s h V: a quarter of Narayanan et al. 2021, arXiv 2104.04473, 5.1
+    hidden = 64 * heads
+    sizes = evolve(
+        WORDS, num_layers=layers, hidden_size=hidden, num_attention_heads=heads, vocab_size=words,
+        seq_length=sequence, ffn_hidden_size=4 * hidden, num_query_groups=heads, kv_channels=64,
+    )  # fmt: skip
+    paper = 24 * sequence * layers * hidden**2 * (1 + sequence / (6 * hidden))
+    logits = 2 * sequence * hidden * words
+    assert forward_flops(sizes, hidden).total == pytest.approx(paper + logits)
+    causal = evolve(sizes, attention_backend="flash")  # half of the attention is left out
+    left_out = 2 * sequence**2 * layers * hidden
+    assert forward_flops(causal, hidden).total == pytest.approx(paper + logits - left_out)
+
+
+def test_an_encoder_embeds_patches_and_projects_what_it_merges():
+    encoder = ModuleSizes(
+        num_layers=1, hidden_size=8, num_attention_heads=1, patch_size=12, tokens_per_image=16,
+        output_tokens_per_image=4, projection_hidden_size=10, images_per_sample=3,
+    )  # fmt: skip
+    flops = forward_flops(encoder, 64)
+    assert flops.before == 2 * 3 * 16 * 12 * 8
+    assert flops.after == 2 * 3 * 4 * (32 * 10 + 10 * 64)  # four tokens of width 8 in one
+    assert flops.layers == 3 * 16 * (2 * (4 * 8 * 8 + 8 * 8 * 8) + 4 * 16 * 8)
+    assert costs(encoder, parallel()).output_bytes_per_sample == 3 * 4 * 64 * 4  # fp32
+
+
+LAYERS = 2 * 32 * (2 * 12 * 64**2 + 4 * 32 * 64)
+LOGITS = 2 * 32 * 64 * 128
+PARAMETERS = 2 * 128 * 64 + 32 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
+
+
+def test_seconds_and_bytes_of_one_rank():
+    found = costs(WORDS, parallel())
+    assert found.forward_seconds_per_sample == pytest.approx((LAYERS + LOGITS) / 1e12)
+    assert found.backward_seconds_per_sample == pytest.approx(2 * (LAYERS + LOGITS) / 1e12)
+    assert found.activation_bytes_per_sample == 32 * 64 * 2
+    assert found.gradient_bytes == 2 * PARAMETERS
+    assert costs(WORDS, parallel(), grad_reduce_in_fp32=True).gradient_bytes == 4 * PARAMETERS
+    # Adam reads a gradient, reads and writes a master copy and two moments, all in fp32.
+    assert found.optimizer_seconds == pytest.approx(PARAMETERS * (1 + 2 * 3) * 4 / 1e11)
+    assert (found.frozen, found.recompute) == (False, False)
+    assert costs(WORDS, parallel(), frozen=True).frozen
+
+
+def test_what_is_recomputed_is_paid_for():
+    selective = costs(WORDS, parallel(), recompute_granularity="selective")
+    attention = 2 * 32 * 4 * 32 * 64
+    twice = 2 * (LAYERS + LOGITS) + attention
+    assert selective.backward_seconds_per_sample == pytest.approx(twice / 1e12)
+    full = costs(WORDS, parallel(), recompute_granularity="full", recompute_method="uniform")
+    language = full.backward_seconds(parallel(), 0, samples=1, receives=True)
+    assert language == pytest.approx(3 * (LAYERS + LOGITS) / 1e12)
+
+
+def test_stages_share_layers_and_the_last_has_the_logits():
+    found = costs(WORDS, parallel(pp=2))
+    shares = [found.stage_share(2, stage) * (LAYERS + LOGITS) for stage in range(2)]
+    assert shares == pytest.approx([LAYERS / 2, LAYERS / 2 + LOGITS])
+
+
+def test_tensor_parallel_ranks_wait_for_four_sums_a_layer():
+    found = costs(WORDS, parallel(tp=2))
+    one_sum = 2 * (1e-3 + 32 * 64 * 2 / 2 / 1e9)  # a ring of two
+    computing = 3 * (LAYERS + LOGITS) / 1e12 / 2
+    step = computing + 4 * 2 * one_sum
+    assert found.tensor_parallel_efficiency == pytest.approx(computing / step)
+    both = found.forward_seconds(parallel(tp=2), 0, 1)
+    both += found.backward_seconds(parallel(tp=2), 0, 1, receives=True)
+    assert both == pytest.approx(step)
+
+
+def test_tokens_go_to_their_experts_and_back():
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_layer_freq": [0, 1]}
+    alone = costs(WORDS, parallel(dp=2), **experts)
+    shared = costs(WORDS, parallel(dp=2, expert_model_parallel_size=2), **experts)
+    sent = 32 * 2 * 64 * 2 / 2  # half of all tokens' copies are for the other rank's experts
+    more = shared.forward_seconds_per_sample - alone.forward_seconds_per_sample
+    assert more == pytest.approx(2 * sent / 1e9)
+    more = shared.backward_seconds_per_sample - alone.backward_seconds_per_sample
+    assert more == pytest.approx(2 * sent / 1e9)
