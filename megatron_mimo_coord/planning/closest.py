@@ -8,7 +8,7 @@ from attrs import evolve
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.candidates import Candidates
 from megatron_mimo_coord.planning.choices import Task
-from megatron_mimo_coord.planning.memory import StageMemory
+from megatron_mimo_coord.planning.memory import PARTS, StageMemory
 from megatron_mimo_coord.planning.search import Proposal, first
 
 MOST_GPUS = 2**16  # that are looked at for how many would do
@@ -120,8 +120,7 @@ def _stages_with_costs(task: Task) -> Iterator[str]:
 
 
 def _parts(held: StageMemory) -> str:
-    parts = ("weights", "gradients", "optimizer", "activations", "working", "messages")
-    return ", ".join(f"{part} {getattr(held, part) / GB:.1f}" for part in parts)
+    return ", ".join(f"{part} {getattr(held, part) / GB:.1f}" for part in PARTS)
 
 
 def in_words(layout: Proposal) -> str:

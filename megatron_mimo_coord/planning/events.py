@@ -4,23 +4,12 @@ A message is on its way from when sender and receiver are both there. So does gl
 whatever does not fit into its buffers. Who waits for it to be over is another matter.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from attrs import define, field, frozen
 
-from megatron_mimo_coord.planning.timeline import (
-    BACKWARD,
-    EXCHANGE,
-    FORWARD,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    SEND_BACKWARD,
-    SEND_BACKWARD_RECV_FORWARD,
-    SEND_FORWARD,
-    SEND_FORWARD_RECV_BACKWARD,
-    Span,
-    StageShares,
-)
+from megatron_mimo_coord.planning.timeline import BACKWARD, EXCHANGE, FORWARD, Span, StageShares
 
 IDLE = "idle"
 
@@ -155,25 +144,21 @@ class Place:
 
     def spans(self) -> Iterator[Span]:
         """What it did, in order."""
-        forwards, backwards = dict.fromkeys(self.modules, 0), dict.fromkeys(self.modules, 0)
+        done = {FORWARD: Counter[str](), BACKWARD: Counter[str]()}  # of each module
         start = 0.0
         for task, end in zip(self.tasks, self.ends, strict=True):
-            kind, module = task.kind, task.module
             microbatch: int | None = None
-            if kind in (FORWARD, RECV_FORWARD):
-                microbatch = forwards[module]
-            elif kind in (SEND_FORWARD, SEND_FORWARD_RECV_BACKWARD):
-                microbatch = forwards[module] - 1
-            elif kind in (BACKWARD, RECV_BACKWARD):
-                microbatch = backwards[module]
-            elif kind in (SEND_BACKWARD, SEND_BACKWARD_RECV_FORWARD):
-                microbatch = backwards[module] - 1
-            elif kind == EXCHANGE:
-                microbatch = forwards[module] - (forwards[module] > backwards[module])
-            forwards[module] += kind == FORWARD
-            backwards[module] += kind == BACKWARD
-            if end > start if task.awaits and not task.posts else kind != IDLE:
-                yield Span(kind, module, self.stage, start, end, microbatch, task.bridge)
+            verb, *_ = words = task.kind.split("_")
+            if way := next((each for each in words if each in done), None):
+                microbatch = done[way][task.module] - (verb == "send")
+            elif task.kind == EXCHANGE:
+                forward, backward = (done[each][task.module] for each in done)
+                microbatch = forward - (forward > backward)
+            if task.kind in done:
+                done[task.kind][task.module] += 1
+            if end > start if task.awaits and not task.posts else task.kind != IDLE:
+                place = task.module, self.stage
+                yield Span(task.kind, *place, start, end, microbatch, task.bridge)
             start = end
 
 

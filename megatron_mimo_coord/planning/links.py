@@ -7,7 +7,7 @@ an activation has no use for does not travel.
 
 from collections.abc import Mapping
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 
 from megatron_mimo_coord.planning.events import Channel, Task
 from megatron_mimo_coord.planning.timeline import (
@@ -36,21 +36,17 @@ class Link:
     forward_seconds: float
     backward_seconds: float | None
     bridge: str | None = None
-    _forward: Channel = field(init=False)
-    _backward: Channel | None = field(init=False)
-
-    @_forward.default
-    def _make_forward(self) -> Channel:
-        return Channel(self.forward_seconds)
-
-    @_backward.default
-    def _make_backward(self) -> Channel | None:
-        return None if self.backward_seconds is None else Channel(self.backward_seconds)
+    _forward: Channel = field(
+        init=False, default=Factory(lambda self: Channel(self.forward_seconds), True)
+    )
+    _backward: Channel = field(
+        init=False, default=Factory(lambda self: Channel(self.backward_seconds or 0.0), True)
+    )
 
     def outgoing(self, module: str) -> TasksOf:
         """For the stage of a module that sends activations."""
         sent = (self._forward.send(),)
-        returned = () if self._backward is None else (self._backward.receive(),)
+        returned = () if self.backward_seconds is None else (self._backward.receive(),)
 
         return {
             kind: [
@@ -67,7 +63,7 @@ class Link:
     def incoming(self, module: str) -> TasksOf:
         """For the stage of a module that receives activations."""
         received = (self._forward.receive(),)
-        returned = () if self._backward is None else (self._backward.send(),)
+        returned = () if self.backward_seconds is None else (self._backward.send(),)
         return {
             kind: [Task(kind, module, posts=messages, awaits=messages, bridge=self.bridge)]
             for kind, messages in (

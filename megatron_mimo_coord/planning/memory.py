@@ -23,6 +23,9 @@ ASSUMPTIONS = (
 """What the estimate rests on, for a user to read."""
 
 
+PARTS = ("weights", "gradients", "optimizer", "activations", "working", "messages")
+
+
 @frozen
 class StageMemory:
     """Bytes on the fullest rank of a module's pipeline stage.
@@ -48,8 +51,7 @@ class StageMemory:
     @property
     def total(self) -> float:
         """All of it, in bytes."""
-        states = self.weights + self.gradients + self.optimizer
-        return states + self.activations + self.working + self.messages
+        return sum(getattr(self, part) for part in PARTS)
 
 
 def layout_memory(

@@ -6,11 +6,10 @@ from typing import Any
 from attrs import asdict
 
 from megatron_mimo_coord.planning.choices import Room
-from megatron_mimo_coord.planning.memory import StageMemory
+from megatron_mimo_coord.planning.memory import PARTS, StageMemory
 from megatron_mimo_coord.planning.search import Proposal
 
 GB = 1e9
-PARTS = ("weights", "gradients", "optimizer", "activations", "working", "messages")
 
 
 def headline(room: Room, count: int, is_given: bool) -> str:
@@ -31,29 +30,27 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     )
     sizes = "TP PP DP EP" if has_experts else "TP PP DP"
     titles = ["", *(f"{name}\n{sizes}" for name in names), "micro\nbatch", "step\nseconds"]
-    titles += [
-        "samples\n/s",
-        "per\nGPU",
-        "GPUs",
-        "ranks",
-        "empty",
-        *(f"{name}\nidle" for name in names),
-    ]
-    titles += ["free\nGB"]
+    titles += ["samples\n/s", "per\nGPU", "GPUs", "ranks", "empty"]
+    titles += [*(f"{name}\nidle" for name in names), "free\nGB"]
     table = [titles]
     for index, each in enumerate(proposals, 1):
-        row = [str(index)]
+        shapes = []
         for module in each.modules.values():
             tp, _, dp, pp = module.shape
             shape = [tp, pp, dp, *([module.expert_model_parallel_size] if has_experts else [])]
-            row.append(" ".join(f"{number:>2}" for number in shape))
-        row += [f"{each.micro_batch_size}", f"{each.timeline.seconds:.4g}"]
-        row += [f"{each.samples_per_second:.4g}"]
-        row += [f"{each.samples_per_second / each.allocated:.4g}", f"{each.allocated}"]
-        row += ["shared" if each.is_colocated else "own", str(each.allocated - each.gpus)]
-        row += [f"{each.ranks_idle(name):.0%}" for name in names]
-        row += [f"{each.headroom / GB:.1f}"]
-        table.append(row)
+            shapes.append(" ".join(f"{number:>2}" for number in shape))
+        table.append(
+            [
+                *(str(index), *shapes, str(each.micro_batch_size), f"{each.timeline.seconds:.4g}"),
+                f"{each.samples_per_second:.4g}",
+                f"{each.samples_per_second / each.allocated:.4g}",
+                str(each.allocated),
+                "shared" if each.is_colocated else "own",
+                str(each.allocated - each.gpus),
+                *(f"{each.ranks_idle(name):.0%}" for name in names),
+                f"{each.headroom / GB:.1f}",
+            ]
+        )
     return table
 
 

@@ -96,30 +96,27 @@ nor a multiple
 
 
 def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Problem]:
-    tp, expert_tp = "tensor_model_parallel_size", "expert_tensor_parallel_size"
-    shares = [("num_layers", sizes.num_layers, "pipeline_model_parallel_size")]
-    shares += [("num_attention_heads", sizes.num_attention_heads, tp)]
-    qkv = sizes.query_size + 2 * sizes.key_size
-    shares += [("queries, keys and values of width", qkv, tp)]
-    if not all(map(sizes.has_experts, range(sizes.num_layers))):
-        shares += [("ffn_hidden_size", sizes.ffn_hidden_size, tp)]
-    if sizes.vocab_size is not None:
-        shares += [("vocab_size", sizes.vocab_size, tp)]
-    if sizes.sequence_parallel:
-        field = "seq_length" if sizes.is_language else "tokens_per_image"
-        shares += [(field, sizes.sequence, tp)]
-    if sizes.num_moe_experts is not None:
-        shares += [("num_moe_experts", sizes.num_moe_experts, "expert_model_parallel_size")]
-        shares += [("moe_ffn_hidden_size", sizes.moe_ffn_hidden_size, expert_tp)]
-        if sizes.moe_shared_expert_intermediate_size:
-            shared = sizes.moe_shared_expert_intermediate_size
-            shares += [("moe_shared_expert_intermediate_size", shared, tp)]
-    for size, number, field in shares:
+    tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+    expert_tp, ep = "expert_tensor_parallel_size", "expert_model_parallel_size"
+    has_mlp = not all(map(sizes.has_experts, range(sizes.num_layers)))
+    has_experts = sizes.num_moe_experts is not None
+    tokens = "seq_length" if sizes.is_language else "tokens_per_image"
+    shared = sizes.moe_shared_expert_intermediate_size
+    for what, number, field in (
+        ("num_layers", sizes.num_layers, pp),
+        ("num_attention_heads", sizes.num_attention_heads, tp),
+        ("queries, keys and values of width", sizes.query_size + 2 * sizes.key_size, tp),
+        ("ffn_hidden_size", has_mlp and sizes.ffn_hidden_size, tp),
+        ("vocab_size", sizes.vocab_size, tp),
+        (tokens, sizes.sequence_parallel and sizes.sequence, tp),
+        ("num_moe_experts", sizes.num_moe_experts, ep),
+        ("moe_ffn_hidden_size", has_experts and sizes.moe_ffn_hidden_size, expert_tp),
+        ("moe_shared_expert_intermediate_size", has_experts and shared, tp),
+    ):
         ranks = getattr(parallelism, field)
-        if number % ranks:
-            yield Problem(
-                f"{name} has {size} {number}, which {field} {ranks} does not divide", (name, field)
-            )
+        if number and number % ranks:
+            message = f"{name} has {what} {number}, which {field} {ranks} does not divide"
+            yield Problem(message, (name, field))
     groups, ranks = sizes.num_query_groups, parallelism.tensor_model_parallel_size
     if groups % ranks and ranks % groups:
         yield Problem(
@@ -127,7 +124,7 @@ def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> 
             f"a multiple",
             (name, tp),
         )
-    if sizes.num_moe_experts is not None and ranks > 1 and not sizes.sequence_parallel:
+    if has_experts and ranks > 1 and not sizes.sequence_parallel:
         yield Problem(
             f"{name} has experts and {tp} {ranks}, with which Megatron wants sequence_parallel",
             (name, tp),
