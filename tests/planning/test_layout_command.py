@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from math import prod
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -79,6 +80,8 @@ def test_json_says_the_same(look):
     assert vision["samples_per_rank_and_microbatch"] == 8
     assert vision["gradient_scaling_factor"] == 2.0
     assert vision["bridge"] == "fan-in 4:2"
+    assert vision["stages"] == [[0, 3]]
+    assert summary["modules"]["language"]["stages"] == [[4, 7], [8, 11]]
     assert summary["modules"]["language"]["bridge"] is None
 
 
@@ -90,6 +93,7 @@ def test_a_loss_per_token_is_scaled_by_tokens(look):
 def test_the_batch_and_the_loss_may_stand_in_the_file(look):
     job = "global_batch_size = 512\nmicro_batch_size = 32\ncalculate_per_token_loss = true\n"
     assert look(job + FAN_IN) == look(FAN_IN, "--per-token-loss", *BATCH)
+    assert "32 samples in each of 16 microbatches; per-token loss" in look(job + FAN_IN)[1]
     assert (
         "8 samples in each of 64 microbatches" in look(job + FAN_IN, "--micro-batch-size", "8")[1]
     )
@@ -210,6 +214,7 @@ def test_ranks_left_over_and_what_would_use_them(look):
     "layout", [FAN_IN, "[vision]\nrank_offset = 0\n[language]\nrank_offset = 0\n"]
 )
 def test_every_way_that_is_offered_runs(look, layout):
+    offered = 0
     for world_size in range(1, 40):
         _, shown, _ = look(layout, "--world-size", str(world_size), "--json")
         for way in json.loads(shown).get("fits", []):
@@ -222,6 +227,17 @@ def test_every_way_that_is_offered_runs(look, layout):
                 for field, size in sizes.items()
             ]
             assert look("\n".join(changed), "--world-size", str(world_size))[0] == 0, way
+            sizes = {
+                name: tomllib.loads("\n".join(changed))[name] for name in ("vision", "language")
+            }
+            ranks = {
+                name: prod(size for field, size in each.items() if field != "rank_offset")
+                for name, each in sizes.items()
+            }
+            shared = "rank_offset" in layout
+            assert (max if shared else sum)(ranks.values()) == world_size, way
+            offered += 1
+    assert offered > 30, "a way for most worlds"
 
 
 MANY_FAULTS = """\

@@ -9,13 +9,16 @@ from xml.etree import ElementTree
 import pytest
 from attrs import NOTHING, fields_dict
 from cases import Case
+from layouts import parallel
 from ranks import world
 
 from megatron_mimo_coord import read_layout
 from megatron_mimo_coord.planning import layout_command
 from megatron_mimo_coord.planning import plan_command as command
+from megatron_mimo_coord.planning.estimates import forward_flops
 from megatron_mimo_coord.planning.model_file import read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.parameters import num_parameters
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MODEL = """\
@@ -185,6 +188,11 @@ def test_an_encoder_without_images(ask):
     model = MODEL.replace("patch_size = 588", "images_per_sample = 0\nfrozen = true")
     found = json.loads(ask(model, *ASKED, "--json")[1])["proposals"]
     assert len(found) == 10
+    busy = [stage["busy"] for each in found for stage in each["modules"]["vision"]["stages"]]
+    assert set(busy) == {0.0}
+    text = model[: model.index("[vision]")] + model[model.index("[language]") :]
+    alone = json.loads(ask(text, *ASKED, "--json")[1])["proposals"][0]["step_seconds"]
+    assert alone <= found[0]["step_seconds"] < 1.2 * alone  # messages without bytes take latency
 
 
 def test_the_best_per_gpu_come_first_if_asked(ask):
@@ -256,6 +264,39 @@ def test_what_stands_in_the_costs_counts_even_if_it_is_the_default(ask):
     assert seconds(frozen, less_efficient) == pytest.approx(12 * (0.5 + 1 + 2), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("gpus_per_node", "link", "seconds"),
+    [("1", "network", 3 + 12 * 1e9 / 2e9), ("2", "node", 5 + 12 * 1e9 / 4e9)],
+)
+def test_messages_take_what_the_options_say(ask, gpus_per_node, link, seconds):
+    options = ("--gpus", "2", "--gpus-per-node", gpus_per_node, "--costs", "costs.toml")
+    options += ("--node-latency", "5e6", "--node-bandwidth", "4", "--layout", "layout.toml")
+    options += ("--network-latency", "3e6", "--network-bandwidth", "2", "--json")
+    layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
+    costs = COSTS_BY_HAND[: COSTS_BY_HAND.index("[cluster]")]
+    costs = costs.replace("[vision]", "[vision]\noutput_bytes_per_sample = 1e9")
+    found = json.loads(ask(MODEL, *options, layout=layout, costs=costs)[1])["proposals"]
+    computing = 12 * (0.5 + 1.5 + 1 + 2)
+    assert found[0]["step_seconds"] == pytest.approx(computing + 2 * seconds), link
+
+
+def test_a_gpu_is_as_fast_as_the_options_say(ask):
+    layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
+
+    def seconds(*options: str) -> float:
+        asked = ("--layout", "layout.toml", "--json", *options)
+        return json.loads(ask(MODEL, *asked, layout=layout)[1])["proposals"][0]["step_seconds"]
+
+    free = ("--node-latency", "1e-9", "--node-bandwidth", "1e9", "--memory-bandwidth", "1e9")
+    one = seconds(*free, "--flops", "1")
+    sizes = read_model("model.toml")
+    total = sum(forward_flops(each, 512).total for each in sizes.values())
+    assert one == pytest.approx(12 * 3 * total / 1e12, rel=1e-6)
+    slow = ("--node-latency", "1e-9", "--node-bandwidth", "1e9", "--flops", "1e9")
+    number = max(num_parameters(each, parallel(), 512) for each in sizes.values())
+    assert seconds(*slow, "--memory-bandwidth", "1") == pytest.approx(28 * number / 1e9, rel=1e-3)
+
+
 def test_links_that_nobody_measured_are_as_assumed(ask):
     costs = COSTS + "[cluster]\nnetwork_bytes_per_second = 5e9\n"
     shown = ask(MODEL, *ASKED, "--costs", "costs.toml", costs=costs)[1]
@@ -308,8 +349,9 @@ def test_as_many_gpus_as_are_said_to_do_do(ask):
     code, _, complaints = ask(MODEL, *tight, "--reserve", "1MB")
     assert code == 2
     (line,) = [line for line in complaints.splitlines() if "would do" in line]
-    number = line.split()[1]
-    assert ask(MODEL, "--gpus", number, *tight[2:], "--reserve", "1MB")[0] == 0
+    number = int(line.split()[1])
+    assert ask(MODEL, "--gpus", str(number), *tight[2:], "--reserve", "1MB")[0] == 0
+    assert ask(MODEL, "--gpus", str(number - 4), *tight[2:], "--reserve", "1MB")[0] == 2
 
 
 def test_all_problems_are_listed_with_their_places(ask):
@@ -396,8 +438,9 @@ def test_a_layout_without_room_in_memory(ask):
 def test_a_last_node_may_be_rented_in_part(ask):
     options = ("--gpus", "6", "--gpus-per-node", "4", "--global-batch-size", "12", "--json")
     found = json.loads(ask(MODEL, *options, "--count", "100")[1])["proposals"]
-    assert {proposal["allocated_gpus"] for proposal in found} <= {4, 6}
-    assert any(proposal["gpus"] > 4 for proposal in found)
+    allocated = {proposal["gpus"]: proposal["allocated_gpus"] for proposal in found}
+    assert allocated == {gpus: 4 if gpus <= 4 else 6 for gpus in allocated}
+    assert {4, 6} <= set(allocated.values())
 
 
 def test_what_encoders_do_not_share_is_an_assumption(ask):
@@ -440,8 +483,16 @@ def test_names_and_defaults_are_megatrons():
         assert fields_dict(ModuleSizes)[name].default == theirs[name], name
 
 
-def test_the_example_is_a_model(capsys):
-    assert set(read_model(EXAMPLES / "vlm_7b.toml")) == {"vision", "language"}
+def test_the_example_is_llama_3_8b_and_clip_vit_l():
+    sizes = read_model(EXAMPLES / "vlm_7b.toml")
+    assert set(sizes) == {"vision", "language"}
+    language, vision = (
+        num_parameters(sizes[name], parallel(), 4096) for name in ("language", "vision")
+    )
+    assert language == 8_030_261_248  # as published
+    layers, projection = 24 * (12 * 1024**2 + 13 * 1024), 1024 * 4096 + 4096 + 4096**2 + 4096
+    embedding, norm = 588 * 1024 + 1024 + 576 * 1024, 2 * 1024
+    assert vision == layers + projection + embedding + norm
 
 
 def test_it_starts_without_torch(tmp_path):

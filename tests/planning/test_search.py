@@ -21,6 +21,7 @@ from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.planning import Cluster, ModuleCosts, simulate_step
 from megatron_mimo_coord.planning.choices import Room, Task
+from megatron_mimo_coord.planning.closest import closest
 from megatron_mimo_coord.planning.memory import layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.search import propose
@@ -131,13 +132,7 @@ def _keeps_tp_whole(layout):
 
 
 def _fits(task, layout, samples):
-    memory = layout_memory(
-        layout,
-        task.sizes,
-        micro_batch_size=samples,
-        num_microbatches=task.room.global_batch_size // samples,
-    )
-    return max(rank_totals(pack(layout), memory).values()) <= task.memory_bytes
+    return fullest(task, layout, samples) <= task.memory_bytes
 
 
 def seconds(task, layout, samples):
@@ -199,6 +194,30 @@ def test_each_language_layout_is_listed_with_its_best_encoders_once(task):
         assert listed[0][0] == pytest.approx(least[key], rel=0.05)
         for (one, kind), (other, its) in combinations(listed, 2):
             assert kind != its or other > one * 1.01, "a row for each that takes longer"
+
+
+def fullest(task, layout, samples):
+    memory = layout_memory(
+        layout,
+        task.sizes,
+        micro_batch_size=samples,
+        num_microbatches=task.room.global_batch_size // samples,
+    )
+    return max(rank_totals(pack(layout), memory).values())
+
+
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
+@given(tasks())
+def test_the_closest_has_the_least_memory_of_all_layouts(task):
+    everything = every_layout(evolve(task, memory_bytes=inf))
+    least = min(fullest(task, *each) for each in everything)
+    short = evolve(task, memory_bytes=least / 2)
+    assert not propose(short, 1)
+    found, reasons = closest(short)
+    held = fullest(task, found.modules, found.micro_batch_size)
+    assert least <= held <= 1.02 * least
+    assert found.headroom == pytest.approx(least / 2 - held)
+    assert reasons[0].startswith("closest is ")
 
 
 @pytest.mark.parametrize(
