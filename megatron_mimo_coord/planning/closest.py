@@ -1,6 +1,6 @@
 """Where no layout fits: which comes closest, what it lacks, and how many GPUs would do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import inf
 
 from attrs import evolve
@@ -9,7 +9,7 @@ from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.candidates import Candidates
 from megatron_mimo_coord.planning.choices import Task
 from megatron_mimo_coord.planning.memory import PARTS, StageMemory
-from megatron_mimo_coord.planning.search import Proposal, first
+from megatron_mimo_coord.planning.search import Fit, Proposal, cost, first
 
 MOST_GPUS = 2**16  # that are looked at for how many would do
 GB = 1e9
@@ -20,10 +20,11 @@ def closest(task: Task) -> tuple[Proposal | None, list[str]]:
 
     The layout is None if GPUs do not suffice for any. How many would do is said too.
     """
-    layout = _smallest(task)
-    if layout:
-        layout = evolve(layout, memory_bytes=task.memory_bytes)
-        reasons = [f"closest is {in_words(layout)}", *shortages(layout)]
+    layout = None
+    if found := _smallest(task):
+        modules, samples, _ = found
+        layout = cost(task, modules, samples)
+        reasons = [f"closest is {in_words(modules, samples)}", *shortages(layout)]
     else:
         reasons = [
             f"no combination of TP, PP and DP that divides the modules and the batch takes "
@@ -33,12 +34,12 @@ def closest(task: Task) -> tuple[Proposal | None, list[str]]:
     return layout, [*reasons, *_what_would_do(task)]
 
 
-def _smallest(task: Task) -> Proposal | None:
+def _smallest(task: Task) -> Fit | None:
     """The layout that fits into the least memory, to a percent."""
     best = first(evolve(task, memory_bytes=inf))
     least = task.memory_bytes
-    while best and max(best.rank_memory.values()) > 1.01 * least:
-        middle = (least * max(best.rank_memory.values())) ** 0.5
+    while best and best[2] > 1.01 * least:
+        middle = (least * best[2]) ** 0.5
         smaller = first(evolve(task, memory_bytes=middle))
         best, least = smaller or best, least if smaller else middle
     return best
@@ -46,17 +47,14 @@ def _smallest(task: Task) -> Proposal | None:
 
 def _what_would_do(task: Task) -> Iterator[str]:
     """The fewest nodes on which a layout fits, or why there are none."""
+    per_node = task.room.gpus_per_node
 
-    def on(nodes: int) -> Proposal | None:
-        return first(evolve(task, room=evolve(task.room, gpus=nodes * task.room.gpus_per_node)))
+    def on(nodes: int) -> Fit | None:
+        return first(evolve(task, room=evolve(task.room, gpus=nodes * per_node)))
 
-    too_large = list(_too_large(task))
-    if too_large:
-        yield from too_large
-        return
-    too_few = task.room.gpus // task.room.gpus_per_node
+    too_few = task.room.gpus // per_node
     enough, fit = max(1, too_few), None
-    while not fit and enough * task.room.gpus_per_node < MOST_GPUS:
+    while not fit and enough * per_node < MOST_GPUS:
         enough *= 2
         fit = on(enough)
     while fit and enough - too_few > 1:
@@ -66,7 +64,9 @@ def _what_would_do(task: Task) -> Iterator[str]:
         else:
             too_few = middle
     if fit:
-        yield f"{fit.allocated} GPUs would do: {in_words(fit)}"
+        yield f"{enough * per_node} GPUs would do: {in_words(*fit[:2])}"
+    else:
+        yield from _too_large(task)
 
 
 def _too_large(task: Task) -> Iterator[str]:
@@ -79,9 +79,9 @@ def _too_large(task: Task) -> Iterator[str]:
                 for choice in found
                 if (task.micro_batch_size or choice.replicas) % choice.replicas == 0
             ),
-            default=inf,
+            default=0.0,
         )
-        if task.memory_bytes < least < inf:
+        if least > task.memory_bytes:
             yield (
                 f"{name} fits on no number of GPUs: its fullest rank holds {least / GB:.1f} GB at "
                 f"least; recompute activations, use the distributed optimizer, or rent GPUs with "
@@ -123,10 +123,10 @@ def _parts(held: StageMemory) -> str:
     return ", ".join(f"{part} {getattr(held, part) / GB:.1f}" for part in PARTS)
 
 
-def in_words(layout: Proposal) -> str:
+def in_words(modules: Mapping[str, ModuleParallelism], micro_batch_size: int) -> str:
     """A layout and its microbatch, in a line."""
     sizes = ", ".join(
         f"{name} TP {module.shape[0]} x PP {module.shape[3]} x DP {module.shape[2]}"
-        for name, module in layout.modules.items()
+        for name, module in modules.items()
     )
-    return f"{sizes}, with a microbatch of {layout.micro_batch_size}"
+    return f"{sizes}, with a microbatch of {micro_batch_size}"

@@ -125,10 +125,19 @@ def cost(task: Task, modules: Mapping[str, ModuleParallelism], micro_batch_size:
         cluster=task.cluster,
         distributed_optimizer=task.distributed_optimizer,
     )
-    memory = layout_memory(
-        modules, task.sizes, micro_batch_size=micro_batch_size, num_microbatches=number
-    )
+    memory = _memory(task, modules, micro_batch_size)
     return Proposal(modules, micro_batch_size, task.room, timeline, memory, task.memory_bytes)
+
+
+def _memory(
+    task: Task, modules: Mapping[str, ModuleParallelism], micro_batch_size: int
+) -> dict[tuple[str, int], StageMemory]:
+    return layout_memory(
+        modules,
+        task.sizes,
+        micro_batch_size=micro_batch_size,
+        num_microbatches=task.num_microbatches(micro_batch_size),
+    )
 
 
 def propose(task: Task, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
@@ -162,10 +171,19 @@ def propose(task: Task, count: int = 10, *, per_gpu: bool = False) -> list[Propo
     return kept
 
 
-def first(task: Task) -> Proposal | None:
-    """Some layout that fits, if any does."""
-    proposals = (_proposal(task, candidate) for candidate in Candidates(task))
-    return next(filter(None, proposals), None)
+Fit = tuple[dict[str, ModuleParallelism], int, float]
+"""A layout, its microbatch, and the bytes on its fullest rank."""
+
+
+def first(task: Task) -> Fit | None:
+    """Some layout that fits, if any does; its step is not simulated."""
+    for candidate in Candidates(task):
+        if modules := _placed(task, candidate):
+            memory = _memory(task, modules, candidate.samples)
+            held = max(rank_totals(pack(modules), memory).values())
+            if held <= task.memory_bytes:
+                return modules, candidate.samples, held
+    return None
 
 
 def _unlike(found: Iterable[Proposal], count: int) -> list[Proposal]:
@@ -194,13 +212,15 @@ def _are_alike(one: Proposal, other: Proposal) -> bool:
 
 def _proposal(task: Task, candidate: Candidate) -> Proposal | None:
     """What a candidate costs; None if it cannot be placed or some rank lacks memory."""
+    modules = _placed(task, candidate)
+    proposal = modules and cost(task, modules, candidate.samples)
+    return proposal if proposal and proposal.headroom >= 0 else None
+
+
+def _placed(task: Task, candidate: Candidate) -> dict[str, ModuleParallelism] | None:
+    """The modules of a candidate, each with its first rank; None if TP groups would be torn."""
     chosen = {choice.name: choice.parallelism for choice in candidate.choices}
     modules = {name: chosen[name] for name in (*task.encoders, LANGUAGE)}
     if candidate.colocated:
-        placed = {name: evolve(module, rank_offset=0) for name, module in modules.items()}
-    elif (found := side_by_side(modules, task.room.gpus_per_node)) is not None:
-        placed = found
-    else:
-        return None
-    proposal = cost(task, placed, candidate.samples)
-    return proposal if proposal.headroom >= 0 else None
+        return {name: evolve(module, rank_offset=0) for name, module in modules.items()}
+    return side_by_side(modules, task.room.gpus_per_node)
