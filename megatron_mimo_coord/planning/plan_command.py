@@ -2,7 +2,8 @@
 
 Every layout whose sizes divide is ranked, on ranks of its own or colocated, with every microbatch;
 the steps of the best few hundred are simulated. Seconds are estimated from the model's sizes or
-read from a file of measured costs. Neither torch nor Megatron-Core is imported. Installed as mimo-plan.
+read from a file of measured costs. Neither torch nor Megatron-Core is imported. Installed as
+mimo-plan.
 """
 
 import argparse

@@ -134,6 +134,24 @@ def test_the_numbers_of_a_layout_are_those_by_hand(ask):
     assert [text for text in texts if text.endswith(" s")] == [f"{6 * tick} s" for tick in range(9)]
 
 
+def test_stages_that_hold_the_same_share_a_row_of_the_memory(ask):
+    layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
+    layout += "pipeline_model_parallel_size = 4\n"
+    big = MODEL.replace("hidden_size = 512", "hidden_size = 4096")
+    shown = ask(big, "--layout", "layout.toml", layout=layout)[1]
+    rows = [line.split() for line in shown.splitlines()]
+    labels = [row[1:3] for row in rows if row[:1] == ["language"] and len(row) == 10]
+    assert labels == [["0", "1"], ["1-2", "1"], ["3", "1"]]  # one microbatch is in flight
+    held = json.loads(ask(big, "--layout", "layout.toml", "--json", layout=layout)[1])
+    (stages,) = [each["modules"]["language"]["stages"] for each in held["proposals"]]
+    parts = ("weights", "gradients", "optimizer", "activations", "working", "messages", "total")
+    (middle,) = [row[3:] for row in rows if row[:2] == ["language", "1-2"]]
+    assert [float(cell) for cell in middle] == pytest.approx(
+        [stages[1][part] / 1e9 for part in parts], abs=0.006
+    )
+    assert stages[1]["weights"] == pytest.approx(2 * (12 * 4096**2 + 13 * 4096), rel=1e-3)
+
+
 def test_layouts_are_listed_as_json_lists_them(ask):
     code, shown, complaints = ask(MODEL, *ASKED)
     assert (code, complaints) == (0, "")
