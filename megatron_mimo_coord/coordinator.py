@@ -131,7 +131,7 @@ class MultiModuleCoordinator:
         self._pending_assignments = PendingAssignments.shared(job.model)
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
-        self._schedule = Schedule(model, self._changes)
+        self._schedule = Schedule(model, job.model, self._changes)
         self._gradients = Gradients.of(job, self._schedule, self._is_assigned, self._changes)
         self._modules, self._step = self._gradients.modules, self._gradients.step
         self._finalizer = self._gradients.finalizer

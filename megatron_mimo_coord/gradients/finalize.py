@@ -168,11 +168,8 @@ class GradientFinalizer:
         if attached.timers is None:
             yield
             return
-        before = config.timers, config.barrier_with_L1_time
-        config.timers = attached.timers
-        is_first = module is self._modules[0]
-        config.barrier_with_L1_time = attached.barrier_with_L1_time and is_first
-        try:
+        meets = attached.barrier_with_L1_time and module is self._modules[0]
+        with Changes() as changes:
+            changes.set(config, "timers", attached.timers)
+            changes.set(config, "barrier_with_L1_time", meets)
             yield
-        finally:
-            config.timers, config.barrier_with_L1_time = before

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +13,7 @@ _MARK = "_mimo_changes"
 
 
 class Changes:
-    """One record of changes, undone together and in reverse order.
+    """One record of changes, undone together and in reverse order, also at the end of a ``with``.
 
     Attributes:
         closed_by: who has undone them; empty as long as they last.
@@ -85,6 +85,12 @@ class Changes:
         if not self.closed_by:
             self.closed_by = by
             self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def check_open(self) -> None:
         """Refuse to go on where everything is undone.

@@ -37,7 +37,8 @@ class Schedule:
     """What the schedule calls.
 
     Args:
-        model: what it runs: the model, or a chain of ``.module`` that ends in it.
+        wrapped: what it runs: the model, or a chain of ``.module`` that ends in it.
+        model: the model.
         changes: where is recorded what is set.
 
     Attributes:
@@ -45,8 +46,8 @@ class Schedule:
         is_attached: whether hooks are set.
     """
 
-    def __init__(self, model: torch.nn.Module, changes: Changes) -> None:
-        self._read = list(_configs(model))
+    def __init__(self, wrapped: Any, model: torch.nn.Module, changes: Changes) -> None:
+        self._read = list(_configs(wrapped, model))
         self.config: ModelParallelConfig = self._read[-1]
         self.is_attached = False
         self._hooks: Hooks = {}
@@ -98,15 +99,12 @@ class Schedule:
         return any(hook not in (None, ours) for hook in hooks)
 
 
-def _configs(model: Any) -> Iterator[ModelParallelConfig]:
+def _configs(wrapped: Any, model: Any) -> Iterator[ModelParallelConfig]:
     """Those of a model and of what is around it, the model's last."""
-    inner = model
-    while isinstance(getattr(inner, "module", None), torch.nn.Module):
-        inner = inner.module
-    while model is not inner:
-        yield getattr(model, "config", inner.config)
-        model = model.module
-    yield inner.config
+    while wrapped is not model:
+        yield getattr(wrapped, "config", model.config)
+        wrapped = wrapped.module
+    yield model.config
 
 
 def _name(function: Any) -> str:

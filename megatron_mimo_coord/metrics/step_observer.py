@@ -69,8 +69,9 @@ class StepObserver:
             _around(optimizer, update, partial(self._once, OPTIMIZER, name), changes)
         profiler_ranges.observers.append(self._range)
         changes.on_close(partial(profiler_ranges.observers.remove, self._range))
-        watch = self._model.register_forward_pre_hook(self._remember_shape, with_kwargs=True)
-        changes.on_close(watch.remove)
+        changes.on_close(
+            self._model.register_forward_pre_hook(self._remember_shape, with_kwargs=True).remove
+        )
         if len(self._place.modules) > 1 or not self._communicators:
             for name, module in self._ddps.items():
                 # MimoModel calls some modules by their forward, past PyTorch's own hooks.
