@@ -3,6 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_mimo_coord.gradients import profiler_ranges
 from megatron_mimo_coord.planning import ModuleCosts
 
 STEPS, MICROBATCHES = 2, 3
+SECONDS = 0.01  # that each forward of an encoder sleeps
 
 
 def _record(case: Case, folder: str) -> dict[str, Any]:
@@ -22,6 +24,8 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
     optimizer = optimizer_of(case, coordinator)
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
+    for encoder in model.modality_submodules.values():
+        encoder.module.register_forward_pre_hook(lambda *_: sleep(SECONDS))
     owners = [optimizer, communicator]
     before = [dict(vars(owner)).keys() for owner in owners]
     path = Path(folder, "timeline.json")
@@ -37,6 +41,7 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
         run_schedule(case, model, coordinator, communicator, _data(case, step), forward_only=True)
     assert before == [vars(owner).keys() for owner in owners], "nothing is left behind"
     assert not profiler_ranges.observers
+    weights = coordinator.num_trainable_parameters()
     model.destroy()
     infra.destroy()
     if recording.summary is None:
@@ -45,6 +50,7 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
         "text": str(recording.summary),
         "modules": dict(recording.summary.modules),
         "samples": recording.summary.samples_per_second * recording.summary.seconds,
+        "weights": weights,
         "gpus": (recording.summary.used_gpus, recording.summary.allocated_gpus),
     }
 
@@ -76,7 +82,9 @@ def test_every_rank_is_recorded(layout, tmp_path):
         ):
             here = [e for e in spans if e["cat"] == kind and e["pid"] == pid]
             assert len(here) == STEPS * times * len(ranks), (module, kind)
-            assert all(event["dur"] > 0 for event in here)
+            least = SECONDS * 1e6 if kind == "forward" and module != "language" else 0
+            durations = [event["dur"] for event in here]
+            assert least < min(durations) and max(durations) < 30e6, "microseconds"
     for rank in {event["tid"] for event in spans}:
         on_rank = [e for e in spans if e["tid"] == rank and e["cat"] != "finalize"]
         on_rank.sort(key=lambda event: event["ts"])
@@ -94,8 +102,12 @@ def test_every_rank_is_recorded(layout, tmp_path):
     tables = tomllib.loads((tmp_path / "costs.toml").read_text())
     costs = {name: ModuleCosts(**table) for name, table in tables.items()}
     assert set(costs) == set(layout)
-    assert all(each.forward_seconds_per_sample > 0 for each in costs.values())
-    assert all(each.gradient_bytes > 0 for each in costs.values())
+    for name, each in costs.items():
+        # Each of a module's ranks sleeps once a microbatch, and costs are those of one rank.
+        replicas = layout[name].data_parallel_size if name != "language" else 0
+        assert replicas * SECONDS < each.forward_seconds_per_sample * case.micro_batch_size < 30
+        weights = first["weights"][name]
+        assert 4 * weights <= each.gradient_bytes < 8 * weights, "fp32, padded for its shards"
     if layout != COLOCATED:
         hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
         assert costs["vision"].output_bytes_per_sample == PATCHES * hidden * itemsize
