@@ -21,39 +21,51 @@ def train_and_evaluate(case: Case) -> dict[str, Any]:
     with training(case) as one:
         [*one.model.modules()][-1].eval()
         modes = [part.training for part in one.model.modules()]
-        losses, evaluated = [], []
+        losses, evaluated, inside = [], [], []
         for step in range(STEPS):
             evaluated.append(one.evaluate(step))
             losses += one.steps(step)
             with suppress(ZeroDivisionError), one.coordinator.evaluation():
                 assert not any(part.training for part in one.model.modules())
                 assert not torch.is_grad_enabled()
+                inside.append(one.fingerprint())
                 raise ZeroDivisionError
         assert [part.training for part in one.model.modules()] == modes
         assert torch.is_grad_enabled()
-    return {"undisturbed": undisturbed, "losses": losses, "evaluated": evaluated}
+    return {"undisturbed": undisturbed, "losses": losses, "evaluated": evaluated, "inside": inside}
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "replicas"),
     [
-        Case(
-            modules={"vision": parallel(dp=2), "language": parallel(dp=2)},
-            ddp={**MANY_BUCKETS, **SHARDED, "overlap_param_gather": True},
-            images=VARYING,
-            per_token=PER_TOKEN,
+        (
+            Case(
+                modules={"vision": parallel(dp=2), "language": parallel(dp=2)},
+                ddp={**MANY_BUCKETS, **SHARDED, "overlap_param_gather": True},
+                images=VARYING,
+                per_token=PER_TOKEN,
+            ),
+            [(0, 1), (2, 3)],
         ),
-        Case(
-            modules={
-                "vision": parallel(dp=2, tp=2, rank_offset=0),
-                "language": parallel(dp=2, tp=2, rank_offset=0),
-            },
+        (
+            Case(
+                modules={
+                    "vision": parallel(dp=2, tp=2, rank_offset=0),
+                    "language": parallel(dp=2, tp=2, rank_offset=0),
+                },
+            ),
+            [(0, 2), (1, 3)],
         ),
     ],
     ids=["gathered late", "colocated"],
 )
-def test_an_evaluation_leaves_no_trace(case):
-    for found in world(4).run(train_and_evaluate, case):
+def test_an_evaluation_leaves_no_trace(case, replicas):
+    ranks = world(4).run(train_and_evaluate, case)
+    for one, other in replicas:
+        # Each updated a part of the weights, and inside both have all of them.
+        assert ranks[one]["inside"] == ranks[other]["inside"]
+        assert len(set(map(tuple, ranks[one]["inside"]))) == STEPS
+    for found in ranks:
         assert found["losses"] == found["undisturbed"]
         # Before a step is taken, its data has the same loss in an evaluation.
         assert found["evaluated"] == [loss for loss, _ in found["losses"]]
