@@ -55,35 +55,36 @@ def lay_out(
     if not is_distributed:
         total = sum(parameter.numel for parameter in parameters)
         return Buffer(total, [total] * replicas)
-    end, shards = 0, [0] * replicas
+    numel, shards = 0, [0] * replicas
     align = lcm(replicas, END, BUSBW_END if pad_for_busbw else 1)
-    for bucket in _buckets(parameters, bucket_size):
-        start = end
-        places = []
-        for parameter in bucket:
-            first = _up(end, START)
-            end = first + parameter.numel
-            places.append((first - start, end - start))
-        end = _up(end, align)
-        _share(places, (end - start) // replicas, shards)
-    return Buffer(end, shards)
+    for places in _buckets(parameters, bucket_size):
+        length = -(-places[-1][1] // align) * align
+        _share(places, length // replicas, shards)
+        numel += length
+    return Buffer(numel, shards)
 
 
-def _buckets(parameters: Sequence[Parameter], bucket_size: int | None) -> Iterator[list[Parameter]]:
-    """The parameters of each bucket: last registered first; a shared embedding has its own."""
-    bucket: list[Parameter] = []
-    length = 0
+def _buckets(
+    parameters: Sequence[Parameter], bucket_size: int | None
+) -> Iterator[list[tuple[int, int]]]:
+    """Where the parameters of each bucket begin and end in it.
+
+    Those registered last come first; a shared embedding has a bucket of its own.
+    """
+    places: list[tuple[int, int]] = []
+    end = 0
     for parameter in reversed(parameters):
-        if parameter.is_shared and bucket:
-            yield bucket
-            bucket, length = [], 0
-        bucket.append(parameter)
-        length = _up(length, START) + parameter.numel
-        if parameter.is_shared or (bucket_size is not None and length >= bucket_size):
-            yield bucket
-            bucket, length = [], 0
-    if bucket:
-        yield bucket
+        if parameter.is_shared and places:
+            yield places
+            places, end = [], 0
+        first = -(-end // START) * START
+        end = first + parameter.numel
+        places.append((first, end))
+        if parameter.is_shared or (bucket_size is not None and end >= bucket_size):
+            yield places
+            places, end = [], 0
+    if places:
+        yield places
 
 
 def _share(places: Sequence[tuple[int, int]], part: int, shards: list[int]) -> None:
@@ -94,8 +95,3 @@ def _share(places: Sequence[tuple[int, int]], part: int, shards: list[int]) -> N
             last = min(end, (rank + 1) * part)
             shards[rank] += last - first
             first = last
-
-
-def _up(number: int, multiple: int) -> int:
-    """Round up to a multiple."""
-    return -(-number // multiple) * multiple

@@ -39,6 +39,7 @@ def pipeline_seconds(
         samples * encoder.slowest + own_hop + max(ahead, back),
     )
     step = once + before + (microbatches - 1) * each
+    # The language model reduces while the encoder still runs backward, two thirds of its work.
     after = 2 / 3 * before if encoder.has_backward else 0.0
     end = max(encoder.reduction, language.reduction - after)
     return step + end + max(encoder.optimizer, language.optimizer)
@@ -47,9 +48,12 @@ def pipeline_seconds(
 def turn_seconds(choice: Choice, language: Choice, samples: int, microbatches: int) -> float:
     """What one of the modules on the same ranks adds to a step."""
     seconds = microbatches * samples * choice.whole + choice.reduction + choice.optimizer
-    if choice is not language:
-        ways = 2 if choice.has_backward else 1
-        seconds += ways * microbatches * exchange_seconds(choice, language, samples)
+    parts = max(choice.replicas, language.replicas)
+    peers = parts // min(choice.replicas, language.replicas)
+    if peers > 1:  # they exchange tokens
+        message = choice.costs.output_bytes_per_sample * samples / parts
+        exchange = (peers - 1) * choice.cluster.message_seconds((0, choice.gpus - 1), message)
+        seconds += (2 if choice.has_backward else 1) * microbatches * exchange
     return seconds
 
 
@@ -65,11 +69,3 @@ def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[flo
 
     forward = seconds(encoder, language)
     return forward, seconds(language, encoder) if encoder.has_backward else 0.0
-
-
-def exchange_seconds(encoder: Choice, language: Choice, samples: int) -> float:
-    """What colocated modules with different DP pass on, forward or backward."""
-    parts = max(encoder.replicas, language.replicas)
-    peers = parts // min(encoder.replicas, language.replicas)
-    message = encoder.costs.output_bytes_per_sample * samples / parts
-    return (peers - 1) * encoder.cluster.message_seconds((0, encoder.gpus - 1), message)

@@ -180,7 +180,7 @@ def _mixture(sizes: ModuleSizes, shards: _Shards) -> Iterator[Parameter]:
     tp, expert_tp, ep = shards.tp, shards.expert_tp, shards.ep
     yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias=sizes.add_bias_linear)
     reduced_apart = ep > 1 or expert_tp != tp
-    for _ in range(sizes.num_moe_experts // ep):
-        yield from _mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, reduced_apart)
+    expert = tuple(_mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, reduced_apart))
+    yield from expert * (sizes.num_moe_experts // ep)
     if sizes.moe_shared_expert_intermediate_size:
         yield from _mlp(sizes, sizes.moe_shared_expert_intermediate_size // tp, bias=False)

@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 from attrs import evolve
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from layouts import parallel
 
@@ -20,7 +20,8 @@ from megatron_mimo_coord.layout import (
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.planning import Cluster, ModuleCosts, simulate_step
-from megatron_mimo_coord.planning.choices import Room, Task
+from megatron_mimo_coord.planning.candidates import Candidates
+from megatron_mimo_coord.planning.choices import Choice, Room, Task
 from megatron_mimo_coord.planning.closest import closest
 from megatron_mimo_coord.planning.memory import layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
@@ -194,6 +195,40 @@ def test_each_language_layout_is_listed_with_its_best_encoders_once(task):
         assert listed[0][0] == pytest.approx(least[key], rel=0.05)
         for (one, kind), (other, its) in combinations(listed, 2):
             assert kind != its or other > one * 1.01, "a row for each that takes longer"
+
+
+@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+@given(tasks())
+def test_the_formula_ranks_by_about_what_is_simulated(task):
+    """Without messages, a backward pass twice as long as a forward pass; frozen modules too."""
+    assume(len(task.sizes) < 3)  # with several encoders, a first stage also waits for each in turn
+    assume(not all(task.costs(name, parallel()).frozen for name in task.sizes))
+
+    def twice(name, module):
+        known = task.costs(name, module)
+        return evolve(known, backward_seconds_per_sample=2 * known.forward_seconds_per_sample)
+
+    free = evolve(task, cluster=Cluster(), costs=twice)
+    for candidate in Candidates(free):
+        modules = {choice.name: choice.parallelism for choice in candidate.choices}
+        offset = {"rank_offset": 0} if candidate.colocated else {}
+        layout = {name: evolve(module, **offset) for name, module in modules.items()}
+        took = seconds(free, layout, candidate.samples)
+        assert candidate.seconds == pytest.approx(took, rel=0.3), layout
+
+
+def test_frozen_stages_that_receive_are_ranked_with_their_backward():
+    known = ModuleCosts(forward_seconds_per_sample=1, backward_seconds_per_sample=2, frozen=True)
+    task = Task(
+        sizes={"vision": VISION, LANGUAGE: WORDS},
+        room=Room(4, 4, 4),
+        memory_bytes=1e9,
+        costs=lambda name, _: known,
+        cluster=Cluster(),
+    )
+    # Half of a forward pass a stage, and half of a backward pass where something asks for it.
+    for name, work in (("vision", [0.5, 1.0]), (LANGUAGE, [1.0, 1.0])):
+        assert Choice.of(task, name, parallel(pp=2)).work == work
 
 
 def fullest(task, layout, samples):
