@@ -123,12 +123,15 @@ class MultiModuleCoordinator:
         self._changes.take(job.model, *job.ddps.values())
         self._grids = job.grids
         self._device = world_device()
-        self._token_counts = TokenCounts.shared(
+        self._pending_assignments = PendingAssignments()
+        self._pending_assignments.watch(job.model, self._changes)
+        self._token_counts = TokenCounts(
             job.model,
             fan_in_ratios(job.grids, job.infra.topology),
             encoder_places(job.grids, job.rank),
+            self._pending_assignments,
+            self._changes,
         )
-        self._pending_assignments = PendingAssignments.shared(job.model)
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         self._schedule = Schedule(model, job.model, self._changes)
@@ -152,7 +155,8 @@ class MultiModuleCoordinator:
         by itself, and so does ``with MultiModuleCoordinator(infra, model) as coordinator`` at its
         end. Not collective; a second time does nothing.
 
-        Afterwards the coordinator's methods raise a RuntimeError. Optimizers are Megatron's own
+        Afterwards the coordinator's methods raise a RuntimeError, and so does the first backward
+        with a communicator that it built. Optimizers are Megatron's own
         again, whichever coordinator built them; a checkpoint that is being written in the
         background is finished, and its ``wait`` returns; a timeline that is being recorded is not
         written, and a warning says so.
@@ -318,9 +322,14 @@ class MultiModuleCoordinator:
         check_sequence_lengths(config)
         self._token_counts.allow_varying()
         communicator = build_communicator(
-            self._job.infra, self._grids, self._job.model, config, self._pending_assignments
+            self._job.infra,
+            self._grids,
+            self._job.model,
+            config,
+            self._pending_assignments,
+            self._changes,
         )
-        communicator.after_backward = self._step.count_backward
+        communicator.after_backward = self._after_backward
         self._communicators.append(communicator)
         return communicator
 
@@ -739,6 +748,11 @@ class MultiModuleCoordinator:
                 called since the last one.
         """
         self._finalizer.finalize(num_tokens, bool(force_all_reduce))
+
+    def _after_backward(self) -> None:
+        """A communicator of ours has seen a backward pass, on every rank alike."""
+        self._changes.check_open()
+        self._step.count_backward()
 
     def _is_assigned(self, module_name: str) -> bool:
         return self._pending_assignments.next(module_name) is not None

@@ -272,6 +272,8 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
             if case.second_coordinator and step == 0:
                 coordinator = MultiModuleCoordinator(infra, wrapped)
                 coordinator.attach(model.config, optimizer)
+                if not case.megatron_communicator:
+                    communicator = coordinator.build_pipeline_communicator(model.config)
     finally:
         model.destroy()
         infra.destroy()

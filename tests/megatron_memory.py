@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_layer_local_spec,
 )
-from megatron.core.models.mimo.optimizer import _get_pg_collection_for_optimizer
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
@@ -36,13 +35,12 @@ def allocated(
     for name, groups in infra.pg_collections.items():
         if groups is None:
             continue
-        grid = infra.module_to_grid_map[name]
-        found[name] = _allocated(sizes[name], groups, sizes[LANGUAGE].hidden_size, grid)
+        found[name] = _allocated(sizes[name], groups, sizes[LANGUAGE].hidden_size)
     infra.destroy()
     return found
 
 
-def _allocated(sizes: ModuleSizes, groups: Any, width: int, grid: Any) -> tuple[int, int, int]:
+def _allocated(sizes: ModuleSizes, groups: Any, width: int) -> tuple[int, int, int]:
     module = build_module(sizes, groups, width)
     if sizes.frozen:
         module.requires_grad_(False)
@@ -59,7 +57,7 @@ def _allocated(sizes: ModuleSizes, groups: Any, width: int, grid: Any) -> tuple[
     optimizer = get_megatron_optimizer(
         OptimizerConfig(**settings),
         [ddp],
-        pg_collection=_get_pg_collection_for_optimizer(grid),
+        pg_collection=groups,
         use_gloo_process_groups=False,
     )
     ddp.zero_grad_buffer()

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mimo_coord.bridges.sample_check import SampleCheck
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.megatron.changes import Changes
 
 # More microbatches than a step has: a trainer may deal out all of a step's at its beginning.
 MAX_PENDING = 4096
@@ -27,13 +28,9 @@ class PendingAssignments:
         self._not_taken: ImageAssignment | None = None
         self.passes = 0
 
-    @classmethod
-    def shared(cls, model: torch.nn.Module) -> "PendingAssignments":
-        """The ones of this model, whichever coordinator or communicator asks."""
-        if not hasattr(model, "_mimo_pending_assignments"):
-            pending = model._mimo_pending_assignments = cls()  # type: ignore[assignment]
-            model.register_forward_pre_hook(lambda *_: pending.begin_forward())
-        return model._mimo_pending_assignments  # type: ignore[return-value]
+    def watch(self, model: torch.nn.Module, changes: Changes) -> None:
+        """Look at each microbatch that a model runs."""
+        changes.on_close(model.register_forward_pre_hook(lambda *_: self.begin_forward()).remove)
 
     def open(self, encoders: Iterable[str]) -> None:
         """From now on a bridge takes these encoders' assignments out."""

@@ -18,6 +18,7 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.statements import HostStatements, Statement, Statements
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import inherit_timeout
 
@@ -25,20 +26,24 @@ if TYPE_CHECKING:
     from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 
 
-def allow_varying_token_counts(model: MimoModel) -> None:
+def allow_varying_token_counts(
+    model: MimoModel, assignments: PendingAssignments, changes: Changes
+) -> None:
     """Make a model's colocated bridges exchange as many tokens as there are. Collective, once."""
-    if not hasattr(model, "_mimo_colocated_exchange"):
-        model._mimo_colocated_exchange = _Exchange(model)
+    if "_apply_colocated_comms" not in vars(model):
+        _Exchange(model, assignments, changes)
 
 
 class _Exchange:
     """Stands in for ``MimoModel._apply_colocated_comms``."""
 
-    def __init__(self, model: MimoModel) -> None:
+    def __init__(self, model: MimoModel, assignments: PendingAssignments, changes: Changes) -> None:
         self._model = model
         self._input_ids: torch.Tensor | None = None
-        model.register_forward_pre_hook(self._remember_text, with_kwargs=True)
-        model._apply_colocated_comms = self._between_modules
+        changes.on_close(
+            model.register_forward_pre_hook(self._remember_text, with_kwargs=True).remove
+        )
+        changes.set(model, "_apply_colocated_comms", self._between_modules)
         grid = model.mimo_config.module_to_grid_map[LANGUAGE]  # which is that of all ranks
         groups = ExtraGroups.shared(grid)
         inherit_timeout(*(bridge.gather_pg for bridge in model.colocated_comms.values()))
@@ -49,7 +54,7 @@ class _Exchange:
         hosts = _own([groups.hosts(ModuleGrid.of(LANGUAGE, grid).ranks)])
         self._everyone = HostStatements(hosts, list(self._bridges))
         groups.before_destroy(self._everyone.finish)
-        self._pending = PendingAssignments.shared(model)
+        self._pending = assignments
         self._pending.open(self._bridges)
         self._pass, self._microbatch = 0, -1
 

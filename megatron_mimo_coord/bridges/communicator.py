@@ -20,6 +20,7 @@ from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
 from megatron_mimo_coord.infra import Infra, default_output_ndim
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, is_colocated, stages_behind
+from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
 
 # Language models exchange [sequence, batch, hidden].
@@ -204,6 +205,7 @@ def build_communicator(
     model: MimoModel,
     config: ModelParallelConfig,
     assignments: PendingAssignments,
+    changes: Changes,
 ) -> PipelineCommunicator:
     """The communicator of a layout, disjoint or colocated. Collective.
 
@@ -213,6 +215,7 @@ def build_communicator(
         model: whose colocated bridges carry varying numbers of tokens from now on.
         config: the language model's config.
         assignments: the model's.
+        changes: where is recorded what is changed in the model.
 
     Raises:
         ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
@@ -225,7 +228,7 @@ def build_communicator(
             "to the dtype of the activations, such as torch.bfloat16"
         )
     if colocated:
-        allow_varying_token_counts(model)
+        allow_varying_token_counts(model, assignments, changes)
     return PipelineCommunicator(
         infra.module_to_grid_map,
         {name: [] if colocated else infra.topology.get(name, []) for name in grids},

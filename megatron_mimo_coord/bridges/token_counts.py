@@ -13,6 +13,7 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
+from megatron_mimo_coord.megatron.changes import Changes
 
 
 def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[str, float]:
@@ -56,13 +57,20 @@ class TokenCounts:
         model: the model; its forward is watched.
         ratios: for each encoder, its ranks for one of the language model's.
         places: (DP, DP rank) of each encoder on this rank.
+        assignments: which say what an assigned image has.
+        changes: where is recorded what is changed in the model.
 
     Attributes:
         micro_batch_size: samples in a microbatch over all ranks; None if it is not known.
     """
 
     def __init__(
-        self, model: MimoModel, ratios: Mapping[str, float], places: Mapping[str, tuple[int, int]]
+        self,
+        model: MimoModel,
+        ratios: Mapping[str, float],
+        places: Mapping[str, tuple[int, int]],
+        assignments: PendingAssignments,
+        changes: Changes,
     ) -> None:
         self._model = model
         self._places = places
@@ -70,24 +78,16 @@ class TokenCounts:
         self._fan_in = {name: int(ratio) for name, ratio in ratios.items() if ratio > 1}
         self._fan_out = {name for name, ratio in ratios.items() if ratio < 1}
         self._may_vary = False
-        self._assignments = PendingAssignments.shared(model)
-        self._watch = model.register_forward_pre_hook(self._refuse_uneven_ranks, with_kwargs=True)
-        model._attach_modality_split_sizes = self._attach_split_sizes
-        model._has_encoder_tokens = self._has_encoder_tokens
-
-    @classmethod
-    def shared(
-        cls, model: MimoModel, ratios: Mapping[str, float], places: Mapping[str, tuple[int, int]]
-    ) -> "TokenCounts":
-        """The one of this model, whoever asked for it first."""
-        if not hasattr(model, "_mimo_token_counts"):
-            model._mimo_token_counts = cls(model, ratios, places)
-        return model._mimo_token_counts
+        self._assignments = assignments
+        changes.on_close(
+            model.register_forward_pre_hook(self._refuse_uneven_ranks, with_kwargs=True).remove
+        )
+        changes.set(model, "_attach_modality_split_sizes", self._attach_split_sizes)
+        changes.set(model, "_has_encoder_tokens", self._has_encoder_tokens)
 
     def allow_varying(self) -> None:
         """A communicator that carries them is built."""
         self._may_vary = True
-        self._watch.remove()
 
     def _attach_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
@@ -146,6 +146,8 @@ class TokenCounts:
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """On a language model rank: each encoder rank must have sent the same number of tokens."""
+        if self._may_vary:
+            return
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         role = self._model.role
         if input_ids is None or not model.training or not role.is_first_stage(LANGUAGE):

@@ -11,14 +11,6 @@ from ranks import world
 
 GATHERED = {**SHARDED, **MANY_BUCKETS, "overlap_param_gather": True, "align_param_gather": True}
 
-# What bridges put into a model, all its coordinators share.
-OF_THE_BRIDGES = {
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_apply_colocated_comms",
-    "_mimo_colocated_exchange",
-}
-
 
 def _parts(model: Any, config: Any, optimizer: Any) -> Iterator[tuple[str, Any]]:
     """Everything of others that a coordinator may change, by a path."""
@@ -99,11 +91,7 @@ def _what_a_coordinator_leaves(case: Case, how: str) -> tuple[int, list[Any], st
     model.destroy()
     infra.destroy()
     changed = [key for key in before | during if before.get(key) != during.get(key)]
-    left = [
-        key
-        for key in before | after
-        if before.get(key) != after.get(key) and key[1] not in OF_THE_BRIDGES
-    ]
+    left = [key for key in before | after if before.get(key) != after.get(key)]
     return len(changed), left, type(model).__name__, said
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cases import Case
 from layouts import FAN_IN, MANY_BUCKETS, PER_TOKEN, SHARDED, parallel
+from megatron.core import __version__ as megatron_version
 from ranks import world
 from trainings import GatedCase, SizedCase
 
@@ -457,7 +458,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(tmp_p
         settings={"optimizer": "sgd", "sgd_momentum": 0.9},
     )
     change(path, **{"megatron-core": "0.18.2"})
-    refused("was written with megatron-core 0.18.2, and this is 0.19")
+    series = ".".join(megatron_version.split(".")[:2])
+    refused(f"was written with megatron-core 0.18.2, and this is {series}")
     (path / "checkpoint.json").write_text(manifest)
     damaged = next(path.glob("__2_*"))
     data = bytearray(damaged.read_bytes())
