@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
 from types import MappingProxyType
@@ -118,8 +118,15 @@ class MultiModuleCoordinator:
 
     @told_of_missing_names()
     def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
-        self._job = job = Job.agree(infra, model)
+        self._job = Job.agree(infra, model)
         self._changes = Changes()
+        with ExitStack() as on_error:
+            on_error.callback(self._changes.close)
+            self._take_charge(model)
+            on_error.pop_all()
+
+    def _take_charge(self, model: torch.nn.Module) -> None:
+        job = self._job
         self._changes.take(job.model, *job.ddps.values())
         self._grids = job.grids
         self._device = world_device()

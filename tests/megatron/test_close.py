@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from cases import Case, _data, optimizer_of, run_schedule
+from cases import Case, _data, _replaced, optimizer_of, run_schedule
 from layouts import COLOCATED, FAN_IN, MANY_BUCKETS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
@@ -121,6 +121,30 @@ def test_nothing_is_left(case, how):
         by = "close()" if how == "close" else f"a later coordinator of the same {name}"
         assert len(said) == 6
         assert all(text.startswith(f"this coordinator was closed by {by}") for text in said)
+
+
+def _left_by_a_failure(case: Case) -> list[Any]:
+    """Attributes that differ after a coordinator that could not be built."""
+    import weights
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator, coordinator
+
+    infra = MegatronMIMOInfra.build(case.modules)
+    model = weights.build_model(case.shape(), infra)
+    before = _attributes(model, model.config, None)
+    with _replaced(coordinator, "schedule_pg_collection", None), pytest.raises(TypeError):
+        MultiModuleCoordinator(infra, model)
+    after = _attributes(model, model.config, None)
+    model.destroy()
+    infra.destroy()
+    return [key for key in before | after if before.get(key) != after.get(key)]
+
+
+def test_a_coordinator_that_cannot_be_built_leaves_nothing():
+    assert (
+        world(3).run("test_close:_left_by_a_failure", Case(modules=FAN_IN, ddp=GATHERED))
+        == [[]] * 3
+    )
 
 
 def _trained(case: Case, with_coordinator: bool) -> list[float]:
