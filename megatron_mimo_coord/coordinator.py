@@ -398,6 +398,9 @@ class MultiModuleCoordinator:
         their tokens to the ranks that read their samples. A microbatch without a call is dealt out
         in consecutive slices. Plain arithmetic, no communication.
 
+        What an :meth:`evaluation` runs is assigned inside it: a loader that calls this ahead of the
+        forward is made there.
+
         Args:
             module_name: the encoder.
             tokens: for every sample of the microbatch, all ranks' samples in order, the number of
@@ -564,7 +567,7 @@ class MultiModuleCoordinator:
         The whole model evaluates and nothing has a gradient; there is nothing to finalize. The
         weights are those of the last ``optimizer.step()``, with ``overlap_param_gather`` too.
         Afterwards every part of the model is in the mode that it was in, and images that were
-        assigned for the next step are still.
+        assigned before, for the next step, are still: none of them is used inside.
 
         Example:
             >>> with coordinator.evaluation():
@@ -574,7 +577,10 @@ class MultiModuleCoordinator:
             True
         """
         self._finalizer.gather_params_now()
-        with self._pending_assignments.set_aside(), evaluation_mode(self._job.model):
+        with (
+            self._pending_assignments.set_aside(),
+            evaluation_mode(self._job.model),
+        ):
             yield
 
     @_while_open

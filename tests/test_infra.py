@@ -78,6 +78,30 @@ def test_build_makes_every_group_and_destroy_gives_all_back():
     assert "embd" not in ranks[0]["groups"]["vision"]
 
 
+def _draw() -> tuple[float, float]:
+    """What this rank draws where all ranks of a stage draw alike, and where its TP ranks do not."""
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_mimo_coord import MegatronMIMOInfra
+
+    infra = MegatronMIMOInfra.build(LAYOUT)
+    infra.initialize_megatron(seed=7)
+    alike = float(torch.rand(()))
+    with get_cuda_rng_tracker().fork():
+        shard = float(torch.rand(()))
+    infra.destroy()
+    return alike, shard
+
+
+def test_replicas_draw_alike_and_shards_and_stages_do_not():
+    alike, shards = zip(*world(6).run("test_infra:_draw"), strict=True)
+    assert alike[0] == alike[1] and shards[0] == shards[1], "vision has two replicas"
+    assert alike[2] == alike[3] and alike[4] == alike[5], "the stages of the language model"
+    assert alike[2] != alike[4]
+    assert len({*shards[2:]}) == 4, "two stages of two shards"
+
+
 def _count_groups_of_a_refused_layout(layout: dict) -> int:
     import torch.distributed as dist
 

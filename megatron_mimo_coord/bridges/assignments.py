@@ -26,6 +26,7 @@ class PendingAssignments:
         self._queues: dict[str, deque[ImageAssignment]] = {}
         self._checks: dict[str, SampleCheck] = {}
         self._not_taken: ImageAssignment | None = None
+        self._set_aside: dict[str, int] = {}
         self.passes = 0
 
     def watch(self, model: torch.nn.Module, changes: Changes) -> None:
@@ -93,15 +94,27 @@ class PendingAssignments:
         waiting = {name: list(queue) for name, queue in self._queues.items()}
         for queue in self._queues.values():
             queue.clear()
+        self._set_aside = {name: len(queue) for name, queue in waiting.items() if queue}
         before = {name: check.set_aside() for name, check in self._checks.items()}
         try:
             yield
         finally:
+            self._set_aside = {}
             for name, given in before.items():
                 self._checks[name].put_back(given)
             for name, queue in self._queues.items():
                 queue.clear()
                 queue.extend(waiting.get(name, ()))
+
+    def remark(self, encoder: str) -> str:
+        """What may be behind a wrong number of tokens: calls that were made for another pass."""
+        if encoder not in self._set_aside:
+            return ""
+        return (
+            f"; {self._set_aside[encoder]} microbatches of {encoder} were assigned before "
+            f"evaluation(), and wait for the training step behind it: call assign_images for what "
+            f"an evaluation runs inside it, or make its loader there"
+        )
 
     def take(self, encoder: str) -> ImageAssignment | None:
         """That of the microbatch which runs now; None if its images stay with their slices."""

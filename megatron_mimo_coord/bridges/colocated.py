@@ -80,7 +80,8 @@ class _Exchange:
         for name, bridge in self._bridges.items():
             tokens, assignment = embeddings.get(name), assignments[name]
             if assignment is not None:
-                self._everyone.compare(assignment, bridge.owners, everyone[name])
+                remark = self._pending.remark(name)
+                self._everyone.compare(assignment, bridge.owners, everyone[name], remark)
             said = slice_peers[name] if assignment is None else everyone[name]
             if all(statement.tokens <= 0 for statement in said):
                 continue  # nobody whose tokens could come here has any

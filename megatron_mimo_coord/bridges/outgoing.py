@@ -116,7 +116,7 @@ class Outgoing(Link):
             raise RuntimeError(
                 f"rank {self.rank} has {rows} tokens of {self.name} for {number} ranks of the "
                 f"language model, but does not know how many belong to which sample: pass "
-                f"input_ids of the encoder's samples to the model's forward"
+                f"input_ids of the encoder's samples to the model's forward{self._remark()}"
             )
         return in_turn(self._turn, [rows // number] * number)
 
@@ -128,8 +128,12 @@ class Outgoing(Link):
                 f"the encoder {self.name} returned {rows} tokens on rank {self.rank}, but the "
                 f"images that assign_images gave it have {expected}: feed it the images of "
                 f"assignment.local in their order, and say how many tokens it makes of each"
+                f"{self._remark()}"
             )
         return [each for each in deliveries if each.rows or each.target in self._turn]
+
+    def _remark(self) -> str:
+        return "" if self.assignments is None else self.assignments.remark(self.name)
 
     def _header(
         self, output: torch.Tensor, delivery: Delivery, assignment: ImageAssignment | None

@@ -110,7 +110,13 @@ class HostStatements:
                 )
         return statements
 
-    def compare(self, assignment: ImageAssignment, owners: Sequence[int], said: Statements) -> None:
+    def compare(
+        self,
+        assignment: ImageAssignment,
+        owners: Sequence[int],
+        said: Statements,
+        remark: str = "",
+    ) -> None:
         """Whether all ranks assigned the same, and fed their encoder what was assigned.
 
         Collective if they did not.
@@ -119,6 +125,7 @@ class HostStatements:
             assignment: this rank's.
             owners: data-parallel rank of the encoder on each rank of the group.
             said: of each rank of the group, about this encoder.
+            remark: what else to say where an encoder made another number of tokens.
 
         Raises:
             RuntimeError: they did not; names two ranks and the first sample that differs.
@@ -138,7 +145,8 @@ class HostStatements:
                     f"microbatch {self._microbatch}: the {assignment.module} encoder {returned} on "
                     f"rank {rank}, but assign_images gave that rank images of {expected[owner]} "
                     f"tokens; feed it the images of assignment.local in that order, and pass "
-                    f"assign_images the number of tokens that the encoder makes of each image"
+                    f"assign_images the number of tokens that the encoder makes of each "
+                    f"image{remark}"
                 )
 
     def _refuse_other_assignment(self, assignment: ImageAssignment, place: int) -> None:

@@ -5,7 +5,8 @@ encoder has more data-parallel ranks than the language model (fan-in): its recei
 gradient evenly on the way back, and ``MimoModel`` refuses to attach split sizes to an output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ class TokenCounts:
         )
         changes.set(model, "_attach_modality_split_sizes", self._attach_split_sizes)
         changes.set(model, "_has_encoder_tokens", self._has_encoder_tokens)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, microbatches may have another size."""
+        before = self.micro_batch_size
+        try:
+            yield
+        finally:
+            self.micro_batch_size = before
 
     def allow_varying(self) -> None:
         """A communicator that carries them is built."""

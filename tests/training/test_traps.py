@@ -197,6 +197,15 @@ def _wrong_reports(case: Case, mistake: str) -> str:
         return output, loss
 
     trainer.step()
+    if mistake == "whole, asked once":  # for the slices, before an evaluation of another size
+        size = case.micro_batch_size
+        asked = {
+            n: coordinator.data_parallel_slice(size, n) for n in trainer.infra.participating_modules
+        }
+        with coordinator.evaluation():
+            for name in asked:
+                coordinator.data_parallel_slice(2 * size, name)
+        coordinator.data_parallel_slice = lambda _, name: asked[name]
     if mistake == "no inputs":
         said = REPORTS[mistake]  # a rank without images is the only one to see it
         if is_encoder:
@@ -219,6 +228,7 @@ MASKED = {"all masked": 0, "all masked, not finite": nan}
 TEXTS = {
     "whole input_ids": lambda whole, mine: whole,
     "whole, sliced by hand": lambda whole, mine: whole,
+    "whole, asked once": lambda whole, mine: whole,
     "flattened input_ids": lambda whole, mine: mine.flatten()[None],
 }
 
@@ -312,8 +322,9 @@ FAN_OUT_OF_TWO = Case(
             "whole input_ids",
         ),
         (FAN_OUT_OF_TWO, "whole input_ids"),
+        (FAN_OUT_OF_TWO, "whole, asked once"),
     ],
-    ids=["fan-in", "sliced by hand", "equal", "fan-out"],
+    ids=["fan-in", "sliced by hand", "equal", "fan-out", "asked once"],
 )
 def test_the_whole_text_where_a_rank_has_no_image_or_several_receivers(case, mistake):
     for said in world(case.world_size).run("test_traps:_wrong_reports", case, mistake):

@@ -38,6 +38,7 @@ class Training:
     coordinator: Any
     optimizer: Any
     run: Any
+    run_on: Any
 
     def steps(self, *numbers: int) -> list[tuple[float, float]]:
         """Loss and gradient norm of some steps, each on the data of its number."""
@@ -67,12 +68,14 @@ def training(case: cases.Case, **settings: Any) -> Iterator[Training]:
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
 
-    def run(step: int, **options: Any) -> Any:
-        data = cases._data(case, step)
+    def run_on(data: Iterator[Any], **options: Any) -> Any:
         return cases.run_schedule(case, model, coordinator, communicator, data, **options)
 
+    def run(step: int, **options: Any) -> Any:
+        return run_on(cases._data(case, step), **options)
+
     try:
-        yield Training(model, coordinator, optimizer, run)
+        yield Training(model, coordinator, optimizer, run, run_on)
     finally:
         model.destroy()
         infra.destroy()
