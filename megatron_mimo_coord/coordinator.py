@@ -579,6 +579,7 @@ class MultiModuleCoordinator:
         self._finalizer.gather_params_now()
         with (
             self._pending_assignments.set_aside(),
+            self._token_counts.set_aside(),
             evaluation_mode(self._job.model),
         ):
             yield
