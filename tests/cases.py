@@ -7,7 +7,7 @@ this package, of DDP or of schedules. Weights and data are drawn by name and by 
 the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, cycle
@@ -64,7 +64,11 @@ class Case:
         per_token: ``calculate_per_token_loss`` of each module.
         unmasked: share of text tokens that count.
         ddp: settings of every module's DDP.
-        frozen: parameters whose name in the whole model starts with one of these are frozen.
+        frozen: parameters whose name in the whole model starts with one of these are frozen,
+        trainable: but for those that have one of these in their name.
+        lengths: text tokens of each sample that may count, in turn; the rest is padding. All of
+            them if left out; none for an empty sample.
+        nan_step: the step whose first image holds a NaN; none if -1.
         force_all_reduce: passed to the schedule.
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
         zeroed_by_ddp: zero gradients through the DDPs, and never through optimizer or coordinator.
@@ -89,6 +93,9 @@ class Case:
     unmasked: float = 0.7
     ddp: Mapping[str, Any] = field(factory=dict)
     frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    nan_step: int = -1
     force_all_reduce: bool = False
     wrap: str = ""
     zeroed_by_ddp: bool = False
@@ -111,6 +118,27 @@ class Case:
     @property
     def world_size(self) -> int:
         return ranks_taken(pack(self.modules).values())
+
+    def is_frozen(self, whole_name: str) -> bool:
+        """Whether a parameter of the whole model is."""
+        kept = any(part in whole_name for part in self.trainable)
+        return bool(self.frozen) and whole_name.startswith(self.frozen) and not kept
+
+    def build_model(self, infra: MegatronMIMOInfra) -> MimoModel:
+        """The model on this rank, each module in its DDP."""
+        prepare = partial(_prepare, self, infra.pg_collections)
+        return weights.build_model(self.shape(), infra, prepare=prepare)
+
+    def build_whole_model(self) -> MimoModel:
+        """All of it on this rank, for the oracle."""
+        groups = dict.fromkeys(self.modules, alone())
+        model = vlm.build_bare_model(self.shape(), groups)
+        weights.draw(model, groups)
+        return model
+
+    def encoder_inputs(self, images: torch.Tensor) -> dict[str, Any] | None:
+        """What an encoder is given."""
+        return {"images": images} if len(images) else None
 
     def counts(self, name: str, step: int, microbatch: int) -> list[int]:
         """Images of each sample of a microbatch."""
@@ -197,10 +225,16 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
             tokens[sample, place : place + number] = VOCABULARY - 1 - index
             place += number
         mask[sample, :place] = False
+        if case.lengths:
+            end = place + case.lengths[sample % len(case.lengths)]
+            tokens[sample, end:], mask[sample, end:] = 0, False
     images = {
         name: torch.randn((sum(counts[name]), PATCHES, PATCH_DIM), generator=generator)
         for name in case.encoders
     }
+    if step == case.nan_step and microbatch == 0:
+        for drawn in images.values():
+            drawn[:1, :1, :1] = torch.nan
     images = {name: drawn.cuda() for name, drawn in images.items()}
     return Microbatch(microbatch, tokens.cuda(), mask.float().cuda(), images, counts)
 
@@ -219,18 +253,27 @@ WrappedTorchNorm.__new__ = lambda cls, *args, **kwargs: _norm(*args, **kwargs)
 # -- as a trainer does it --------------------------------------------------------------------------
 
 
-def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
+def _nothing(*_: Any) -> None:
+    """Called at a point of a training where nobody wants to look."""
+
+
+def train(
+    case: Case,
+    built: Callable[[Any, MimoModel], None] = _nothing,
+    updated: Callable[[Any, MimoModel], None] = _nothing,
+) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     """Run the case through the coordinator; yields after each step's finalize, before the update.
+
+    Args:
+        case: the job.
+        built: called with the infra and the model before the first step.
+        updated: called with them after each update, when the weights are gathered.
 
     Yields:
         (infra, model, reduced losses).
     """
     infra = MegatronMIMOInfra.build(case.modules)
-    wrapped = model = weights.build_model(
-        case.shape(),
-        infra,
-        prepare=partial(_prepare, case, infra.pg_collections),
-    )
+    wrapped = model = case.build_model(infra)
     if case.wrap == "model":
         model.pg_collection = infra.pg_collections[infra.participating_modules[0]]
         wrapped = Float16Module(model.config, model)
@@ -249,6 +292,7 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
         )
     else:
         communicator = coordinator.build_pipeline_communicator(model.config)
+    built(infra, model)
     try:
         for step in range(case.steps):
             if case.evaluate:
@@ -269,6 +313,9 @@ def train(case: Case) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
             yield infra, model, coordinator.reduce_losses(losses)
             if optimizer is not None:
                 optimizer.step()
+                if updated is not _nothing:
+                    with coordinator.evaluation():  # which gathers the weights
+                        updated(infra, model)
             if case.second_coordinator and step == 0:
                 coordinator = MultiModuleCoordinator(infra, wrapped)
                 coordinator.attach(model.config, optimizer)
@@ -321,11 +368,7 @@ def run_schedule(
 def built(case: Case) -> Any:
     """(infra, model, coordinator) of a case on this rank."""
     infra = MegatronMIMOInfra.build(case.modules)
-    model = weights.build_model(
-        case.shape(),
-        infra,
-        prepare=partial(_prepare, case, infra.pg_collections),
-    )
+    model = case.build_model(infra)
     return infra, model, MultiModuleCoordinator(infra, model)
 
 
@@ -337,8 +380,7 @@ def _prepare(case: Case, groups: vlm.Groups, model: MimoModel) -> None:
     """Freeze what the case freezes; put ``Float16Module`` where it belongs."""
     for name, module in vlm.submodules(model).items():
         for whole_name, parameter, _ in weights.named_shards(name, module, groups[name]):
-            if whole_name.startswith(case.frozen or ("nothing",)):
-                parameter.requires_grad = False
+            parameter.requires_grad = not case.is_frozen(whole_name)
         if case.wrap:
             module.bfloat16()
         if case.wrap == "submodules":
@@ -364,7 +406,7 @@ def _forward_step(
     inputs = {}
     for name in filter(here.__contains__, case.encoders):
         images = _images(case, coordinator, microbatch, name, assignments.get(name))
-        inputs[name] = {"images": images} if len(images) else None
+        inputs[name] = case.encoder_inputs(images)
     tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
     output, mask = model(
         input_ids=tokens,
@@ -462,15 +504,13 @@ class Oracle:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        groups = dict.fromkeys(case.modules, alone())
         model_parallel_cuda_manual_seed(weights.SEED, tp_rank=0, ep_rank=0, etp_rank=0)
-        self.model = vlm.build_bare_model(case.shape(), groups)
-        weights.draw(self.model, groups)
+        self.model = case.build_whole_model()
         self.parameters = {}
         for name, module in vlm.submodules(self.model).items():
             for whole_name, parameter, _ in weights.named_shards(name, module, alone()):
                 self.parameters[whole_name] = parameter
-                parameter.requires_grad = not whole_name.startswith(case.frozen or ("nothing",))
+                parameter.requires_grad = not case.is_frozen(whole_name)
         if case.wrap:
             self.model.bfloat16()
         self.optimizer = torch.optim.Adam(self.parameters.values(), **ADAM)
@@ -490,8 +530,7 @@ class Oracle:
                 position_ids=torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
                 labels=tokens.roll(-1, 1),
                 modality_inputs={
-                    name: {"images": images} if len(images) else None
-                    for name, images in microbatch.images.items()
+                    name: case.encoder_inputs(images) for name, images in microbatch.images.items()
                 },
             )
             losses = losses.float() * microbatch.mask
@@ -507,9 +546,16 @@ class Oracle:
         loss.backward()
         return float(total.detach() / number.clamp(min=1))
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all gradients are."""
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+
     def update(self) -> None:
-        """One step of plain Adam."""
-        self.optimizer.step()
+        """One step of plain Adam, unless a gradient is not finite."""
+        if self.is_finite:
+            self.optimizer.step()
 
 
 # -- one against the other -------------------------------------------------------------------------
@@ -530,15 +576,32 @@ def check(case: Case, tolerance: float = TOLERANCE) -> int:
     for step, (infra, model, metrics) in enumerate(train(case)):
         with not_rehearsed():
             expected = oracle.backward(step)
-        if not case.wrap:
-            assert abs(metrics["loss"] - expected) <= 1e-5 * max(1, expected), (
-                f"step {step}: reported {metrics}, expected {expected}"
-            )
-        for name, module in vlm.submodules(model).items():
-            compared += _compare(name, module, infra.pg_collections[name], oracle, step, tolerance)
+        compared += compare_step(infra, model, metrics, expected, oracle, step, tolerance)
         with not_rehearsed():
             oracle.update()
     return compared
+
+
+def compare_step(
+    infra: Any,
+    model: MimoModel,
+    metrics: dict[str, float],
+    expected: float,
+    oracle: Oracle,
+    step: int,
+    tolerance: float = TOLERANCE,
+) -> int:
+    """The reported loss and every gradient; returns how many parameters were compared."""
+    if not oracle.is_finite:
+        return 0
+    if not oracle.case.wrap:
+        assert abs(metrics["loss"] - expected) <= 1e-5 * max(1, expected), (
+            f"step {step}: reported {metrics}, expected {expected}"
+        )
+    return sum(
+        _compare(name, module, infra.pg_collections[name], oracle, step, tolerance)
+        for name, module in vlm.submodules(model).items()
+    )
 
 
 def _compare(

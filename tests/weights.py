@@ -61,7 +61,7 @@ def named_shards(
             for index, layer in enumerate(block.layers):
                 renamed[f"{prefix}.layers.{index}."] = f"{prefix}.layers.{layer.layer_number - 1}."
     for name, parameter in module.named_parameters():
-        tp = groups.tp
+        tp, name_here = groups.tp, name
         for local, everywhere in renamed.items():
             if name.startswith(local):
                 name = everywhere + name.removeprefix(local)
@@ -70,7 +70,8 @@ def named_shards(
             tp = groups.expt_tp
             before, after = name.split(".local_experts.")
             expert, rest = after.split(".", 1)
-            local_experts = module.config.num_moe_experts // groups.ep.size()
+            mixture = name_here.split(".local_experts.")[0]
+            local_experts = len(module.get_submodule(f"{mixture}.local_experts"))
             name = f"{before}.experts.{groups.ep.rank() * local_experts + int(expert)}.{rest}"
         if name == "output_layer.weight" and module.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"

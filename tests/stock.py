@@ -1,0 +1,266 @@
+"""A model out of stock Megatron parts, with Megatron's own initialisation, and its oracle.
+
+``StockCase`` makes it as the README does. Each module has a ``TransformerConfig`` of its own. The
+oracle knows the weights that the ranks really have: they are gathered before the first step, when
+replicas must hold the same values and shards different ones. Then whole steps are compared, the
+update included.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import cases
+import torch
+import torch.distributed as dist
+import vlm
+import weights
+from attrs import field, frozen
+from cases import PATCH_DIM, VOCABULARY, Case, Oracle, alone, not_rehearsed
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_mimo_coord import MegatronMIMOInfra
+
+HIDDEN, ENCODER_HIDDEN = 16, 8
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+_OF_A_LAYOUT = ("sequence_parallel", *RECOMPUTE)
+
+
+@frozen(kw_only=True)
+class StockCase(Case):
+    """A training job of the stock model.
+
+    Args:
+        configs: settings of each module's ``TransformerConfig``.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]] = field(factory=dict)
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a sample; tensor-parallel ranks share them."""
+        return -(-Case.sequence.fget(self) // 4) * 4
+
+    def build_model(self, infra: MegatronMIMOInfra) -> MimoModel:
+        """As the README does."""
+        infra.initialize_megatron(weights.SEED)
+        places = {name: infra.stage_arguments(name) for name in self.modules}
+        model = self._bare(places, infra.module_to_grid_map)
+        for name, module in vlm.submodules(model).items():
+            self._freeze(name, module, infra.pg_collections[name])
+        infra.wrap_in_ddp(model, DistributedDataParallelConfig(**self.ddp))
+        return model
+
+    def build_whole_model(self) -> MimoModel:
+        """All of it on this rank."""
+        place = {"pre_process": True, "post_process": True, "pg_collection": alone()}
+        return self._bare(dict.fromkeys(self.modules, place), None)
+
+    def encoder_inputs(self, images: torch.Tensor) -> dict[str, Any] | None:
+        """What ``VisionModalitySubmodules`` is given."""
+        return {"encoder": {"images": images}} if len(images) else None
+
+    def _freeze(
+        self, name: str, module: torch.nn.Module, groups: ProcessGroupCollection | None
+    ) -> None:
+        for whole_name, parameter, _ in weights.named_shards(name, module, groups):
+            parameter.requires_grad = not self.is_frozen(whole_name)
+
+    def _bare(self, places: Mapping[str, dict[str, Any]], grids: Any) -> MimoModel:
+        groups = {name: place["pg_collection"] for name, place in places.items()}
+        language_pg = groups[vlm.LANGUAGE]
+        config = self._config(vlm.LANGUAGE, language_pg, HIDDEN)
+        language = ModuleSpec(
+            GPTModel,
+            {
+                "config": config,
+                "transformer_layer_spec": _layer(config),
+                "vocab_size": VOCABULARY,
+                "max_sequence_length": self.sequence,
+                "share_embeddings_and_output_weights": self.tied_embeddings,
+                "scatter_embedding_sequence_parallel": False,
+                **places[vlm.LANGUAGE],
+            },
+        )
+        return MimoModel(
+            MimoModelConfig(
+                language_model_spec=language,
+                modality_submodules_spec={
+                    name: self._encoder(name, groups[name]) for name in self.encoders
+                },
+                special_token_ids={
+                    name: VOCABULARY - 1 - index for index, name in enumerate(self.encoders)
+                },
+                module_to_grid_map=grids,
+            ),
+            tp_group=language_pg and language_pg.tp,
+            cp_group=language_pg and language_pg.cp,
+        ).cuda()
+
+    def _encoder(self, name: str, groups: ProcessGroupCollection | None) -> ModuleSpec:
+        projection = ModuleSpec(
+            MultimodalProjector,
+            {
+                "config": self._config(name, groups, HIDDEN, is_projection=True),
+                "submodules": MLPSubmodules(ColumnParallelLinear, RowParallelLinear),
+                "projector_type": "mlp",
+                "input_size": ENCODER_HIDDEN,
+                "tp_group": groups and groups.tp,
+            },
+        )
+        config = self._config(name, groups, ENCODER_HIDDEN)
+        encoder = ModuleSpec(Encoder, {"config": config, "pg_collection": groups})
+        return ModuleSpec(
+            VisionModalitySubmodules,
+            {"pg_collection": groups},
+            {"encoders": {"encoder": encoder}, "input_projections": [projection]},
+        )
+
+    def _config(
+        self,
+        name: str,
+        groups: ProcessGroupCollection | None,
+        hidden: int,
+        is_projection: bool = False,
+    ) -> TransformerConfig:
+        """A module's own, on these groups."""
+        settings = dict(self.configs.get(name, {}))
+        if is_projection:
+            settings = {}
+        if groups is None or groups is alone():
+            for setting in _OF_A_LAYOUT:
+                settings.pop(setting, None)
+        config = TransformerConfig(
+            num_layers=self.layers,
+            hidden_size=hidden,
+            num_attention_heads=2,
+            tensor_model_parallel_size=groups.tp.size() if groups else 1,
+            pipeline_model_parallel_size=groups.pp.size() if groups else 1,
+            expert_model_parallel_size=groups.ep.size() if groups else 1,
+            expert_tensor_parallel_size=groups.expt_tp.size() if groups else 1,
+            calculate_per_token_loss=self.per_token.get(name, False),
+            pipeline_dtype=torch.float32,
+            moe_token_dispatcher_type="alltoall",
+            **{"hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.2}
+            | {"moe_router_load_balancing_type": "none"}
+            | settings,
+        )
+        config.variable_seq_lengths = True
+        return config
+
+
+def mixture(**more: Any) -> dict[str, Any]:
+    """Settings of a module whose layers are mixtures of experts."""
+    return {"num_moe_experts": 4, "add_bias_linear": False, **more}
+
+
+def _layer(config: TransformerConfig) -> ModuleSpec:
+    return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+
+
+class Encoder(MegatronModule):
+    """Megatron's transformer block over the patches of images."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.embed = torch.nn.Linear(PATCH_DIM, config.hidden_size)
+        self.block = TransformerBlock(
+            config=config, spec=_layer(config), pg_collection=pg_collection
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``images``: [image, patch, number]; returns [image, patch, hidden]."""
+        hidden_PNH = self.embed(images).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            hidden_PNH = scatter_to_sequence_parallel_region(hidden_PNH, group=self.tp_group)
+        hidden_PNH = self.block(hidden_PNH, attention_mask=None)
+        if self.config.sequence_parallel:
+            hidden_PNH = gather_from_sequence_parallel_region(
+                hidden_PNH, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return hidden_PNH.transpose(0, 1).contiguous()
+
+
+# -- what the ranks hold ---------------------------------------------------------------------------
+
+
+def gather(infra: MegatronMIMOInfra, model: MimoModel) -> dict[str, torch.Tensor]:
+    """The whole weights, of what all ranks hold. Collective.
+
+    Raises:
+        AssertionError: replicas hold different values, or shards the same.
+    """
+    here = {}
+    for name, module in vlm.submodules(model).items():
+        while hasattr(module, "module"):
+            module = module.module
+        for whole_name, parameter, shard in weights.named_shards(
+            name, module, infra.pg_collections[name]
+        ):
+            here[whole_name] = shard, parameter.detach().clone()
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    whole = {}
+    for name in sorted({name for each in everywhere for name in each}):
+        held = [(rank, *each[name]) for rank, each in enumerate(everywhere) if name in each]
+        parts: dict[int, torch.Tensor] = {}
+        for rank, shard, values in held:
+            first = parts.setdefault(shard.index, values)
+            assert torch.equal(first, values), f"{name}: rank {rank} holds another replica"
+        shard = held[0][1]
+        assert len(parts) == shard.count, f"{name}: {len(parts)} of {shard.count} shards"
+        if shard.count > 1 and len(parts[0].unique()) > 1:
+            for index in range(1, shard.count):
+                assert not torch.equal(parts[0], parts[index]), f"{name}: shards are the same"
+        whole[name] = torch.cat([parts[i] for i in range(shard.count)], shard.dim)
+    return whole
+
+
+def check(case: StockCase) -> int:
+    """Train on this rank and alone; returns how many parameters were compared.
+
+    Raises:
+        AssertionError: a gradient, the reported loss, or a weight after an update differs.
+    """
+    oracle = Oracle(case)
+    step = -1
+
+    def load(infra: Any, model: MimoModel) -> None:
+        whole = gather(infra, model)
+        assert whole.keys() == oracle.parameters.keys()
+        with torch.no_grad():
+            for name, parameter in oracle.parameters.items():
+                parameter.copy_(whole[name])
+
+    def compare_weights(infra: Any, model: MimoModel) -> None:
+        for name, weight in gather(infra, model).items():
+            want = oracle.parameters[name].detach()
+            error = (weight - want).norm()
+            assert error <= 1e-5 * want.norm() + 1e-6, f"step {step}, {name}: off by {error:.3g}"
+
+    compared = 0
+    for step, (infra, model, metrics) in enumerate(cases.train(case, load, compare_weights)):
+        with not_rehearsed():
+            expected = oracle.backward(step)
+            compared += cases.compare_step(infra, model, metrics, expected, oracle, step)
+            oracle.update()
+    return compared
