@@ -366,8 +366,13 @@ def _create_groups(
         groups |= _create_embedding_groups(grid, timeout)
     if not grid.is_current_rank_in_grid():
         return None
+    dp_cp, expt_dp = groups["dp_cp"], groups["expt_dp"]
     return ProcessGroupCollection(
-        **groups, intra_dp_cp=groups["dp_cp"], intra_expt_dp=groups["expt_dp"]
+        **groups,
+        intra_dp_cp=dp_cp,
+        intra_expt_dp=expt_dp,
+        dp_cp_gtp_remat=dp_cp,  # the same ranks where weights are not rematerialised by GTP
+        expt_dp_gtp_remat=expt_dp,
     )
 
 

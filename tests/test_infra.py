@@ -72,6 +72,7 @@ def test_build_makes_every_group_and_destroy_gives_all_back():
     assert last["ep"] == [4, 5]
     assert last["expt_tp"] == last["expt_dp"] == [5]
     assert last["embd"] == [3, 5]
+    assert last["dp_cp_gtp_remat"] == last["dp_cp"] and last["expt_dp_gtp_remat"] == last["expt_dp"]
     assert "pos_embd" not in last
     assert ranks[2]["groups"]["language"]["pos_embd"] == [2]
     assert last["tp"] in ranks[0]["enumerated"]["tp"]
@@ -100,6 +101,38 @@ def test_replicas_draw_alike_and_shards_and_stages_do_not():
     assert alike[2] == alike[3] and alike[4] == alike[5], "the stages of the language model"
     assert alike[2] != alike[4]
     assert len({*shards[2:]}) == 4, "two stages of two shards"
+
+
+def _mixture_metrics() -> dict[str, float]:
+    """What Megatron reports of a mixture's auxiliary loss, of which each rank has recorded some."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism
+
+    layout = {
+        "vision": ModuleParallelism(data_parallel_size=2),
+        "language": ModuleParallelism(data_parallel_size=2, pipeline_model_parallel_size=2),
+    }
+    infra = MegatronMIMOInfra.build(layout)
+    (name,) = infra.participating_modules
+    groups = infra.pg_collections[name]
+    tracker, total = get_moe_metrics_tracker(), {}
+    loss = torch.tensor(float(2 ** dist.get_rank()), device="cuda")
+    layers = groups.pp.size()
+    tracker.record("load_balancing_loss", loss, groups.pp.rank() + 1, layers, needs_dp_avg=True)
+    tracker.report(1.0, 0, num_layers=layers, total_loss_dict=total, pg_collection=groups)
+    infra.destroy()
+    return {key: float(value) for key, value in total.items()}
+
+
+def test_megatrons_mixture_metrics_take_the_groups():
+    """Layers of all stages, averaged over the replicas, by Megatron's own tracker."""
+    ranks = world(6).run("test_infra:_mixture_metrics")
+    assert ranks[:2] == [{"load_balancing_loss": (1 + 2) / 2}] * 2
+    stages = (4 + 8) / 2 + (16 + 32) / 2
+    assert ranks[2:] == [{"load_balancing_loss": stages / 2}] * 4, "the mean of two layers"
 
 
 def _count_groups_of_a_refused_layout(layout: dict) -> int:
