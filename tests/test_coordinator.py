@@ -258,6 +258,8 @@ def _refused(case: Case, fault: str) -> None:
     if fault == "layer-wise":
         for ddp in vlm.submodules(model).values():
             ddp.ddp_config.overlap_param_gather = True
+    if fault == "multi-token prediction" and rank == 2:
+        model.language_model.config.mtp_num_layers = 1
     if fault == "version" and rank == 0:
         from megatron_mimo_coord.checks import job
 
@@ -284,6 +286,7 @@ def _refused(case: Case, fault: str) -> None:
         ("layer-wise", "set use_distributed_optimizer=True, or overlap_param_gather=False"),
         ("language flag", "calculate_per_token_loss of the language model: rank 2 has True, "),
         ("ddp", "vision: overlap_grad_reduce: rank 0 has True, rank 1 has False"),
+        ("multi-token prediction", "config has mtp_num_layers=1"),
         ("version", "megatron-core version: rank 0 has 0.0, ranks 1, 2 have"),
     ],
 )
