@@ -50,6 +50,7 @@ def _build() -> dict:
         "topology": infra.topology,
         "ndim": infra.module_output_ndim,
     }
+    dist.barrier()  # a rank that destroys what another still connects would break that
     infra.destroy()
     answer["left over"] = len(dist.distributed_c10d._world.pg_map) - len(before)
     return answer
@@ -82,6 +83,7 @@ def test_build_makes_every_group_and_destroy_gives_all_back():
 def _draw() -> tuple[float, float]:
     """What this rank draws where all ranks of a stage draw alike, and where its TP ranks do not."""
     import torch
+    import torch.distributed as dist
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from megatron_mimo_coord import MegatronMIMOInfra
@@ -91,6 +93,7 @@ def _draw() -> tuple[float, float]:
     alike = float(torch.rand(()))
     with get_cuda_rng_tracker().fork():
         shard = float(torch.rand(()))
+    dist.barrier()
     infra.destroy()
     return alike, shard
 
