@@ -47,7 +47,12 @@ from megatron_mimo_coord.layout.image_assignment import (
 )
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.names import told_of_missing_names
-from megatron_mimo_coord.megatron.schedule import Hooks, Schedule, check_sequence_lengths
+from megatron_mimo_coord.megatron.schedule import (
+    Hooks,
+    Schedule,
+    check_sequence_lengths,
+    hand_over_no_views,
+)
 from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.metrics.span_recorder import Place
 from megatron_mimo_coord.metrics.step_observer import StepObserver
@@ -141,6 +146,7 @@ class MultiModuleCoordinator:
         )
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
+        hand_over_no_views(job.model, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._gradients = Gradients.of(job, self._schedule, self._is_assigned, self._changes)
         self._modules, self._step = self._gradients.modules, self._gradients.step

@@ -3,7 +3,8 @@
 Leans on the schedule calling ``no_sync_func``, ``finalize_model_grads_func``, ``grad_scale_func``,
 ``grad_sync_func`` and ``param_sync_func`` of the config of the outermost model, and on it launching
 reductions during the last backward only where ``grad_sync_func`` is None. Without the first two no
-step is finalized.
+step is finalized. It frees an output once it is sent, with ``deallocate_pipeline_outputs``, and
+refuses one that is a view; ``make_viewless_tensor`` is what Megatron's own layers end with.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.utils import make_viewless_tensor
 
 from megatron_mimo_coord.megatron.changes import Changes
 
@@ -31,6 +33,35 @@ def check_sequence_lengths(config: ModelParallelConfig) -> None:
             'set it to True (a mixture-of-experts model then needs moe_token_dispatcher_type="'
             'alltoall")'
         )
+
+
+def hand_over_no_views(model: torch.nn.Module, changes: Changes) -> None:
+    """Have a model's outputs be no views, which the schedule could not free. Nothing is copied.
+
+    Args:
+        model: the ``MimoModel``, which returns outputs and loss mask, or outputs alone.
+        changes: where is recorded that its outputs are watched.
+    """
+
+    def without_views(_: torch.nn.Module, __: Any, returned: Any) -> Any:
+        if isinstance(returned, tuple):
+            output, *loss_mask = returned
+            return _without_views(output), *loss_mask
+        return _without_views(returned)
+
+    changes.on_close(model.register_forward_hook(without_views).remove)
+
+
+def _without_views(output: Any) -> Any:
+    if isinstance(output, dict):
+        return {name: _without_views(tensor) for name, tensor in output.items()}
+    if not isinstance(output, torch.Tensor):
+        return output
+    graph = torch.is_grad_enabled()
+    viewless = make_viewless_tensor(output, output.requires_grad, keep_graph=graph)
+    if viewless is not output:
+        vars(viewless).update(vars(output))  # such as how many tokens each sample has
+    return viewless
 
 
 class Schedule:
