@@ -24,6 +24,7 @@ BELOW = {
     "metrics": {"layout", "planning", "world", "megatron", "infra"}
     | SIBLINGS,  # a measured step is a planned one
     "coordinator": {"layout", "world", "megatron", "infra"} | SIBLINGS,
+    "megatron_bridge": {"megatron", "coordinator"},
     "cpu": {"layout", "world", "megatron", "infra"},
 }
 

@@ -1,6 +1,7 @@
 """What Megatron-Core calls and a CPU lacks: "cuda" means the CPU, "nccl" means gloo."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
@@ -95,6 +96,7 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
     from torch.distributed import distributed_c10d
 
     stream = NoStream()
+    yield torch.cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     yield torch.cuda, "current_device", lambda: 0
     yield torch.cuda, "current_stream", lambda device=None: stream
     yield torch.cuda, "default_stream", lambda device=None: stream

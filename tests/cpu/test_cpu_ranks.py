@@ -1,7 +1,9 @@
 """CPU ranks are turned on by one call, and by nothing else."""
 
+import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 from ranks import world
@@ -30,7 +32,8 @@ print(before == after, torch.overrides._get_current_function_mode())
 
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_cuda_means_the_cpu(rehearse):
-    ((devices, types, host),) = world(1, rehearse).run(_make_tensors)
+    ((devices, types, host, count),) = world(1, rehearse).run(_make_tensors)
+    assert count == 3, "a device for each rank of the machine"
     assert devices == {"cpu"} and types == {"torch.cuda.FloatTensor"}
     assert host == ("torch.FloatTensor" if rehearse else "torch.cuda.FloatTensor")
 
@@ -52,4 +55,6 @@ def _make_tensors():
     ]
     devices = {tensor.device.type for tensor in tensors}
     types = {tensor.type() for tensor in tensors}
-    return devices, types, torch.zeros(2).type()
+    with patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "3"}):
+        count = torch.cuda.device_count()
+    return devices, types, torch.zeros(2).type(), count
