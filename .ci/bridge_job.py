@@ -183,13 +183,18 @@ def container(model: Any, sharded: bool) -> Any:
 
 
 def train(
-    layout: dict[str, dict[str, int]], per_token: dict[str, bool], timeline: Path | None = None
+    layout: dict[str, dict[str, int]],
+    per_token: dict[str, bool],
+    sharded: bool = True,
+    timeline: Path | None = None,
 ) -> list[float]:
     """Bridge's own loop; the loss of each step, the same on every rank.
 
     Args:
         layout: sizes of each module, by Bridge's names.
         per_token: ``calculate_per_token_loss`` of each module.
+        sharded: the optimizer; one that is not leaves gradients where Bridge's loop, which zeroes
+            through the DDPs alone, has backward add to them once more, if there is no coordinator.
         timeline: have the coordinator record all steps but the last there.
     """
     from megatron.bridge.training.megatron_mimo_step import forward_step
@@ -218,7 +223,7 @@ def train(
             coordinated.coordinator().record_timeline(timeline, steps=STEPS - 1)
         return batches(), None
 
-    job = container(provider(layout, per_token), sharded=per_token["language"])
+    job = container(provider(layout, per_token), sharded)
     pretrain_megatron_mimo(job, step, build_data_iterators)
     dist.all_reduce(sums)
     return (sums[:, 0] / sums[:, 1]).tolist()
@@ -246,7 +251,7 @@ def main() -> None:
         losses[f"Bridge, {loss}"] = train(layout, flags)
         coordinated.enable()
         losses[f"coordinator, {loss}"] = train(layout, flags)
-        losses[f"coordinator again, {loss}"] = train(layout, flags, timeline)
+        losses[f"coordinator, not sharded, {loss}"] = train(layout, flags, False, timeline)
         coordinated.disable()
         if dist.get_rank() == 0:
             check(timeline)
