@@ -77,7 +77,12 @@ class _Exchange:
             for name, bridge in self._bridges.items()
         }
         everyone = self._everyone.read() if any(assignments.values()) else {}
+        # The text's embeddings have the dtype of their weights, and so must all tokens, on all ranks:
+        # whatever Float16Module made of an encoder's output, or Megatron in place of one.
+        dtype = next(self._model.language_model.parameters()).dtype
         for name, bridge in self._bridges.items():
+            if name in embeddings:
+                embeddings[name] = embeddings[name].to(dtype)
             tokens, assignment = embeddings.get(name), assignments[name]
             if assignment is not None:
                 remark = self._pending.remark(name)
@@ -87,9 +92,7 @@ class _Exchange:
                 continue  # nobody whose tokens could come here has any
             if tokens is None:
                 tokens = self._model._empty_encoder_output(name)
-            # What Megatron makes in place of tokens has this dtype, and so must all ranks' tokens,
-            # whatever Float16Module made of an encoder's output; the text's embeddings have it too.
-            tokens = _as_others(tokens.to(self._model.config.params_dtype), said)
+            tokens = _as_others(tokens.to(dtype), said)
             if assignment is not None:
                 embeddings[name] = _RouteTokens.apply(tokens, bridge.route(assignment))
             else:

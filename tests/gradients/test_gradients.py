@@ -211,7 +211,11 @@ def test_settings(case):
 
 
 @pytest.mark.parametrize("where", ["model", "submodules"])
-@pytest.mark.parametrize("layout", [FAN_IN, FAN_OUT], ids=["fan-in", "fan-out"])
+@pytest.mark.parametrize(
+    "layout",
+    [FAN_IN, FAN_OUT, {name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")}],
+    ids=["fan-in", "fan-out", "shared ranks"],
+)
 def test_bf16_with_fp32_reduction(layout, where):
     case = Case(modules=layout, wrap=where, ddp={"grad_reduce_in_fp32": True})
     assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
