@@ -77,8 +77,8 @@ class _Exchange:
             for name, bridge in self._bridges.items()
         }
         everyone = self._everyone.read() if any(assignments.values()) else {}
-        # The text's embeddings have the dtype of their weights, and so must all tokens, on all ranks:
-        # whatever Float16Module made of an encoder's output, or Megatron in place of one.
+        # The text's embeddings have the dtype of their weights, and so must all tokens, on all
+        # ranks: whatever Float16Module made of an encoder's output, or Megatron in place of one.
         dtype = next(self._model.language_model.parameters()).dtype
         for name, bridge in self._bridges.items():
             if name in embeddings:
