@@ -56,12 +56,12 @@ def train(folder, steps):
     language |= {"vocab_size": 16, "max_sequence_length": 10, **infra.stage_arguments("language")}
     linear = ModuleSpec(torch.nn.Linear, {"in_features": 4, "out_features": 32})
     groups = {name: {"pg_collection": infra.pg_collections[name]} for name in TOKENS}
-    layers = {"encoders": {"linear": linear}}
+    layers, spec = {"encoders": {"linear": linear}}, ModuleSpec(GPTModel, language)
     encoders = {name: ModuleSpec(VisionModalitySubmodules, groups[name], layers) for name in TOKENS}
-    grids, language_spec = infra.module_to_grid_map, ModuleSpec(GPTModel, language)
-    model = MimoModel(MimoModelConfig(language_spec, encoders, TOKENS, grids)).cuda()
+    mimo = MimoModelConfig(spec, encoders, TOKENS, infra.module_to_grid_map)
+    model = MimoModel(mimo, **infra.model_arguments()).cuda()
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
-    infra.wrap_in_ddp(model, ddp)
+    infra.wrap_in_ddp(model, ddp, dict.fromkeys(TOKENS, config))  # a Linear has no config
 
     coordinator = MultiModuleCoordinator(infra, model)
     adam = OptimizerConfig(optimizer="adam", lr=0.01, use_distributed_optimizer=True)

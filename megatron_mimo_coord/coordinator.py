@@ -45,7 +45,9 @@ from megatron_mimo_coord.layout.image_assignment import (
     assign_images,
     encoder_grid,
 )
+from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.schedule import (
     Hooks,
@@ -157,6 +159,7 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
+        ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:
             logger.info("%s", self.describe())
@@ -270,13 +273,13 @@ class MultiModuleCoordinator:
         """
         if not is_colocated(self._grids.values()):
             check_sequence_lengths(config)
-        self._schedule.attach(config, self._hooks(optimizer))
+        self._schedule.attach(config, self._hooks(config, optimizer))
         self._step.attached()
         self._optimizer = optimizer
         if optimizer is not None:
             self._gradients.optimizer_steps.watch(optimizer)
 
-    def _hooks(self, optimizer: Any) -> Hooks:
+    def _hooks(self, config: ModelParallelConfig, optimizer: Any) -> Hooks:
         """What the schedule is to call."""
         hooks: dict[str, Callable[..., Any] | None] = {
             "no_sync_func": self.no_sync,
@@ -284,6 +287,9 @@ class MultiModuleCoordinator:
         }
         if optimizer is not None:
             hooks["grad_scale_func"] = optimizer.scale_loss
+        scale = scale_of(config) if self._gradients.has_mixtures else None
+        if scale is not None:
+            hooks[SCALE_HOOK] = scale
         settings = [module.ddp.settings for module in self._modules.values()]
         if any(each.overlap_grad_reduce for each in settings):
             hooks["grad_sync_func"] = None  # with one, most stages would reduce after backward

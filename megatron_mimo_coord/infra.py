@@ -8,6 +8,7 @@ import torch.distributed as dist
 from attrs import asdict, frozen
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo import MimoModel
 from megatron.core.process_groups_config import (
     MultiModuleProcessGroupCollection,
@@ -33,10 +34,9 @@ from megatron_mimo_coord.layout.problems import (
     raise_problems,
 )
 from megatron_mimo_coord.megatron.bridge_groups import destroy_bridge_groups
-from megatron_mimo_coord.megatron.random_states import (
-    global_state_problems,
-    initialize_global_state,
-)
+from megatron_mimo_coord.megatron.module_configs import config_of
+from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
+from megatron_mimo_coord.megatron.random_states import global_state_problems
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import world_timeout
@@ -156,9 +156,11 @@ class MegatronMIMOInfra:
     def initialize_megatron(self, seed: int) -> None:
         """Make what Megatron's layers look up: random states, and the buffer that they share.
 
-        Call it before the model is built, on every rank. A rank with several modules takes the
-        language model's place. PyTorch's own generator is seeded too: replicas draw the same
-        weights, and pipeline stages different ones.
+        Call it before the model is built, on every rank. Each module draws from states of its own
+        place in its own grid, while it is built and, under a coordinator, while it runs: replicas
+        draw the same weights, shards and pipeline stages different ones. PyTorch's own generators
+        are seeded too, and between modules are those of the language model. A tracker of another
+        kind that is there already, such as Transformer Engine's, keeps its kind.
 
         Args:
             seed: of the job.
@@ -170,10 +172,10 @@ class MegatronMIMOInfra:
             >>> bool(drawn == torch.rand(()))
             True
         """
-        here = self.participating_modules
-        groups = self.pg_collections[LANGUAGE if LANGUAGE in here else here[0]]
-        assert groups is not None, "every rank has a module"
-        initialize_global_state(seed, groups)
+        here = [*filter(LANGUAGE.__ne__, self.participating_modules)]
+        here += filter(LANGUAGE.__eq__, self.participating_modules)
+        groups = {name: self.pg_collections[name] for name in here}
+        ModuleRandomStates.initialize(seed, groups, self.module_to_grid_map)
 
     def is_first_stage(self, module_name: str) -> bool:
         """Whether this rank holds the first pipeline stage of a module: its ``pre_process``.
@@ -216,29 +218,71 @@ class MegatronMIMOInfra:
             "pg_collection": self.pg_collections[module_name],
         }
 
-    def wrap_in_ddp(self, model: MimoModel, ddp_config: DistributedDataParallelConfig) -> None:
+    def model_arguments(self) -> dict[str, dist.ProcessGroup | None]:
+        """The groups over which ``MimoModel`` cuts its sequences, as keyword arguments.
+
+        Returns:
+            ``tp_group`` and ``cp_group`` of the language model, None on other ranks.
+
+        Example:
+            >>> [group.size() for group in infra.model_arguments().values()]
+            [1, 1]
+        """
+        groups = self.pg_collections[LANGUAGE]
+        return {"tp_group": groups and groups.tp, "cp_group": groups and groups.cp}
+
+    def wrap_in_ddp(
+        self,
+        model: MimoModel,
+        ddp_config: DistributedDataParallelConfig,
+        configs: Mapping[str, ModelParallelConfig] | None = None,
+    ) -> None:
         """Wrap each module on this rank in Megatron's DDP, over the module's own groups.
 
         The same as ``DistributedDataParallel(config, ddp_config, module, pg_collection=...)`` for
-        each, where modules need no settings of their own. ``Float16Module`` goes around a module
-        before, or around the model.
+        each, with the module's own config: the language model's, or that of the encoders inside.
+        A module that is wrapped already stays as it is. ``Float16Module`` goes around a module
+        before, or around the model, which gets the ``pg_collection`` that it looks for.
 
         Args:
             model: the model, on its device; what is frozen is frozen already.
             ddp_config: settings of every module's DDP.
+            configs: configs of modules that hold none, such as one of ``torch.nn.Linear``, or whose
+                encoders have several that differ.
+
+        Raises:
+            ValueError: a module holds no config, or several that differ, and none is given.
         """
-        for name in self.participating_modules:
-            is_language = name == LANGUAGE
-            parent = model if is_language else model.modality_submodules
-            attribute = "language_model" if is_language else name
-            module = getattr(parent, attribute)
+        given = configs or {}
+        found = {
+            name: given[name] if name in given else config_of(name, self._module(model, name))
+            for name in self.participating_modules
+        }
+        for name, config in found.items():
+            module = self._module(model, name)
+            if any(isinstance(each, DistributedDataParallel) for each in module.modules()):
+                continue
             ddp = DistributedDataParallel(
-                getattr(module, "config", model.config),
-                ddp_config,
-                module,
-                pg_collection=self.pg_collections[name],
+                config, ddp_config, module, pg_collection=self.pg_collections[name]
             )
-            setattr(parent, attribute, ddp)
+            if name == LANGUAGE:
+                model.language_model = ddp
+            else:
+                model.modality_submodules[name] = ddp
+        if getattr(model, "pg_collection", None) is None:
+            model.pg_collection = self._own_groups
+
+    @staticmethod
+    def _module(model: MimoModel, name: str) -> Any:
+        return model.language_model if name == LANGUAGE else model.modality_submodules[name]
+
+    @property
+    def _own_groups(self) -> ProcessGroupCollection:
+        """Those of the language model where it is on this rank, else of the first module."""
+        here = self.participating_modules
+        groups = self.pg_collections[LANGUAGE if LANGUAGE in here else here[0]]
+        assert groups is not None, "every rank has a module"
+        return groups
 
     def destroy(self) -> None:
         """Give every process group back, those of the bridges between the grids included.
@@ -246,6 +290,7 @@ class MegatronMIMOInfra:
         Collective in the sense of ``torch.distributed.destroy_process_group``: no rank may use
         the groups any more. The world itself stays.
         """
+        ModuleRandomStates.forget(self.module_to_grid_map)
         for groups in self.pg_collections.values():
             for group in (groups.embd, groups.pos_embd) if groups else ():
                 if group is not None:

@@ -31,6 +31,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mimo_coord import MegatronMIMOInfra
@@ -148,15 +149,18 @@ class StockCase(Case):
         if groups is None or groups is alone():
             for setting in _OF_A_LAYOUT:
                 settings.pop(setting, None)
+        experts = settings.get("num_moe_experts")
         config = TransformerConfig(
             num_layers=self.layers,
             hidden_size=hidden,
             num_attention_heads=2,
             tensor_model_parallel_size=groups.tp.size() if groups else 1,
             pipeline_model_parallel_size=groups.pp.size() if groups else 1,
-            expert_model_parallel_size=groups.ep.size() if groups else 1,
-            expert_tensor_parallel_size=groups.expt_tp.size() if groups else 1,
-            calculate_per_token_loss=self.per_token.get(name, False),
+            expert_model_parallel_size=groups.ep.size() if groups and experts else 1,
+            expert_tensor_parallel_size=groups.expt_tp.size() if groups and experts else 1,
+            calculate_per_token_loss=self.per_token.get(
+                vlm.LANGUAGE if groups is alone() else name, False
+            ),
             pipeline_dtype=torch.float32,
             moe_token_dispatcher_type="alltoall",
             **{"hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.2}
@@ -235,6 +239,14 @@ def gather(infra: MegatronMIMOInfra, model: MimoModel) -> dict[str, torch.Tensor
     return whole
 
 
+def auxiliary_scale(case: StockCase, step: int) -> float:
+    """What an auxiliary loss of a microbatch weighs: as much as the loss of a microbatch, or token."""
+    if not case.per_token.get(vlm.LANGUAGE):
+        return 1 / case.num_microbatches
+    masks = [cases.draw(case, step, index).mask for index in range(case.num_microbatches)]
+    return 1 / sum(int(mask.sum()) for mask in masks)
+
+
 def check(case: StockCase) -> int:
     """Train on this rank and alone; returns how many parameters were compared.
 
@@ -243,6 +255,7 @@ def check(case: StockCase) -> int:
     """
     oracle = Oracle(case)
     step = -1
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
     def load(infra: Any, model: MimoModel) -> None:
         whole = gather(infra, model)
@@ -260,7 +273,20 @@ def check(case: StockCase) -> int:
     compared = 0
     for step, (infra, model, metrics) in enumerate(cases.train(case, load, compare_weights)):
         with not_rehearsed():
+            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([auxiliary_scale(case, step)]))
             expected = oracle.backward(step)
             compared += cases.compare_step(infra, model, metrics, expected, oracle, step)
             oracle.update()
     return compared
+
+
+def train_consistently(case: StockCase) -> float:
+    """Train; returns the last loss.
+
+    Raises:
+        AssertionError: after an update, replicas hold different values.
+    """
+    loss = 0.0
+    for _, _, metrics in cases.train(case, gather, gather):
+        loss = metrics["loss"]
+    return loss

@@ -17,6 +17,7 @@ from megatron_mimo_coord.checks.modules import (
     module_problems_here,
     unwrap_mimo_model,
 )
+from megatron_mimo_coord.checks.replicas import check_replicas
 from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
@@ -53,12 +54,14 @@ class Job:
         """Read what this rank was given and compare it with all ranks. Collective over the world.
 
         Raises:
-            ValueError: on every rank, if the layout cannot run, a module is not as it must be, or
-                ranks were given different things; with every problem found.
+            ValueError: on every rank, if the layout cannot run, a module is not as it must be,
+                ranks were given different things, or replicas hold different weights; with every
+                problem found.
             RuntimeError: ``model`` holds no ``MimoModel``; the other ranks raise a ValueError.
         """
         read: dict[str, Any] = {}
         flags = exchange_flags(partial(_read, infra, model, read))
+        check_replicas(list(read["grids"]), read["ddps"], read["infra"].pg_collections)
         factors = _factors(read["grids"], read["per_token"], flags)
         return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors)
 

@@ -14,8 +14,10 @@ from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
 from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.auxiliary_losses import weigh_like_the_loss
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.recompute import keep_gradients_of_recomputed_blocks
 from megatron_mimo_coord.megatron.schedule import Schedule
 from megatron_mimo_coord.world.device import world_device
 
@@ -31,12 +33,14 @@ class Gradients:
         step: where a step stands.
         finalizer: from zeroing to the gradient of the one loss.
         optimizer_steps: what is looked at before an optimizer uses them.
+        has_mixtures: whether a module here adds auxiliary losses of experts.
     """
 
     modules: dict[str, ModuleGradients]
     step: StepState
     finalizer: GradientFinalizer
     optimizer_steps: OptimizerSteps
+    has_mixtures: bool
 
     @classmethod
     def of(
@@ -51,6 +55,9 @@ class Gradients:
             changes: where is recorded what is changed in the model and its DDPs.
         """
         modules = {name: _collect(job, name, changes) for name in job.ddps}
+        mixtures = [weigh_like_the_loss(ddp, job.per_token, changes) for ddp in job.ddps.values()]
+        for module in job.ddps.values():
+            keep_gradients_of_recomputed_blocks(module, changes)
         ddps = [module.ddp for module in modules.values()]
         step = StepState([grads for ddp in ddps for grads in ddp.grads], schedule)
         watch_passes(job.model, step, changes)
@@ -64,7 +71,8 @@ class Gradients:
         finalizer = GradientFinalizer(
             list(modules.values()), num_tokens, step, report, schedule, changes
         )
-        return cls(modules, step, finalizer, OptimizerSteps(ddps, step, report, changes))
+        optimizer_steps = OptimizerSteps(ddps, step, report, changes)
+        return cls(modules, step, finalizer, optimizer_steps, any(mixtures))
 
     @property
     def ddps(self) -> dict[str, ModuleDdp]:

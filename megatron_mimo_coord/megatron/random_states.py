@@ -33,12 +33,11 @@ def initialize_global_state(seed: int, groups: ProcessGroupCollection) -> None:
     """
     seed += 100 * groups.pp.rank()
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(
+    model_parallel_cuda_manual_seed(  # of whatever kind the tracker is, if there is one
         seed,
         tp_rank=groups.tp.rank(),
         ep_rank=groups.ep.rank(),
         etp_rank=groups.expt_tp.rank(),
-        force_reset_rng=True,
     )
     if not _has_memory_buffer():
         parallel_state._set_global_memory_buffer()

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from megatron_mimo_coord.megatron.module_random_states import (
+    restore_states_at_rest,
+    states_at_rest,
+)
 from megatron_mimo_coord.megatron.random_states import restore_tracked_states, tracked_states
 
 
@@ -25,6 +29,7 @@ def random_states() -> dict[str, Any]:
         "python": [version, list(integers), gauss],
         "torch": _text(torch.get_rng_state()),
         "megatron": {name: _text(state) for name, state in tracked_states().items()},
+        "modules": {name: _text(state) for name, state in states_at_rest().items()},
     }
     if torch.cuda.is_available():
         found["cuda"] = _text(torch.cuda.get_rng_state())
@@ -40,6 +45,8 @@ def restore_random_states(saved: dict[str, Any]) -> None:
     random.setstate((version, tuple(integers), gauss))
     torch.set_rng_state(_bytes(saved["torch"]))
     restore_tracked_states({name: _bytes(text) for name, text in saved["megatron"].items()})
+    modules = saved.get("modules", {})
+    restore_states_at_rest({name: _bytes(text) for name, text in modules.items()})
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(saved["cuda"]))
     if "numpy" in saved and "numpy" in sys.modules:

@@ -1,9 +1,10 @@
 """Stock Megatron modules with configs of their own train like one process."""
 
 import pytest
-from layouts import parallel
+from attrs import evolve
+from layouts import LAYOUTS, LOSSES, SOME_RANKS_WITHOUT, VARYING, parallel
 from ranks import world
-from stock import RECOMPUTE, StockCase
+from stock import RECOMPUTE, StockCase, mixture
 
 SEQUENCE_PARALLEL = {"sequence_parallel": True}
 
@@ -39,6 +40,31 @@ CASES = {
     "a layer's norms alone": StockCase(
         modules=FAN_OUT, steps=2, frozen=("vision.", "language."), trainable=("0.input_layernorm",)
     ),
+    "sequence-parallel encoder": StockCase(
+        modules={"vision": parallel(tp=2), "language": parallel()},
+        configs={"vision": SEQUENCE_PARALLEL},
+        steps=2,
+    ),
+    "mixture encoder": StockCase(
+        modules={"vision": parallel(dp=2, expert_model_parallel_size=2), "language": parallel()},
+        configs={"vision": mixture()},
+        steps=2,
+    ),
+    "replicas beside shards": StockCase(modules=LAYOUTS["colocated"], steps=2),
+    "shards beside replicas": StockCase(modules=LAYOUTS["colocated, fan-out"], steps=2),
+    "recomputed from what is frozen": StockCase(
+        modules={name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")},
+        configs={"language": RECOMPUTE},
+        frozen=("vision.", "language.embedding"),
+        steps=2,
+    ),
+    "recomputed without images on one rank": StockCase(
+        modules={name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")},
+        configs={"vision": RECOMPUTE, "language": RECOMPUTE},
+        images=SOME_RANKS_WITHOUT,
+        frozen=("vision.encoders.encoder.embed", "language.embedding"),
+        steps=3,
+    ),
     "frozen embeddings": StockCase(modules=FAN_IN, steps=2, frozen=("language.embedding",)),
 }
 
@@ -46,3 +72,38 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_whole_steps(case):
     verify(case)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_auxiliary_losses_of_an_encoder_weigh_the_same_beside_a_dense_language_model(
+    loss, num_microbatches
+):
+    balanced = mixture(
+        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1.0, moe_z_loss_coeff=0.1
+    )
+    verify(
+        StockCase(
+            modules={"vision": parallel(), "language": parallel()},
+            configs={"vision": balanced},
+            per_token=loss,
+            num_microbatches=num_microbatches,
+            steps=2,
+        )
+    )
+
+
+@pytest.mark.parametrize("layout", ["colocated", "colocated, fan-out"])
+def test_modules_on_shared_ranks_drop_what_is_theirs(layout):
+    # Vision draws masks for as many images as a rank has; tensor-parallel ranks of the language
+    # model must drop the same all the same.
+    dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+    case = StockCase(
+        modules=LAYOUTS[layout],
+        configs={"vision": dropout, "language": dropout},
+        images=VARYING,
+        steps=3,
+    )
+    with_dropout, _ = world(2).run("stock:train_consistently", case)
+    without, _ = world(2).run("stock:train_consistently", evolve(case, configs={}))
+    assert with_dropout != without

@@ -1,0 +1,162 @@
+"""Do replicas hold the same weights? Compared once, when a coordinator is built.
+
+Each rank has a digest of what it shares with others: of the weights that are replicated over
+DP x CP, of those that its tensor-parallel peers hold too, and of its experts. If these are the same
+nobody says more; else all ranks tell each other the digest of each weight.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mimo_coord.layout.problems import raise_problems
+from megatron_mimo_coord.world.consistency import CANNOT_START
+from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.gather import all_gather_text
+
+CHUNK = 1 << 22
+"""Elements of a weight that are read at once."""
+
+KINDS = ("dp_cp", "tp_dp_cp", "expt_dp")
+"""Process groups over which weights are replicated."""
+
+_compared: WeakSet[DistributedDataParallel] = WeakSet()
+"""While parameters are gathered late, replicas of a model that has been trained may differ."""
+
+
+def check_replicas(
+    names: list[str],
+    ddps: Mapping[str, DistributedDataParallel],
+    pg_collections: Mapping[str, ProcessGroupCollection | None],
+) -> None:
+    """Compare the weights of replicas. One small collective over the world.
+
+    Args:
+        names: all modules of the job.
+        ddps: the modules on this rank.
+        pg_collections: process groups of those on this rank.
+
+    Raises:
+        ValueError: on every rank, if replicas hold different values; names the weights.
+    """
+    device = world_device()
+    digests = {name: _digests(ddp, device) for name, ddp in ddps.items() if ddp not in _compared}
+    row = torch.full((len(names), len(KINDS), 2), -1, dtype=torch.int64, device=device)
+    for number, name in enumerate(names):
+        groups = pg_collections.get(name)
+        if name not in digests or groups is None:
+            continue
+        for column, kind in enumerate(KINDS):
+            group = getattr(groups, kind, None) or groups.dp_cp
+            found = list(digests[name][kind].values())
+            if found:
+                row[number, column, 0] = dist.get_process_group_ranks(group)[0]
+                row[number, column, 1] = torch.stack(found).sum()
+    rows = row.new_empty((dist.get_world_size(), *row.shape))
+    dist.all_gather_into_tensor(rows, row[None])
+    different = _different(rows.tolist(), names)
+    if different:
+        raise_problems(CANNOT_START, _named(different, digests))
+    _compared.update(ddps.values())
+
+
+Digests = Mapping[str, dict[str, torch.Tensor]]
+
+
+def _digests(ddp: DistributedDataParallel, device: torch.device) -> Digests:
+    """Of each weight, under the group over which it is replicated."""
+    found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
+    for name, parameter in _bare(ddp).named_parameters():
+        found[_kind(parameter)][name] = _digest(parameter.detach(), device)
+    return found
+
+
+def _bare(module: Any) -> torch.nn.Module:
+    while isinstance(getattr(module, "module", None), torch.nn.Module):
+        module = module.module
+    return module
+
+
+def _kind(parameter: torch.nn.Parameter) -> str:
+    if not getattr(parameter, "allreduce", True):
+        return "expt_dp"
+    return "dp_cp" if getattr(parameter, "tensor_model_parallel", False) else "tp_dp_cp"
+
+
+def _digest(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A number made of each bit of a weight and its place; sums wrap around."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for part in weight.reshape(-1).split(CHUNK):
+        numbers = part.contiguous().view(_INTEGERS[part.element_size()]).to(torch.int64)
+        places = torch.arange(len(numbers), device=numbers.device) * 2 + 1
+        total = total * 1_000_003 + (numbers * (places * 0x9E3779B97F4A7C1)).sum().to(device)
+    return total
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _different(
+    rows: list[list[list[list[int]]]], names: list[str]
+) -> dict[tuple[str, str], list[list[int]]]:
+    """(module, group) of what replicas hold differently, and the ranks of each such group."""
+    found: dict[tuple[str, str, int], dict[int, list[int]]] = {}
+    for rank, modules in enumerate(rows):
+        for name, kinds in zip(names, modules, strict=True):
+            for kind, (leader, digest) in zip(KINDS, kinds, strict=True):
+                if leader >= 0:
+                    held = found.setdefault((name, kind, leader), {})
+                    held.setdefault(digest, []).append(rank)
+    different: dict[tuple[str, str], list[list[int]]] = {}
+    for (name, kind, _), held in found.items():
+        if len(held) > 1:
+            ranks = sorted(rank for each in held.values() for rank in each)
+            different.setdefault((name, kind), []).append(ranks)
+    return different
+
+
+def _named(
+    different: Mapping[tuple[str, str], list[list[int]]], digests: Mapping[str, Digests]
+) -> list[str]:
+    """A sentence for each module and group, with its weights."""
+    mine = {
+        f"{name} {kind}": {weight: int(digest) for weight, digest in digests[name][kind].items()}
+        for name, kind in different
+        if name in digests
+    }
+    everyone = [
+        json.loads(text) for text in all_gather_text(json.dumps(mine), device=world_device())
+    ]
+    return [
+        sentence
+        for (name, kind), sets in different.items()
+        for sentence in _sentences(name, kind, sets, everyone)
+    ]
+
+
+def _sentences(
+    name: str, kind: str, sets: list[list[int]], everyone: list[dict[str, dict[str, int]]]
+) -> Iterator[str]:
+    for ranks in sets:
+        held = [everyone[rank][f"{name} {kind}"] for rank in ranks]
+        weights = [
+            weight for weight in held[0] if len({str(each.get(weight)) for each in held}) > 1
+        ]
+        more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+        cure = (
+            "seed their initialisation alike, with infra.initialize_megatron(seed) before the "
+            "model is built, or load the same weights on all of them before the coordinator is"
+        )
+        if kind == "tp_dp_cp":
+            cure += "; a weight that tensor-parallel ranks share sets tensor_model_parallel"
+        yield (
+            f"replicas of module {name!r} hold different values of {', '.join(weights[:3])}{more} "
+            f"on ranks {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}, and "
+            f"would stay different: {cure}"
+        )

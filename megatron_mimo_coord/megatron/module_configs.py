@@ -1,0 +1,61 @@
+"""The ``TransformerConfig`` by which Megatron finalizes the gradients of a module.
+
+Leans on ``MegatronModule`` having its config as ``config``, and on a modality's container having
+its encoders in ``encoders``. Without these a module is finalized by the settings of another.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+
+def config_of(name: str, module: torch.nn.Module) -> ModelParallelConfig:
+    """The config of a module, or of the encoders inside it.
+
+    Raises:
+        ValueError: there is none, or encoders have several that differ.
+    """
+    while isinstance(module, Float16Module):
+        module = module.module
+    found = list(_outermost(module)) or list(_outermost(getattr(module, "encoders", module), True))
+    cure = f'wrap_in_ddp(model, ddp_config, configs={{"{name}": config}})'
+    if not found:
+        raise ValueError(
+            f"module {name!r} ({type(module).__name__}) holds no Megatron module with a config, by "
+            f"which its gradients are to be finalized: pass one, {cure}"
+        )
+    different = {key for each in found for key in _differences(found[0], each)}
+    if different:
+        raise ValueError(
+            f"the encoders of module {name!r} have configs that differ in "
+            f"{', '.join(sorted(different))}, and its gradients are finalized by one: pass it, "
+            f"{cure}"
+        )
+    return found[0]
+
+
+def _outermost(module: torch.nn.Module, inside: bool = False) -> Iterator[ModelParallelConfig]:
+    """Configs that are in no module with one; those of a module's children too if asked."""
+    config = getattr(module, "config", None)
+    if isinstance(config, ModelParallelConfig):
+        yield config
+    elif inside:
+        for child in module.children():
+            yield from _outermost(child, inside)
+
+
+def _differences(one: ModelParallelConfig, other: ModelParallelConfig) -> list[str]:
+    """Settings in which two configs differ; functions are made for each."""
+    theirs: dict[str, Any] = vars(other)
+    return [
+        key
+        for key, value in vars(one).items()
+        if not callable(value) and not _equal(value, theirs.get(key))
+    ]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or bool(one == other)
