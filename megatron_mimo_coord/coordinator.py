@@ -27,6 +27,7 @@ from megatron_mimo_coord.bridges.token_counts import (
     fan_in_ratios,
 )
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.checks.sequence_parallel import refuse_other_lengths
 from megatron_mimo_coord.gradients.assembly import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientNorms
@@ -159,6 +160,7 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
+        refuse_other_lengths(job.model, self._changes)
         ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:

@@ -34,7 +34,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_mimo_coord import MegatronMIMOInfra
+from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism
 
 HIDDEN, ENCODER_HIDDEN = 16, 8
 RECOMPUTE = {
@@ -51,24 +51,36 @@ class StockCase(Case):
 
     Args:
         configs: settings of each module's ``TransformerConfig``.
+        multiple: what the number of tokens of a sample is a multiple of.
+        max_sequence: how many the language model takes; as many as there are if 0.
     """
 
     configs: Mapping[str, Mapping[str, Any]] = field(factory=dict)
+    multiple: int = 4
+    max_sequence: int = 0
 
     @property
     def sequence(self) -> int:
         """Tokens of a sample; tensor-parallel ranks share them."""
-        return -(-Case.sequence.fget(self) // 4) * 4
+        return -(-Case.sequence.fget(self) // self.multiple) * self.multiple
 
     def build_model(self, infra: MegatronMIMOInfra) -> MimoModel:
         """As the README does."""
         infra.initialize_megatron(weights.SEED)
+        model = self.bare(infra)
+        self.wrap_modules(infra, model)
+        return model
+
+    def bare(self, infra: MegatronMIMOInfra) -> MimoModel:
+        """The model on this rank without DDP."""
         places = {name: infra.stage_arguments(name) for name in self.modules}
-        model = self._bare(places, infra.module_to_grid_map)
+        return self._bare(places, infra.module_to_grid_map)
+
+    def wrap_modules(self, infra: MegatronMIMOInfra, model: MimoModel) -> None:
+        """Freeze what is frozen, and put DDP around each module."""
         for name, module in vlm.submodules(model).items():
             self._freeze(name, module, infra.pg_collections[name])
         infra.wrap_in_ddp(model, DistributedDataParallelConfig(**self.ddp))
-        return model
 
     def build_whole_model(self) -> MimoModel:
         """All of it on this rank."""
@@ -95,7 +107,7 @@ class StockCase(Case):
                 "config": config,
                 "transformer_layer_spec": _layer(config),
                 "vocab_size": VOCABULARY,
-                "max_sequence_length": self.sequence,
+                "max_sequence_length": self.max_sequence or self.sequence,
                 "share_embeddings_and_output_weights": self.tied_embeddings,
                 "scatter_embedding_sequence_parallel": False,
                 **places[vlm.LANGUAGE],
@@ -146,7 +158,8 @@ class StockCase(Case):
         settings = dict(self.configs.get(name, {}))
         if is_projection:
             settings = {}
-        if groups is None or groups is alone():
+        sizes = ModuleParallelism() if groups is alone() else self.modules[name]
+        if groups is alone():
             for setting in _OF_A_LAYOUT:
                 settings.pop(setting, None)
         experts = settings.get("num_moe_experts")
@@ -154,10 +167,10 @@ class StockCase(Case):
             num_layers=self.layers,
             hidden_size=hidden,
             num_attention_heads=2,
-            tensor_model_parallel_size=groups.tp.size() if groups else 1,
-            pipeline_model_parallel_size=groups.pp.size() if groups else 1,
-            expert_model_parallel_size=groups.ep.size() if groups and experts else 1,
-            expert_tensor_parallel_size=groups.expt_tp.size() if groups and experts else 1,
+            tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+            pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+            expert_model_parallel_size=sizes.expert_model_parallel_size if experts else 1,
+            expert_tensor_parallel_size=sizes.expert_tensor_parallel_size if experts else 1,
             calculate_per_token_loss=self.per_token.get(
                 vlm.LANGUAGE if groups is alone() else name, False
             ),

@@ -22,6 +22,7 @@ from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.module_random_states import unsupported
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
 from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags
@@ -80,6 +81,7 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     read |= {"ddps": ddps, "per_token": per_token}
 
     problems: list[str] = [*layout_problems(grids, infra.topology, dist.get_world_size())]
+    problems += unsupported(mimo_model)
     for name in here:
         problems += module_problems_here(mimo_model, infra, grids[name])
     if any(needs_global_state(ddp) for ddp in ddps.values()):

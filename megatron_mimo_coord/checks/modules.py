@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 
+from megatron_mimo_coord.checks.sequence_parallel import weight_problems
 from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
@@ -83,6 +84,7 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
         )
     found += _gather_problems(name, ddp.settings)
+    found += weight_problems(name, wrapped)
     if name == LANGUAGE and wrapped.config.mtp_num_layers:
         found.append(
             f"the language model's config has mtp_num_layers={wrapped.config.mtp_num_layers}, but "

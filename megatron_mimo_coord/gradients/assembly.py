@@ -7,6 +7,7 @@ from attrs import frozen
 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
+from megatron_mimo_coord.checks.sequence_parallel import weight_remark
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.num_tokens import NumTokens
@@ -84,8 +85,11 @@ def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:
     pg_collection = job.infra.pg_collections[name]
     assert pg_collection is not None, "module_problems_here has seen to it"
     grid = job.grids[name]
-    remark = auxiliary_loss_remark(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token)
-    if remark and job.rank == grid.rank_offset:
+    remarks = [
+        auxiliary_loss_remark(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token),
+        weight_remark(name, job.ddps[name]),
+    ]
+    for remark in filter(None, remarks if job.rank == grid.rank_offset else []):
         logger.warning("%s", remark)
     return ModuleGradients.collect(
         name,

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import initialize_global_state
@@ -89,8 +90,7 @@ class ModuleRandomStates:
             assert each is not None, "the module is on this rank"
             initialize_global_state(seed, each)
             states[name] = _States.now(clone=True)
-        if len(states) > 1:
-            _of_process.append(cls(states, grids))
+        _of_process.append(cls(states, grids))
 
     @classmethod
     def forget(cls, grids: Grids) -> None:
@@ -139,6 +139,7 @@ class ModuleRandomStates:
         """A module has got a child: PyTorch calls this for all there are."""
         if isinstance(parent, MimoModel) and name == "modality_submodules":
             if _is(self._grids, parent.mimo_config.module_to_grid_map):
+                raise_problems("this model cannot be built", unsupported(parent))
                 specs = parent.mimo_config.modality_submodules_spec
                 self._submodules = child
                 self._to_build = [each for each in (*specs, LANGUAGE) if each in self._states]
@@ -178,6 +179,28 @@ class ModuleRandomStates:
                     for name, each in states.tracked.items()
                 },
             )
+
+
+def unsupported(model: MimoModel) -> list[str]:
+    """A sentence for each setting of a language model that ``MimoModel`` cannot run.
+
+    Said on every rank before the language model is built, which would fail on some.
+    """
+    config, problems = model.config, []
+    if getattr(config, "mtp_num_layers", None):
+        problems.append(
+            f"the language model's config has mtp_num_layers={config.mtp_num_layers}, and "
+            f"Megatron's MimoModel hands it no input_ids, which multi-token prediction predicts "
+            f"from: set mtp_num_layers=None and leave out mtp_block_spec"
+        )
+    length = model.mimo_config.language_model_spec.params.get("max_sequence_length", 0)
+    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if length % parts:
+        problems.append(
+            f"the language model's max_sequence_length is {length}, which its {parts} "
+            f"tensor-parallel ranks cannot share: make it, and pad texts to, a multiple of {parts}"
+        )
+    return problems
 
 
 def _restored(before: Any, saved: torch.Tensor) -> Any:

@@ -1,0 +1,81 @@
+"""What sequence parallelism wants is said in a sentence: of weights at construction, of lengths in
+a step, and what MimoModel cannot run before it is built; on every rank.
+"""
+
+from typing import Any
+
+from layouts import parallel
+from ranks import world
+from stock import StockCase
+
+LAYOUT = {"vision": parallel(), "language": parallel(tp=2)}
+SEQUENCE_PARALLEL = {"language": {"sequence_parallel": True}}
+
+
+def _errors(job: Any, *args: Any) -> list[str]:
+    """What each of three ranks says."""
+    answers, errors = world(3).try_run(job, *args)
+    assert not answers
+    assert {name for name, _ in errors.values()} == {"ValueError"}
+    return [text for _, text in errors.values()]
+
+
+def _build(case: StockCase, where: str) -> None:
+    """Build a model whose language model has a weight of the user's own."""
+    import torch
+    import vlm
+
+    from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
+
+    infra = MegatronMIMOInfra.build(case.modules)
+    infra.initialize_megatron(1)
+    model = case.bare(infra)
+    for name, module in vlm.submodules(model).items():
+        if name == "language" and where:
+            module.get_submodule(where).adapter = torch.nn.Linear(2, 2, bias=False)
+    case.wrap_modules(infra, model)
+    try:
+        MultiModuleCoordinator(infra, model)
+    finally:
+        infra.destroy()
+
+
+def test_a_weight_inside_a_layer_that_says_nothing_of_the_sequence():
+    case = StockCase(modules=LAYOUT, configs=SEQUENCE_PARALLEL)
+    for text in _errors("test_sequence_parallel:_build", case, "decoder.layers.1.mlp"):
+        assert "replicated weights decoder.layers.1.mlp.adapter.weight do not say" in text
+        assert "set parameter.sequence_parallel = True" in text
+    world(3).run("test_sequence_parallel:_build", StockCase(modules=LAYOUT), "decoder.layers.1.mlp")
+
+
+def test_multi_token_prediction():
+    case = StockCase(modules=LAYOUT, configs={"language": {"mtp_num_layers": 1}})
+    for text in _errors("test_sequence_parallel:_build", case, ""):
+        assert "mtp_num_layers=1" in text
+
+
+def test_lengths_that_tensor_parallel_ranks_cannot_share():
+    case = StockCase(modules=LAYOUT, configs=SEQUENCE_PARALLEL, multiple=9)
+    for text in _errors("test_sequence_parallel:_build", case, ""):
+        assert "max_sequence_length is 9, which its 2 tensor-parallel ranks cannot share" in text
+
+
+def _train(case: StockCase) -> None:
+    import cases
+
+    list(cases.train(case))
+
+
+def test_a_text_that_tensor_parallel_ranks_cannot_share():
+    shared = parallel(tp=2, rank_offset=0)
+    case = StockCase(
+        modules={"vision": shared, "language": shared},
+        configs=SEQUENCE_PARALLEL,
+        multiple=9,
+        max_sequence=12,
+    )
+    answers, errors = world(2).try_run("test_sequence_parallel:_train", case)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "ValueError"
+        assert "texts have 9 tokens, which the 2 tensor-parallel ranks" in text
