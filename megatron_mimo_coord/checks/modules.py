@@ -85,12 +85,6 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
         )
     found += _gather_problems(name, ddp.settings)
     found += weight_problems(name, wrapped)
-    if name == LANGUAGE and wrapped.config.mtp_num_layers:
-        found.append(
-            f"the language model's config has mtp_num_layers={wrapped.config.mtp_num_layers}, but "
-            f"MimoModel gives it no input_ids, which multi-token prediction shifts: leave "
-            f"mtp_num_layers and the mtp_block_spec out"
-        )
     per_token = bool(model.config.calculate_per_token_loss)
     if name == LANGUAGE and ddp.delivers_sum != per_token:
         found.append(

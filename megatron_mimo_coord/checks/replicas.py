@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.layout.problems import raise_problems
+from megatron_mimo_coord.megatron.parameters import replicated_over
 from megatron_mimo_coord.world.consistency import CANNOT_START
 from megatron_mimo_coord.world.device import world_device
 from megatron_mimo_coord.world.gather import all_gather_text
@@ -73,7 +74,7 @@ def _digests(ddp: DistributedDataParallel, device: torch.device) -> Digests:
     """Of each weight, under the group over which it is replicated."""
     found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
     for name, parameter in _bare(ddp).named_parameters():
-        found[_kind(parameter)][name] = _digest(parameter.detach(), device)
+        found[replicated_over(parameter)][name] = _digest(parameter.detach(), device)
     return found
 
 
@@ -81,12 +82,6 @@ def _bare(module: Any) -> torch.nn.Module:
     while isinstance(getattr(module, "module", None), torch.nn.Module):
         module = module.module
     return module
-
-
-def _kind(parameter: torch.nn.Parameter) -> str:
-    if not getattr(parameter, "allreduce", True):
-        return "expt_dp"
-    return "dp_cp" if getattr(parameter, "tensor_model_parallel", False) else "tp_dp_cp"
 
 
 def _digest(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -154,7 +149,7 @@ def _sentences(
             "model is built, or load the same weights on all of them before the coordinator is"
         )
         if kind == "tp_dp_cp":
-            cure += "; a weight that tensor-parallel ranks share sets tensor_model_parallel"
+            cure += "; a weight that they share out is to be one of Megatron's layers"
         yield (
             f"replicas of module {name!r} hold different values of {', '.join(weights[:3])}{more} "
             f"on ranks {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}, and "

@@ -1,46 +1,18 @@
 """What sequence parallelism wants of a module's weights, and of the lengths of texts."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.parameters import unmarked_weights
 
 CURE = (
     "set parameter.sequence_parallel = True where it is applied to a part of the sequence, so that "
     "its gradient is summed over tensor-parallel ranks, or False where to the whole"
 )
-
-
-def unmarked_weights(ddp: DistributedDataParallel) -> Iterator[tuple[str, bool]]:
-    """Replicated weights of a sequence-parallel module that do not say what they are applied to.
-
-    Megatron sums the gradients of those alone whose ``sequence_parallel`` is set.
-
-    Yields:
-        A parameter's name, and whether it is inside a transformer layer, where it is applied to a
-        part of the sequence.
-    """
-    config = ddp.config
-    if not getattr(config, "sequence_parallel", False) or ddp.tp_group.size() == 1:
-        return
-    layers = [f"{n}." for n, m in ddp.module.named_modules() if isinstance(m, BaseTransformerLayer)]
-    for name, parameter in ddp.module.named_parameters():
-        says = any(
-            hasattr(parameter, attribute)
-            for attribute in ("sequence_parallel", "average_gradients_across_tp_domain")
-        )
-        is_shared = getattr(parameter, "tensor_model_parallel", False)
-        is_expert = not getattr(parameter, "allreduce", True)
-        is_summed = getattr(config, "qk_layernorm", False) and (
-            "q_layernorm" in name or "k_layernorm" in name
-        )
-        if parameter.requires_grad and not (says or is_shared or is_expert or is_summed):
-            yield name, name.startswith(tuple(layers)) if layers else False
 
 
 def weight_problems(name: str, ddp: DistributedDataParallel) -> list[str]:
