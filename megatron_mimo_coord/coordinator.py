@@ -74,16 +74,25 @@ from megatron_mimo_coord.world.device import world_device
 logger = logging.getLogger(__name__)
 
 
+_TELL_ALL_RANKS = ("save_checkpoint", "load_checkpoint")
+"""Methods that begin with the outcome of the last save, on all ranks at once."""
+
+
 def _while_open[**Params, Result](
     method: Callable[Concatenate["MultiModuleCoordinator", Params], Result],
 ) -> Callable[Concatenate["MultiModuleCoordinator", Params], Result]:
-    """A method that a closed coordinator refuses, and that says if Megatron-Core has changed."""
+    """A method that a closed coordinator refuses, and that says if Megatron-Core has changed.
+
+    It also says that a checkpoint could not be written in the background, on ranks that know.
+    """
 
     @wraps(method)
     def checked(
         self: "MultiModuleCoordinator", /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Result:
         self._changes.check_open()
+        if method.__name__ not in _TELL_ALL_RANKS:
+            self._checkpoints.tell_failure()
         with told_of_missing_names():
             return method(self, *args, **kwargs)
 

@@ -40,9 +40,9 @@ class CheckpointLoad:
         """Compare what the checkpoint holds with what there is here."""
         self._manifest, content = manifest, manifest.content
         path = {"checkpoint": str(manifest.path.absolute())}
-        if content["format"] != FORMAT:
+        if content["format"] not in (1, FORMAT):
             return RankFacts(
-                path, {}, [f"{manifest.path} has format {content['format']}, not {FORMAT}"]
+                path, {}, [f"{manifest.path} has format {content['format']}, not 1 or {FORMAT}"]
             )
         problems = []
         if _series(content["megatron-core"]) != _series(megatron_version):
@@ -51,7 +51,8 @@ class CheckpointLoad:
                 f"{megatron_version}: use one of the same series"
             )
         self._index = Index(content["tensors"], content["objects"])
-        self._model = ModelState(self._job.model)
+        self._model = ModelState(self._job, stacked=content["format"] == 1)
+        problems += self._model.problems()
         self._states: list[OptimizerState] = []
         if self._optimizer is not None:
             self._states = OptimizerState.collect(self._optimizer, self._job.ddps)

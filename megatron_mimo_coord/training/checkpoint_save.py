@@ -25,7 +25,7 @@ from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is written here
+FORMAT = 2  # of what is written here; 1 had equal layers as one tensor
 MAX_STEPS = 2**62  # what ranks can tell each other
 PATIENCE = 1800.0  # seconds that the first rank waits for the files of others, in the background
 LAST_PATIENCE = 30.0  # the same once its trainer has ended
@@ -127,6 +127,14 @@ class CheckpointSave:
         if self._failure:
             raise ValueError(self._failure)
         return self.path
+
+    def tell_failure(self) -> None:
+        """Raise a ValueError if writing has failed on this rank, and ``wait`` has not said so."""
+        if self._errors and not self.is_over:
+            raise ValueError(
+                f"the checkpoint {self.path} could not be written: rank {self.rank}: "
+                f"{self._errors[0]}"
+            )
 
     def _join(self) -> None:
         """Wait for all ranks' parts, then for the first rank to join them."""

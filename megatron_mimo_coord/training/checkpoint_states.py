@@ -7,13 +7,12 @@ was written fits every layout, with the distributed optimizer or without.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from attrs import frozen
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_outplace,
     merge,
@@ -28,11 +27,12 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.utils import unwrap_model
 
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.checkpoints import sharded_state_dict
 from megatron_mimo_coord.training.boxes import Box, boxes_of_range
 from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkReader
 from megatron_mimo_coord.training.plain_data import decode, encode
@@ -40,18 +40,22 @@ from megatron_mimo_coord.training.plain_data import decode, encode
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # a resumed training may have others
 _LAYOUT = ("is_expert_parallel",)  # where experts are on several ranks
 
+ROUNDING, DRIFT = 1e-3, 0.05  # parts of its norm by which replicas of a weight may differ
+
 
 class ModelState:
     """The weights and buffers of the modules on this rank.
 
     Args:
-        model: whose ``sharded_state_dict`` says where each weight lies in the whole model.
+        job: whose model's ``sharded_state_dict`` says where each weight lies in the whole model.
+        stacked: whether equal layers are one tensor, as in checkpoints of format 1.
     """
 
-    def __init__(self, model: MimoModel) -> None:
-        self._model = model
-        with _rank_for_tied_embeddings(model):
-            sharded = model.sharded_state_dict()
+    def __init__(self, job: Job, stacked: bool = False) -> None:
+        self._model = job.model
+        self._job = job
+        groups = job.infra.pg_collections
+        sharded = sharded_state_dict(job.model, groups, LANGUAGE, stacked)
         self._weights = {
             id(each.data): each
             for each in nested_values(sharded)
@@ -105,6 +109,60 @@ class ModelState:
                 )
             yield part, part.data.storage_offset()
 
+    def problems(self) -> Iterator[str]:
+        """Which parameters are tensor-parallel by their attributes, but replicas for Megatron."""
+        for name, param, groups in self._replicated():
+            tp = groups.expt_tp if ".experts." in name else groups.tp
+            if getattr(param, "tensor_model_parallel", False) and tp.size() > 1:
+                yield (
+                    f"{name} is one of {tp.size()} tensor-parallel shards, but the module's "
+                    f"sharded_state_dict calls it a replica, of which one would be kept: derive "
+                    f"the module from MegatronModule and set its tp_group to pg_collection.tp"
+                )
+
+    def differing_replicas(self) -> list[str]:
+        """Which parameters differ between ranks that hold the same of them.
+
+        Collective in the groups of the modules. Compares one weighted sum of each. Data-parallel
+        ranks get the same update; on tensor-parallel ones kernels may round otherwise, and copies
+        drift apart a little in a long training, far less than shards differ.
+        """
+        tensor_parallel = {id(param) for _, param, _ in self._replicated()}
+        found = []
+        for module, ddp in self._job.ddps.items():
+            groups = self._job.infra.pg_collections[module]
+            assert groups is not None, f"a coordinator has refused {module!r} without groups"
+            params = dict(ddp.module.named_parameters())
+            dense = {name: each for name, each in params.items() if ".experts." not in name}
+            copies = {name: each for name, each in dense.items() if id(each) in tensor_parallel}
+            expert = {name: param for name, param in params.items() if name not in dense}
+            for kind, alike, group, tolerance in (
+                ("tensor-parallel", copies, groups.tp, DRIFT),
+                ("data-parallel", dense, groups.dp_cp, ROUNDING),
+                ("data-parallel", expert, groups.expt_dp if expert else None, ROUNDING),
+            ):
+                if alike and group is not None and group.size() > 1:
+                    found += [
+                        f"{name} of module {module!r} is not the same on the {kind} ranks "
+                        f"{dist.get_process_group_ranks(group)}, of which one would be kept: where "
+                        f"each has a shard, derive the module from MegatronModule and set its "
+                        f"tp_group to pg_collection.tp; else start them alike"
+                        for name in _differing(alike, group, tolerance)
+                    ]
+        return found
+
+    def _replicated(self) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
+        """(name, parameter, groups of its module) of those of which no dim is shared out."""
+        for module, ddp in self._job.ddps.items():
+            for name, param in ddp.module.named_parameters():
+                if id(param) in self._weights and not any(
+                    count > 1
+                    for shard, _ in self.shards(param)
+                    for count in (shard.axis_fragmentations or ())[shard.prepend_axis_num :]
+                ):
+                    groups = self._job.infra.pg_collections[module]
+                    yield f"{name} of module {module!r}", param, groups
+
     def load(self, reader: ChunkReader) -> None:
         """Fill the model from a checkpoint that has all it needs."""
         for chunk in self.chunks():
@@ -117,21 +175,25 @@ class ModelState:
         self._model.load_state_dict(apply_factory_merges(state, self._factories))
 
 
-@contextmanager
-def _rank_for_tied_embeddings(model: MimoModel) -> Iterator[None]:
-    """Tell Megatron the language model's data-parallel rank, which its tied embeddings ask for.
+@torch.no_grad()
+def _differing(
+    params: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup, tolerance: float
+) -> list[str]:
+    """Names of those that differ on the ranks of a group. Collective in it."""
+    sums = torch.stack([_weighted_sum(param) for param in params.values()])
+    norms = torch.stack([param.detach().float().norm() for param in params.values()])
+    extremes = torch.stack([sums, -sums, norms])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    most, least, norms = extremes[0], -extremes[1], extremes[2]
+    rounding = [max(tolerance, 4 * torch.finfo(param.dtype).eps) for param in params.values()]
+    differs = most - least > norms * norms.new_tensor(rounding)
+    return [name for name, flag in zip(params, differs.tolist(), strict=True) if flag]
 
-    They ask ``parallel_state`` and not the model's own groups; with grids there is none.
-    """
-    groups = getattr(unwrap_model(model.language_model), "pg_collection", None)
-    if groups is None or parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    parallel_state.set_data_parallel_rank(groups.dp_cp.rank())
-    try:
-        yield
-    finally:
-        parallel_state.set_data_parallel_rank(None)
+
+def _weighted_sum(param: torch.nn.Parameter) -> torch.Tensor:
+    """A sum that is another one for most other values of a parameter, or for another order."""
+    weights = torch.arange(param.numel(), dtype=torch.float32, device=param.device)
+    return (param.detach().float().view(-1) * weights.cos_().add_(1.5)).sum()
 
 
 @frozen(eq=False)
@@ -201,7 +263,8 @@ class OptimizerState:
             for _, name, value in islice(_scalars(optimizer), 1):  # all are alike
                 scalars[name] = encode(value)
             if getattr(optimizer, "grad_scaler", None):
-                scale = encode(dict(optimizer.grad_scaler.state_dict()))
+                state = optimizer.grad_scaler.state_dict()
+                scale = {name: float(value) for name, value in state.items()}
         groups = [_encoded(group) for group in self._groups()]
         return {"groups": groups, "scalars": scalars, "grad_scaler": scale}
 
@@ -232,7 +295,11 @@ class OptimizerState:
                 if name in saved["scalars"]:
                     state[name] = _like(value, decode(saved["scalars"][name]))
             if getattr(optimizer, "grad_scaler", None) and saved["grad_scaler"]:
-                optimizer.grad_scaler.load_state_dict(decode(saved["grad_scaler"]))
+                state = optimizer.grad_scaler.state_dict()
+                found = {name: saved["grad_scaler"][name] for name in state}
+                optimizer.grad_scaler.load_state_dict(
+                    {name: _like(value, found[name]) for name, value in state.items()}
+                )
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
@@ -377,7 +444,7 @@ def _scalars(optimizer: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 def _like(old: Any, value: Any) -> Any:
     """A number in the form that it had."""
-    return torch.full_like(old, float(value)) if torch.is_tensor(old) else value
+    return torch.full_like(old, float(value)) if torch.is_tensor(old) else type(old)(value)
 
 
 def _encoded(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,10 @@ class Checkpoints:
         self._wait(folder)
         saving = CheckpointSave(folder, step, self._job.rank, keep)
         self._gather_params()
-        request = partial(self._begin, saving, optimizer, extra, background)
+        models: list[ModelState] = []
+        _agree(partial(self._read_model, models), headline)
+        problems = models[0].differing_replicas()
+        request = partial(self._begin, saving, models[0], problems, optimizer, extra, background)
         flags = _agree(request, headline)
         if saving.is_whole:
             return saving
@@ -104,9 +107,24 @@ class Checkpoints:
             if saving is not None and not saving.is_over:
                 saving.wait()
 
+    def tell_failure(self) -> None:
+        """Raise if what is being written in the background has failed here. Not collective.
+
+        Raises:
+            ValueError: on the ranks that know of it; a save, a load and ``wait`` tell all ranks.
+        """
+        if self._last is not None:
+            self._last.tell_failure()
+
+    def _read_model(self, models: list[ModelState]) -> RankFacts:
+        models.append(ModelState(self._job))
+        return RankFacts({}, {}, [*models[0].problems()])
+
     def _begin(
         self,
         saving: CheckpointSave,
+        model: ModelState,
+        differing: list[str],
         optimizer: Any,
         extra: Mapping[str, Any] | None,
         background: bool,
@@ -115,7 +133,7 @@ class Checkpoints:
 
         Where the checkpoint is there already, and nothing has changed since, it is whole.
         """
-        problems = [*saving.problems()]
+        problems = [*saving.problems(), *differing]
         if optimizer is not None:
             problems += optimizer_problems(optimizer, list(self._job.ddps))
         if not isinstance(extra, Mapping | None):
@@ -131,7 +149,7 @@ class Checkpoints:
         facts |= {name: str(option) for name, option in options.items()}
         attempt = secrets.randbits(40)
         if not problems and not saving.is_whole:
-            self._collect(saving, optimizer, tensors, background)
+            self._collect(saving, model, optimizer, tensors, background)
             saving.content = {
                 "format": FORMAT,
                 "step": saving.step,
@@ -152,10 +170,14 @@ class Checkpoints:
         return bool(known) if optimizer is None else optimizer in known
 
     def _collect(
-        self, saving: CheckpointSave, optimizer: Any, extra: list[torch.Tensor], background: bool
+        self,
+        saving: CheckpointSave,
+        model: ModelState,
+        optimizer: Any,
+        extra: list[torch.Tensor],
+        background: bool,
     ) -> None:
         """What this rank writes; copies of it, if the training goes on meanwhile."""
-        model = ModelState(self._job.model)
         states = OptimizerState.collect(optimizer, self._job.ddps) if optimizer else []
         chunks = [*model.chunks(), *(chunk for each in states for chunk in each.chunks(model))]
         if self._job.rank == 0:

@@ -439,7 +439,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(tmp_p
 
     folder = tmp_path
     manifest = (path / "checkpoint.json").read_text()
-    refused("is [2, 16] in the checkpoint, [1, 16] here", case=Case(modules=FAN_IN, layers=1))
+    refused(
+        "num_layers of module 'language' is 2 in the checkpoint, 1 here",
+        case=Case(modules=FAN_IN, layers=1),
+    )
     refused(
         "num_attention_heads of module 'language' is 2 in the checkpoint, 4 here",
         case=SizedCase(modules=FAN_IN, heads=4),
