@@ -50,7 +50,7 @@ def _build() -> dict:
         "topology": infra.topology,
         "ndim": infra.module_output_ndim,
     }
-    dist.barrier()  # a rank that destroys what another still connects would break that
+    _meet()
     infra.destroy()
     answer["left over"] = len(dist.distributed_c10d._world.pg_map) - len(before)
     return answer
@@ -80,10 +80,17 @@ def test_build_makes_every_group_and_destroy_gives_all_back():
     assert "embd" not in ranks[0]["groups"]["vision"]
 
 
+def _meet() -> None:
+    """Have all ranks come here: one that destroys what another still connects would break that."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.zeros(1, device="cuda"))
+
+
 def _draw() -> tuple[float, float]:
     """What this rank draws where all ranks of a stage draw alike, and where its TP ranks do not."""
     import torch
-    import torch.distributed as dist
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from megatron_mimo_coord import MegatronMIMOInfra
@@ -93,7 +100,7 @@ def _draw() -> tuple[float, float]:
     alike = float(torch.rand(()))
     with get_cuda_rng_tracker().fork():
         shard = float(torch.rand(()))
-    dist.barrier()
+    _meet()
     infra.destroy()
     return alike, shard
 
