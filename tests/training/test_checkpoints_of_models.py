@@ -168,7 +168,6 @@ def stacked_layers_are_read(folder: Path, case: Case) -> None:
             path = one.coordinator.save_checkpoint(folder, one.optimizer, step=1).path
         finally:
             checkpoints.ModelState = model_state
-        assert one.coordinator._job.model is not None
         saved, undisturbed = one.fingerprint(), one.steps(1)
     if dist.get_rank() == 0:
         change(path, format=1)
@@ -191,7 +190,6 @@ def refuse_shards_as_replicas(folder: Path, case: Case, change_replica: bool) ->
     import torch
     from trainings import training
 
-    megatron_module = vlm.Encoder.sharded_state_dict
     with training(case) as one:
         job = one.coordinator._job
         if change_replica:
@@ -200,7 +198,6 @@ def refuse_shards_as_replicas(folder: Path, case: Case, change_replica: bool) ->
                 with torch.no_grad():
                     encoder.embed.weight.add_(0.5)
             return refusal(one.coordinator.save_checkpoint, folder, one.optimizer, step=1)
-        del megatron_module
         ddp = job.ddps.get("vision")
         if ddp is not None:
             encoder = ddp.module.encoders["transformer"]
