@@ -82,14 +82,14 @@ def run(ranks: int, arguments: list[str]) -> None:
 def work() -> None:
     """What a rank does: save the start, or train from it and log the loss of each step."""
     import digits
-    from digits_options import HEADS, parallelism, parse_options
-    from digits_trainer import Trainer, model_shape, train
+    from digits_options import parse_options
+    from digits_trainer import Trainer, train
     from job import start_ranks
-    from train_digits_vlm import HIDDEN, IS_MAIN
+    from train_digits_vlm import IS_MAIN
 
     options = parse_options()
     start_ranks()
-    trainer = Trainer.build(parallelism(options), model_shape(options, HIDDEN, HEADS), options)
+    trainer = Trainer.build(options)
     if options.save:
         trainer.coordinator.save_checkpoint(options.save, None, step=0)
     else:

@@ -3,7 +3,7 @@
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,7 @@ from digits import (
     training_batches,
     words,
 )
+from digits_options import HEADS, VISION, parallelism
 from job import stop_ranks
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.optimizer import MimoOptimizer
@@ -41,9 +42,9 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import get_model_config
 from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
 
-from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
+from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
 
-VISION = "vision"
+HIDDEN = 64  # of either module
 
 
 @frozen
@@ -63,13 +64,11 @@ class Trainer:
     loads: list[Sequence[float]] = field(factory=list)
 
     @classmethod
-    def build(
-        cls, modules: Mapping[str, ModuleParallelism], shape: ModelShape, options: Namespace
-    ) -> "Trainer":
+    def build(cls, options: Namespace) -> "Trainer":
         """Grids, model, coordinator and optimizer, in the order in which they need each other."""
-        infra = MegatronMIMOInfra.build(modules)
+        infra = MegatronMIMOInfra.build(parallelism(options))
         infra.initialize_megatron(options.seed)
-        model = build_model(shape, infra.module_to_grid_map, infra.pg_collections)
+        model = build_model(model_shape(options), infra.module_to_grid_map, infra.pg_collections)
         coordinator = MultiModuleCoordinator(infra, model)
         optimizer = coordinator.build_optimizer(
             OptimizerConfig(
@@ -241,7 +240,7 @@ class Trainer:
         return self.coordinator.data_parallel_slice(self.options.micro_batch_size, module)
 
 
-def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
+def model_shape(options: Namespace) -> ModelShape:
     """Both modules as the options want them, at one width."""
     ddp = {
         "use_distributed_optimizer": options.distributed_optimizer,
@@ -252,15 +251,15 @@ def model_shape(options: Namespace, hidden: int, heads: int) -> ModelShape:
         patch_dim=PATCH_DIM,
         token_id=IMAGE,
         layers=options.vision_layers,
-        hidden=hidden,
-        heads=heads,
+        hidden=HIDDEN,
+        heads=HEADS,
     )
     language = LanguageShape(
         vocabulary=VOCABULARY,
         sequence=sequence_length(options.images_per_sample),
         layers=options.language_layers,
-        hidden=hidden,
-        heads=heads,
+        hidden=HIDDEN,
+        heads=HEADS,
     )
     return ModelShape(
         encoders={VISION: vision},

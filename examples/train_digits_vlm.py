@@ -15,11 +15,10 @@ import time
 import warnings
 from collections.abc import Iterator
 
-from digits_options import HEADS, parallelism, parse_options, what_is_wrong
+from digits_options import parse_options, what_is_wrong
 
 from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, claim
 
-HIDDEN = 64  # of either module
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
 
 
@@ -39,11 +38,11 @@ def main() -> None:
     with quiet():  # heavy imports wait until the options are known to be good
         import digits
         import digits_report
-        from digits_trainer import Trainer, model_shape, train
+        from digits_trainer import Trainer, train
         from job import start_ranks
 
         start_ranks(options.rehearse)
-        trainer = Trainer.build(parallelism(options), model_shape(options, HIDDEN, HEADS), options)
+        trainer = Trainer.build(options)
     done = 0
     if options.load:
         done, _ = trainer.coordinator.load_checkpoint(options.load, trainer.optimizer)

@@ -283,13 +283,7 @@ def train(
         optimizer = optimizer_of(case, coordinator)
     coordinator.attach(model.config, optimizer)
     if case.megatron_communicator:
-        communicator = MultiModulePipelineCommunicator(
-            infra.module_to_grid_map,
-            infra.topology,
-            model.config,
-            dim_mapping={"s": 0, "b": 1, "h": 2},
-            module_output_ndim=infra.module_output_ndim,
-        )
+        communicator = megatrons_communicator(infra, model.config)
     else:
         communicator = coordinator.build_pipeline_communicator(model.config)
     built(infra, model)
@@ -338,6 +332,17 @@ def optimizer_of(case: Case, coordinator: MultiModuleCoordinator, **settings: An
         "use_distributed_optimizer": bool(case.ddp.get("use_distributed_optimizer")),
     }
     return coordinator.build_optimizer(OptimizerConfig(**config | settings))
+
+
+def megatrons_communicator(infra: Any, config: Any) -> MultiModulePipelineCommunicator:
+    """Megatron's own, as a trainer without a coordinator makes it."""
+    return MultiModulePipelineCommunicator(
+        infra.module_to_grid_map,
+        infra.topology,
+        config,
+        dim_mapping={"s": 0, "b": 1, "h": 2},
+        module_output_ndim=infra.module_output_ndim,
+    )
 
 
 def run_schedule(

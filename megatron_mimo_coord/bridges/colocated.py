@@ -19,6 +19,7 @@ from megatron_mimo_coord.bridges.statements import HostStatements, Statement, St
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import inherit_timeout
 
@@ -61,7 +62,7 @@ class _Exchange:
     def _remember_text(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._input_ids = kwargs.get("input_ids", args[0] if args else None)
+        self._input_ids = input_ids_of(args, kwargs)
 
     def _between_modules(self, embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tokens [token, hidden] of each modality, from the encoder's layout to the language's."""

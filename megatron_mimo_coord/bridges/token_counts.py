@@ -15,6 +15,7 @@ from megatron.core.models.mimo import MimoModel
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 
 
 def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[str, float]:
@@ -158,7 +159,7 @@ class TokenCounts:
         """On a language model rank: each encoder rank must have sent the same number of tokens."""
         if self._may_vary:
             return
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        input_ids = input_ids_of(args, kwargs)
         role = self._model.role
         if input_ids is None or not model.training or not role.is_first_stage(LANGUAGE):
             return

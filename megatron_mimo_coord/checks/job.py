@@ -22,7 +22,7 @@ from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
-from megatron_mimo_coord.megatron.module_random_states import unsupported
+from megatron_mimo_coord.megatron.mimo_model import unsupported
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
 from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.layout.problems import raise_problems
+from megatron_mimo_coord.layout.problems import listed, raise_problems
 from megatron_mimo_coord.megatron.parameters import replicated_over
 from megatron_mimo_coord.world.consistency import CANNOT_START
 from megatron_mimo_coord.world.device import world_device
@@ -143,7 +143,6 @@ def _sentences(
         weights = [
             weight for weight in held[0] if len({str(each.get(weight)) for each in held}) > 1
         ]
-        more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
         cure = (
             "seed their initialisation alike, with infra.initialize_megatron(seed) before the "
             "model is built, or load the same weights on all of them before the coordinator is"
@@ -151,7 +150,7 @@ def _sentences(
         if kind == "tp_dp_cp":
             cure += "; a weight that they share out is to be one of Megatron's layers"
         yield (
-            f"replicas of module {name!r} hold different values of {', '.join(weights[:3])}{more} "
+            f"replicas of module {name!r} hold different values of {listed(weights)} "
             f"on ranks {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}, and "
             f"would stay different: {cure}"
         )

@@ -6,7 +6,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 
+from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 from megatron_mimo_coord.megatron.parameters import unmarked_weights
 
 CURE = (
@@ -21,7 +23,7 @@ def weight_problems(name: str, ddp: DistributedDataParallel) -> list[str]:
     if not inside:
         return []
     return [
-        f"module {name!r} is sequence-parallel, and its replicated weights {_list(inside)} do not "
+        f"module {name!r} is sequence-parallel, and its replicated weights {listed(inside)} do not "
         f"say what they are applied to: their gradients would be wrong; {CURE}"
     ]
 
@@ -32,14 +34,9 @@ def weight_remark(name: str, ddp: DistributedDataParallel) -> str:
     if not outside:
         return ""
     return (
-        f"module {name} is sequence-parallel, and its replicated weights {_list(outside)} are "
+        f"module {name} is sequence-parallel, and its replicated weights {listed(outside)} are "
         f"taken to see the whole sequence; else {CURE}"
     )
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def refuse_other_lengths(model: MimoModel, changes: Changes) -> None:
@@ -52,7 +49,7 @@ def refuse_other_lengths(model: MimoModel, changes: Changes) -> None:
     parts = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
 
     def check(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        input_ids = input_ids_of(args, kwargs)
         if torch.is_tensor(input_ids) and input_ids.shape[-1] % parts:
             raise ValueError(
                 f"texts have {input_ids.shape[-1]} tokens, which the {parts} tensor-parallel ranks "

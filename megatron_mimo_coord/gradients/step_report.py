@@ -18,6 +18,7 @@ from attrs import define, field
 
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 from megatron_mimo_coord.world.device import world_device
 
 _MISSES_TOKENS = (
@@ -61,7 +62,7 @@ class StepReport:
 
         def look(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if torch.is_grad_enabled():
-                input_ids = kwargs.get("input_ids", args[0] if args else None)
+                input_ids = input_ids_of(args, kwargs)
                 is_packed = kwargs.get("packing_kwargs") is not None
                 others = LANGUAGE not in self.here and any(map(is_assigned, self.here))
                 has_rows = input_ids is not None and not is_packed and not others

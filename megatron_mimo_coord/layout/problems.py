@@ -49,6 +49,17 @@ class Problem(str):
         return problem
 
 
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """The first names of a list, and how many more there are.
+
+    Example:
+        >>> listed("abcde"), listed([0, 1])
+        ('a, b, c and 2 more', '0, 1')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 def raise_problems(what: str, problems: Sequence[str]) -> None:
     """Raise one ``ValueError`` that lists every problem, or return if there is none."""
     if problems:

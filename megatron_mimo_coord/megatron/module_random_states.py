@@ -24,8 +24,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import unsupported
 from megatron_mimo_coord.megatron.names import told_of_missing_names
-from megatron_mimo_coord.megatron.random_states import initialize_global_state
+from megatron_mimo_coord.megatron.random_states import (
+    as_tensor,
+    initialize_global_state,
+    restored,
+)
 
 Grids = Mapping[str, Any]
 Groups = Mapping[str, ProcessGroupCollection | None]
@@ -160,10 +165,7 @@ class ModuleRandomStates:
             if module != self._current:
                 found |= {f"{module}/host": states.host, f"{module}/device": states.device}
                 found |= {f"{module}/{name}": each for name, each in states.tracked.items()}
-        return {
-            name: each.get_state() if isinstance(each, torch.Generator) else each
-            for name, each in found.items()
-        }
+        return {name: as_tensor(each) for name, each in found.items()}
 
     def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Have those at rest go on from where :meth:`at_rest` was called."""
@@ -173,41 +175,12 @@ class ModuleRandomStates:
             self._states[module] = evolve(
                 states,
                 host=saved[f"{module}/host"],
-                device=_restored(states.device, saved[f"{module}/device"]),
+                device=restored(states.device, saved[f"{module}/device"]),
                 tracked={
-                    name: _restored(each, saved[f"{module}/{name}"])
+                    name: restored(each, saved[f"{module}/{name}"])
                     for name, each in states.tracked.items()
                 },
             )
-
-
-def unsupported(model: MimoModel) -> list[str]:
-    """A sentence for each setting of a language model that ``MimoModel`` cannot run.
-
-    Said on every rank before the language model is built, which would fail on some.
-    """
-    config, problems = model.config, []
-    if getattr(config, "mtp_num_layers", None):
-        problems.append(
-            f"the language model's config has mtp_num_layers={config.mtp_num_layers}, and "
-            f"Megatron's MimoModel hands it no input_ids, which multi-token prediction predicts "
-            f"from: set mtp_num_layers=None and leave out mtp_block_spec"
-        )
-    length = model.mimo_config.language_model_spec.params.get("max_sequence_length", 0)
-    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    if length % parts:
-        problems.append(
-            f"the language model's max_sequence_length is {length}, which its {parts} "
-            f"tensor-parallel ranks cannot share: make it, and pad texts to, a multiple of {parts}"
-        )
-    return problems
-
-
-def _restored(before: Any, saved: torch.Tensor) -> Any:
-    if not isinstance(before, torch.Generator):
-        return saved
-    before.set_state(saved)
-    return before
 
 
 _of_process: list[ModuleRandomStates] = []

@@ -7,6 +7,7 @@ the tracker giving its states out and taking them back, without which checkpoint
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -74,23 +75,28 @@ def needs_global_state(module: torch.nn.Module) -> bool:
 
 def tracked_states() -> dict[str, torch.Tensor]:
     """The random states that Megatron tracks, by name."""
-    states = get_cuda_rng_tracker().get_states().items()
-    return {
-        name: state.get_state() if isinstance(state, torch.Generator) else state
-        for name, state in states
-    }
+    return {name: as_tensor(each) for name, each in get_cuda_rng_tracker().get_states().items()}
 
 
 def restore_tracked_states(saved: Mapping[str, torch.Tensor]) -> None:
     """Have Megatron go on drawing from where :func:`tracked_states` was called."""
     tracker = get_cuda_rng_tracker()
     states = tracker.get_states()
-    for name, state in saved.items():
-        if isinstance(states.get(name), torch.Generator):
-            states[name].set_state(state)
-        else:
-            states[name] = state
+    states |= {name: restored(states.get(name), state) for name, state in saved.items()}
     tracker.set_states(states)
+
+
+def as_tensor(state: Any) -> Any:
+    """A random state as it is saved: CUDA graphs know generators, and others their states."""
+    return state.get_state() if isinstance(state, torch.Generator) else state
+
+
+def restored(before: Any, saved: torch.Tensor) -> Any:
+    """What takes a random state's place: a generator stays, and goes on from what was saved."""
+    if not isinstance(before, torch.Generator):
+        return saved
+    before.set_state(saved)
+    return before
 
 
 def _has_memory_buffer() -> bool:

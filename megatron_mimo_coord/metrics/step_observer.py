@@ -14,6 +14,7 @@ from megatron_mimo_coord.gradients import profiler_ranges
 from megatron_mimo_coord.gradients.finalize import WHOLE_FINALIZE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 from megatron_mimo_coord.megatron.optimizers import updates
 from megatron_mimo_coord.metrics.clocks import clock_of
 from megatron_mimo_coord.metrics.measured_costs import RankBytes
@@ -134,7 +135,7 @@ class StepObserver:
     def _remember_shape(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        input_ids = input_ids_of(args, kwargs)
         if input_ids is not None:
             self._input_shape = tuple(input_ids.shape[:2])
 

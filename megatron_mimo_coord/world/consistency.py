@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from megatron_mimo_coord.layout.problems import raise_problems
+from megatron_mimo_coord.layout.problems import listed, raise_problems
 from megatron_mimo_coord.world.device import world_device
 from megatron_mimo_coord.world.gather import all_gather_text
 
@@ -157,9 +157,7 @@ def _topic(fact: str) -> str:
 
 def _ranks(ranks: Sequence[int]) -> str:
     """A list of ranks, cut after eight."""
-    shown = ", ".join(str(rank) for rank in ranks[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {listed(ranks, most=8)}"
 
 
 def _digest(value: object) -> tuple[int, int]:

@@ -66,12 +66,10 @@ def _known(saved: Path) -> int:
     import digits_options
     import digits_trainer
     import torch
-    import train_digits_vlm
 
     sys.argv = ["", "--colocated", *TWO_RANKS, *SHAPE, "--load", str(saved)]
     options = digits_options.parse_options()
-    shape = digits_trainer.model_shape(options, train_digits_vlm.HIDDEN, digits_options.HEADS)
-    trainer = digits_trainer.Trainer.build(digits_options.parallelism(options), shape, options)
+    trainer = digits_trainer.Trainer.build(options)
     trainer.coordinator.load_checkpoint(saved, None)
     _, held_out = digits.load()
     whole, spelled = [], []

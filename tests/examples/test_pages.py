@@ -43,16 +43,13 @@ def _train(arguments):
     import digits
     import digits_options
     import digits_trainer
-    import train_digits_vlm
 
     found = []
     learn, held_out = digits.load()
     for more in ([], ["--assign"]):
         sys.argv = ["", *arguments, *more, "--steps", "4"]
         options = digits_options.parse_options()
-        shape = digits_trainer.model_shape(options, train_digits_vlm.HIDDEN, digits_options.HEADS)
-        modules = digits_options.parallelism(options)
-        trainer = digits_trainer.Trainer.build(modules, shape, options)
+        trainer = digits_trainer.Trainer.build(options)
         steps = list(islice(digits_trainer.train(trainer, learn, held_out, options, 0), 4))
         found.append(
             {

@@ -61,12 +61,10 @@ def train(arguments: list[str], steps: int) -> list[dict[str, float]]:
     import digits
     import digits_options
     import digits_trainer
-    import train_digits_vlm
 
     sys.argv = ["", *arguments]
     options = digits_options.parse_options()
-    shape = digits_trainer.model_shape(options, train_digits_vlm.HIDDEN, digits_options.HEADS)
-    trainer = digits_trainer.Trainer.build(digits_options.parallelism(options), shape, options)
+    trainer = digits_trainer.Trainer.build(options)
     taken = list(islice(digits_trainer.train(trainer, *digits.load(), options, 0), steps))
     trainer.model.destroy()
     trainer.infra.destroy()

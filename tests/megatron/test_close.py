@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from cases import Case, _data, _replaced, optimizer_of, run_schedule
+from cases import Case, _data, _replaced, megatrons_communicator, optimizer_of, run_schedule
 from layouts import COLOCATED, FAN_IN, MANY_BUCKETS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
@@ -153,9 +153,6 @@ def _trained(case: Case, with_coordinator: bool) -> list[float]:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.mimo.optimizer import get_mimo_optimizer
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.pipeline_parallel.multimodule_communicator import (
-        MultiModulePipelineCommunicator,
-    )
 
     from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator
 
@@ -171,13 +168,7 @@ def _trained(case: Case, with_coordinator: bool) -> list[float]:
         coordinator.zero_grad_buffer()
         run_schedule(case, model, coordinator, communicator, _data(case, 0))
     coordinator.close()
-    communicator = MultiModulePipelineCommunicator(
-        infra.module_to_grid_map,
-        infra.topology,
-        model.config,
-        dim_mapping={"s": 0, "b": 1, "h": 2},
-        module_output_ndim=infra.module_output_ndim,
-    )
+    communicator = megatrons_communicator(infra, model.config)
     (name,) = infra.participating_modules
     ddp = model.language_model if name == "language" else model.modality_submodules[name]
     groups = infra.pg_collections[name]
