@@ -1,13 +1,11 @@
 """Which encoder rank encodes which image: dealt out by cost, so that none waits for the slowest."""
 
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from heapq import heapify, heapreplace
-from itertools import accumulate, chain, compress, pairwise
-from math import ceil, gcd, inf
-from operator import ne
+from heapq import heapreplace
+from itertools import accumulate, chain, groupby, pairwise
+from math import gcd, inf
 from typing import Any
 from zlib import crc32
 
@@ -25,7 +23,6 @@ CLOSE, FAR = 1.002, 1.02
 # Bounds on the work, in comparisons and not in time: every rank has to find the same.
 MAX_TRIES = 2000
 MAX_TOGETHER = 64
-FEW, SEARCH_TRIES = 32, 6000  # images among which a depth-first search can get anywhere
 
 
 @frozen
@@ -140,8 +137,7 @@ def assign_images(
     - at most mean + (1 - 1/DP) x the largest cost: 1.05 x mean if no image costs more than 5 % of
       it (or 0.2 % above the least that whole images can add up to, if that is more);
     - at most 4/3 - 1/(3 DP) of the least possible, as by Graham's longest processing time first
-      (https://doi.org/10.1137/0117039), and the least possible for up to eight images on three
-      ranks. On real data it is within 2 % of the least possible.
+      (https://doi.org/10.1137/0117039). On real data it is within 2 % of the least possible.
 
     Args:
         grid: where the encoder lies.
@@ -245,36 +241,26 @@ def _deal_out(costs: Sequence[float], ends: list[int]) -> list[int]:
         costs: of each image, in the order of the microbatch.
         ends: for each rank, the end of its slice of the images.
     """
-    ranks = len(ends)
     slices: list[int] = []
     for rank, end in enumerate(ends):
         slices += [rank] * (end - len(slices))
-    by_cost = sorted(range(len(costs)), key=costs.__getitem__)
-    homes = list(map(slices.__getitem__, by_cost))
-    best = _Loads(list(map(costs.__getitem__, by_cost)), homes, ranks)
-    least = _least_possible(best.costs, ranks)
-    if max(best.loads) <= least:
-        return slices
-    best.shed(least)
-    best.improve(least * CLOSE)
-    if max(best.loads) > least * FAR:
-        other = _Loads(best.costs, _longest_first(best.costs, ranks), ranks)
-        other.improve(least * CLOSE)
-        best = min(best, other, key=lambda loads: max(loads.loads))
-    if len(costs) <= FEW and max(best.loads) > least:
-        owners = _search(best.costs, homes, ranks, max(best.loads), least)
-        best = best if owners is None else _Loads(best.costs, owners, ranks)
-    best.go_home(homes)
+    by_cost = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    ordered, homes = [costs[image] for image in by_cost], [slices[image] for image in by_cost]
+    least = _least_possible(ordered, len(ends))
+    best = _Deal(ordered, homes, len(ends), least)
+    best.exchange(least * CLOSE)
+    if best.largest > least * FAR:
+        anew = _Deal(ordered, homes, len(ends), -1)
+        anew.exchange(least * CLOSE)
+        best = min(best, anew, key=lambda deal: deal.largest)
+    best.go_home()
     for image, owner in zip(by_cost, best.owners, strict=True):
         slices[image] = owner
     return slices
 
 
-# From here on images are numbered by cost, ascending: those of a rank, in order, are so too.
-
-
 def _least_possible(costs: list[float], ranks: int) -> float:
-    """A load that some rank has at least, whoever deals out.
+    """A load that some rank has at least, whoever deals out; costs from the largest on.
 
     The mean, rounded up to what whole images can add up to; and j of the largest (j - 1) x ranks
     + 1 images: some rank has as many of them. (With many on a rank that is hardly above the mean.)
@@ -284,226 +270,96 @@ def _least_possible(costs: list[float], ranks: int) -> float:
     if type(total) is int:  # and so are all costs
         unit = gcd(*costs) or 1
         least = -(-total // (ranks * unit)) * unit
-    together = min(MAX_TOGETHER, ceil(len(costs) / ranks))
-    sums = list(accumulate(costs[: -(together - 1) * ranks - 2 : -1], initial=0))
-    for j in range(1, together + 1):
-        end = (j - 1) * ranks + 1
+    sums = list(accumulate(costs[: MAX_TOGETHER * ranks], initial=0))
+    for j, end in enumerate(range(1, len(sums), ranks), 1):
         least = max(least, sums[end] - sums[end - j])
     return least
 
 
-def _longest_first(costs: list[float], ranks: int) -> list[int]:
-    """Owners by Graham's rule: from the largest image on, each to the rank with the least."""
-    owners = [0] * len(costs)
-    heap = [(0.0, rank) for rank in range(ranks)]
-    for image in reversed(range(len(costs))):
-        load, rank = heap[0]
-        owners[image] = rank
-        heapreplace(heap, (load + costs[image], rank))
-    return owners
+class _Deal:
+    """Longest first, an image stays in its slice up to a level; else it goes to who has least.
 
+    Args:
+        costs: of each image, from the largest on.
+        homes: rank of each image's slice.
+        ranks: number of ranks.
+        level: load up to which images stay; below 0 none does, which is Graham's rule.
+    """
 
-class _Loads:
-    """An assignment that is being improved: what each rank carries, and what of."""
+    def __init__(self, costs: list[float], homes: list[int], ranks: int, level: float) -> None:
+        self.costs, self.homes, self.owners = costs, homes, list(homes)
+        self.loads = loads = [0.0] * ranks
+        heap = [(0.0, rank) for rank in range(ranks)]
+        for cost, images in groupby(range(len(costs)), costs.__getitem__):
+            for image in [image for image in images if not self._stays(image, level)]:
+                while heap[0][0] < loads[rank := heap[0][1]]:  # loads only grow: bring up to date
+                    heapreplace(heap, (loads[rank], rank))
+                loads[rank] += cost
+                self.owners[image] = rank
 
-    def __init__(self, costs: list[float], owners: list[int], ranks: int) -> None:
-        self.costs = costs
-        self.owners = list(owners)
-        self.loads: list[float] = [0] * ranks
-        self.images: list[list[int]] = [[] for _ in range(ranks)]  # ascending
-        for image, owner in enumerate(owners):
-            self.images[owner].append(image)
-        for rank, images in enumerate(self.images):
-            self.loads[rank] = sum(map(costs.__getitem__, images))
+    def _stays(self, image: int, level: float) -> bool:
+        """Whether an image stays in its slice, and if so count it there."""
+        home = self.homes[image]
+        load = self.loads[home] + self.costs[image]
+        if load <= level:
+            self.loads[home] = load
+        return load <= level
 
-    def move(self, images: list[int], rank: int) -> None:
-        """Move neighbors of one cost from the rank that has them."""
-        first, number = images[0], len(images)
-        cost, source = self.costs[first] * number, self.owners[first]
-        place = bisect_left(self.images[source], first)
-        del self.images[source][place : place + number]
-        place = bisect_left(self.images[rank], first)
-        self.images[rank][place:place] = images
-        self.loads[source] -= cost
-        self.loads[rank] += cost
-        for image in images:
-            self.owners[image] = rank
+    @property
+    def largest(self) -> float:
+        """The largest load."""
+        return max(self.loads)
 
-    def _alike(self, rank: int, image: int, number: float) -> list[int]:
-        """Up to so many of a rank's images that cost what this one does, this one the last."""
-        images, cost = self.images[rank], self.costs[image]
-        end = bisect_right(images, image)
-        start = bisect_left(images, bisect_left(self.costs, cost), 0, end)
-        return images[max(start, end - max(1, int(min(number, end)))) : end]
-
-    def shed(self, level: float) -> None:
-        """Move images from ranks above a level to those below, the largest that fit: few move."""
-        rooms = [(load - level, rank) for rank, load in enumerate(self.loads) if load < level]
-        heapify(rooms)
-        largest_room = -rooms[0][0] if rooms else 0
-        moving, costs = [], self.costs
-        for source, images in enumerate(self.images):
-            while (surplus := self.loads[source] - level) > 0:
-                place = bisect_left(images, bisect_right(costs, min(surplus, largest_room))) - 1
-                if place < 0 or not (cost := costs[images[place]]):
-                    break
-                alike = images[place : place + 1]
-                if place and costs[images[place - 1]] == cost < surplus:
-                    alike = self._alike(source, images[place], surplus / cost)
-                del images[place + 1 - len(alike) : place + 1]
-                self.loads[source] -= cost * len(alike)
-                moving += alike
-        for image in sorted(moving, reverse=True):
-            room, target = rooms[0]
-            self.images[target].append(image)
-            self.loads[target] += costs[image]
-            self.owners[image] = target
-            heapreplace(rooms, (room + costs[image], target))
-        for images in self.images:
-            images.sort()
-
-    def improve(self, enough: float) -> None:
-        """Lower the largest load by moves, then by exchanges, until it is enough or none helps."""
-        order = sorted((load, rank) for rank, load in enumerate(self.loads))
+    def exchange(self, enough: float) -> None:
+        """Lower the largest load by an image, for a smaller one or none, until it is enough."""
+        images: list[list[int]] = [[] for _ in self.loads]
+        for image, owner in enumerate(self.owners):
+            images[owner].append(image)
         tries = MAX_TRIES
-        while order[-1][0] > enough and tries > 0:
-            tries -= 4
-            largest, source = order.pop()
-            place = order[0]
-            gap = largest - place[0]
-            image = self._to_move(source, gap)
-            if image is not None:
-                number = min(gap / 2, largest - enough) / self.costs[image]
-                self.move(self._alike(source, image, number), place[1])
-            else:
-                for place in order:
-                    tries -= len(self.images[source]) + len(self.images[place[1]])
-                    pair = self._to_swap(source, place[1], enough) if tries > 0 else None
-                    if pair is not None:
-                        self.move([pair[0]], place[1])
-                        self.move([pair[1]], source)
-                        break
-                else:
-                    return
-            order.remove(place)
-            for rank in (source, place[1]):
-                insort(order, (self.loads[rank], rank))
-
-    def _to_move(self, source: int, gap: float) -> int | None:
-        """The image whose move leaves the two ranks closest, if any lowers the larger load."""
-        images, costs = self.images[source], self.costs
-        if not images or costs[images[0]] >= gap:
-            return None
-        place = bisect_left(images, bisect_left(costs, gap / 2))
-        near = [i for i in images[max(place - 1, 0) : place + 1] if 0 < costs[i] < gap]
-        return min(near, key=lambda image: abs(costs[image] - gap / 2), default=None)
-
-    def _to_swap(self, source: int, target: int, enough: float) -> tuple[int, int] | None:
-        """The first exchange that leaves neither rank above enough.
-
-        Else the one that leaves the two ranks closest, if any lowers the larger load.
-        """
-        half = (self.loads[source] - self.loads[target]) / 2
-        tolerated = enough - (self.loads[source] + self.loads[target]) / 2
-        best, pair = half, None
-        costs, theirs = self.costs, iter(self.images[target])
-        other = next(theirs, None)
-        for image in self.images[source]:  # both ascend, so none is to be compared again
-            wanted = costs[image] - half
-            while other is not None:
-                off = costs[other] - wanted
-                if abs(off) < best:
-                    best, pair = abs(off), (image, other)
-                if off >= 0:
+        while self.largest > enough and tries > 0:
+            source, *others = sorted(range(len(images)), key=lambda rank: -self.loads[rank])
+            for target in reversed(others):
+                tries -= len(images[source])
+                pair = self._pair(images[source], images[target], source, target)
+                if pair is not None:
                     break
-                other = next(theirs, None)
-            if best <= tolerated:
-                break
+            else:
+                return
+            for image, here, there in ((pair[0], source, target), (pair[1], target, source)):
+                if image is not None:
+                    images[here].remove(image)
+                    insort(images[there], image)
+                    self._move(image, there)
+
+    def _pair(
+        self, mine: list[int], theirs: list[int], source: int, target: int
+    ) -> tuple[int, int | None] | None:
+        """The exchange that leaves two ranks closest, if any lowers the larger load."""
+        half = (self.loads[source] - self.loads[target]) / 2
+        best, pair = half * (1 - 1e-9), None
+        negative = [-self.costs[image] for image in theirs]
+        for cost, image in {self.costs[image]: image for image in mine}.items():
+            wanted = cost - half
+            place = bisect_left(negative, -wanted)
+            for other in (*theirs[max(place - 1, 0) : place + 1], None):
+                off = abs(wanted - (0 if other is None else self.costs[other]))
+                if off < best:
+                    best, pair = off, (image, other)
         return pair
 
-    def go_home(self, homes: list[int]) -> None:
+    def go_home(self) -> None:
         """Return images to their slices where the largest load allows it; large ones first."""
-        self._swap_alike(homes)
-        largest, loads, owners, costs = max(self.loads), self.loads, self.owners, self.costs
-        away = list(compress(range(len(homes)), map(ne, owners, homes)))[::-1]
-        self._swap(away[:MAX_TRIES], homes, largest)
+        largest = self.largest
         while back := [
-            i for i in away if owners[i] != homes[i] and self._fits(i, homes[i], largest)
+            image
+            for image, home in enumerate(self.homes)
+            if self.owners[image] != home and self.loads[home] + self.costs[image] <= largest
         ]:
             for image in back:  # one that returns leaves room for others
-                if self._fits(image, homes[image], largest):
-                    loads[owners[image]] -= costs[image]
-                    loads[homes[image]] += costs[image]
-                    owners[image] = homes[image]
+                if self.loads[self.homes[image]] + self.costs[image] <= largest:
+                    self._move(image, self.homes[image])
 
-    def _fits(self, image: int, rank: int, largest: float) -> bool:
-        return self.loads[rank] + self.costs[image] <= largest
-
-    def _swap_alike(self, homes: list[int]) -> None:
-        """Of images that cost the same, each rank that has any gets those of its slice."""
-        for cost in set(self.costs[:: len(self.costs) // MAX_TOGETHER + 1]):  # finds the long runs
-            start, end = bisect_left(self.costs, cost), bisect_right(self.costs, cost)
-            number = Counter(self.owners[start:end])
-            others: list[int] = []
-            for home, images in Counter(homes[start:end]).items():  # in order, as slices are
-                stay = min(number[home], images)
-                number[home] -= stay
-                self.owners[start : start + stay] = [home] * stay
-                others += range(start + stay, start + images)
-                start += images
-            for image, owner in zip(others, number.elements(), strict=True):
-                self.owners[image] = owner
-
-    def _swap(self, away: list[int], homes: list[int], largest: float) -> None:
-        """Return images in exchange for such that return the other way."""
-        loads, owners, costs = self.loads, self.owners, self.costs
-        waiting: dict[tuple[int, int], list[int]] = {}
-        for image in away:
-            home, owner, cost = homes[image], owners[image], costs[image]
-            others = waiting.get((home, owner))
-            # The last that waits costs least, and no less than this one.
-            if others and loads[owner] + (change := costs[others[-1]] - cost) <= largest:
-                loads[owner] += change
-                loads[home] -= change
-                owners[image], owners[others.pop()] = home, owner
-            else:
-                waiting.setdefault((owner, home), []).append(image)
-
-
-def _search(
-    costs: list[float], homes: list[int], ranks: int, largest: float, least: float
-) -> list[int] | None:
-    """Owners with a smaller largest load, if a bounded depth-first search finds some.
-
-    Exact for a handful of images, where rules of thumb are worst.
-    """
-    order = range(len(costs))[::-1]  # from the largest on
-    owners, loads = list(homes), [0.0] * ranks
-    best: list[int] | None = None
-    tries = SEARCH_TRIES
-
-    def place(depth: int) -> bool:
-        """Place the images from depth on; whether to stop."""
-        nonlocal best, largest, tries
-        if depth == len(order):
-            best, largest = list(owners), max(loads)
-            return largest <= least
-        image = order[depth]
-        cost, home = costs[image], homes[image]
-        seen = set()
-        for rank in sorted(range(ranks), key=lambda rank: (loads[rank], rank != home)):
-            load = loads[rank]
-            tries -= 1
-            if tries < 0:
-                return True
-            if load in seen or load + cost >= largest:
-                continue  # ranks with the same load are as good as each other
-            seen.add(load)
-            loads[rank], owners[image] = load + cost, rank
-            if place(depth + 1):
-                return True
-            loads[rank] = load
-        return False
-
-    place(0)
-    return best
+    def _move(self, image: int, rank: int) -> None:
+        self.loads[self.owners[image]] -= self.costs[image]
+        self.loads[rank] += self.costs[image]
+        self.owners[image] = rank
