@@ -116,7 +116,7 @@ def _exceptions(summary: Mapping[str, Any]) -> str:
     return f", but {' and '.join(shared)}" if shared else ""
 
 
-def table(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def module_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each module of a summary, below a row of titles."""
     sizes = dict(_SIZES)
     if not any(_has_experts(module) for module in summary["modules"].values()):
@@ -156,7 +156,7 @@ def _has_experts(module: Mapping[str, Any]) -> bool:
 
 def describe(summary: Mapping[str, Any]) -> str:
     """A summary as plain text, to be printed or logged before the first step."""
-    return f"{headline(summary)}\n{aligned(table(summary))}"
+    return f"{headline(summary)}\n{aligned(module_rows(summary))}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

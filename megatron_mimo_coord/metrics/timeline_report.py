@@ -1,5 +1,6 @@
 """What comes of recorded steps: a trace, a summary and measured costs, on rank 0."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +12,7 @@ from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.metrics.measured_costs import RankBytes, measured_costs, to_toml
 from megatron_mimo_coord.metrics.step_summary import Step, StepSummary, step_seconds
 from megatron_mimo_coord.planning.timeline import FORWARD, Span
-from megatron_mimo_coord.planning.trace import rank_threads, write_trace
+from megatron_mimo_coord.planning.trace import chrome_trace
 
 
 @frozen
@@ -56,7 +57,12 @@ class TimelineReport:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_name("costs.toml").write_text(to_toml(costs))
         begins = accumulate((step_seconds(step) for step in steps[:-1]), initial=0.0)
-        write_trace(rank_threads(zip(begins, steps, strict=True)), self.path)
+        trace = chrome_trace(
+            ("rank", rank, begin, spans)
+            for begin, step in zip(begins, steps, strict=True)
+            for rank, spans in step.items()
+        )
+        self.path.write_text(json.dumps(trace), encoding="utf-8")
         return StepSummary.of(
             steps,
             self.grids,

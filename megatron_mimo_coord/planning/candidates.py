@@ -1,4 +1,4 @@
-"""The layouts of a task that fit and that no other beats, ranked by the formula.
+"""The layouts of a request that fit and that no other beats, ranked by the formula.
 
 Each begins with a choice for the language model, a microbatch, and whether the encoders share its
 ranks; the encoders' choices follow from it. Of encoders that go with one language model only those
@@ -6,20 +6,23 @@ are looked at that are faster than all on fewer GPUs (on shared ranks: with less
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from math import inf
 from operator import add
 
 from attrs import evolve, frozen
 
-from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.planning.choices import Choice, Task
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
+from megatron_mimo_coord.planning.choices import Choice, Request, choices, side_by_side
 from megatron_mimo_coord.planning.formula import pipeline_seconds, turn_seconds
 from megatron_mimo_coord.planning.memory import stage_memory
 
 ALIKE = 0.01
 """Steps that differ by a smaller part are equally long: no prediction is that exact."""
+
+Combination = tuple[float, float, tuple[Choice, ...]]
+"""Choices for some modules: (seconds, GPUs or bytes that they take, choices)."""
 
 
 @frozen(eq=False)
@@ -40,22 +43,23 @@ class Candidate:
     samples: int
     colocated: bool
 
-
-Options = list[tuple[float, float, Choice]]
-"""Ways to lay out a module: (seconds, what it takes of what is limited, choice)."""
-
-Combination = tuple[float, float, tuple[Choice, ...]]
-"""The same for several modules."""
+    @property
+    def modules(self) -> dict[str, ModuleParallelism] | None:
+        """Each module with its first rank; None if no order keeps TP groups inside a node."""
+        language, *encoders = self.choices
+        modules = {choice.name: choice.parallelism for choice in (*encoders, language)}
+        if self.colocated:
+            return {name: evolve(module, rank_offset=0) for name, module in modules.items()}
+        return side_by_side(modules)
 
 
 class Candidates:
-    """All candidates of a task."""
+    """All candidates of a request."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.choices = {name: task.choices(name) for name in task.sizes}
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.choices = {name: choices(request, name) for name in request.sizes}
         self.held = cache(self.held)  # type: ignore[method-assign]
-        self._sharing = cache(self._sharing)  # type: ignore[method-assign]
 
     def __iter__(self) -> Iterator[Candidate]:
         for root in self._roots():
@@ -82,72 +86,70 @@ class Candidates:
 
     def _roots(self) -> Iterator[Candidate]:
         """The language model alone, in each layout that fits, with each microbatch."""
-        for samples in self.task.microbatches:
-            number = self.task.num_microbatches(samples)
-            for language in self._sharing(samples, LANGUAGE):
-                if self.held(language, samples) > self.task.memory_bytes:
+        for samples in self.request.microbatches:
+            number = self.request.global_batch_size // samples
+            for language in self.choices[LANGUAGE]:
+                if not self._fits(language, samples):
                     continue
                 alone = pipeline_seconds(language, None, samples, number)
                 yield Candidate(alone, language.gpus, (language,), samples, colocated=False)
-                if self.task.encoders and language.stages == 1:
+                if self.request.encoders and language.stages == 1:
                     turn = turn_seconds(language, language, samples, number)
                     yield Candidate(turn, language.gpus, (language,), samples, colocated=True)
 
     def _with_encoders(self, root: Candidate) -> Iterator[Candidate]:
-        if root.colocated:
-            options, combine, most = self._on_the_same_ranks(root), add, self.task.memory_bytes
-        else:
-            options, combine, most = self._on_their_own(root), max, self.task.room.gpus
-        least, nodes = 0.0, inf
-        for seconds, taken, chosen in _combinations(options, combine, most):
+        (language,) = root.choices
+        taken = self.held(language, root.samples) if root.colocated else root.gpus
+        found: list[Combination] = [(root.seconds, taken, root.choices)]
+        for name in self.request.encoders:
+            found = self._combinations(root, found, list(self._options(root, name)))
+        least, rented = 0.0, inf
+        for seconds, taken, chosen in found:
             gpus = root.gpus if root.colocated else int(taken)
-            allocated = self.task.room.allocated(gpus)
-            if seconds > least * (1 + ALIKE) or allocated < nodes:
+            allocated = self.request.allocated(gpus)
+            if seconds > least * (1 + ALIKE) or allocated < rented:
                 yield evolve(root, seconds=seconds, gpus=gpus, choices=chosen)
-                least, nodes = seconds, allocated
+                least, rented = seconds, allocated
 
-    def _on_their_own(self, root: Candidate) -> Iterator[Options]:
-        """Ways to lay out each module on ranks of its own: they take GPUs."""
+    def _options(self, root: Candidate, name: str) -> Iterator[Combination]:
+        """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
         (language,), samples = root.choices, root.samples
-        number = self.task.num_microbatches(samples)
-        yield [(root.seconds, root.gpus, language)]
-        for name in self.task.encoders:
-            fastest = inf
-            found: Options = []
-            for encoder in self._sharing(samples, name):
-                if encoder.gpus > self.task.room.gpus - root.gpus:
-                    break
-                if not _is_bridgeable(encoder, language):
-                    continue
+        number = self.request.global_batch_size // samples
+        for encoder in self.choices[name]:
+            replicas = encoder.replicas, language.replicas
+            if max(replicas) % min(replicas) or samples % encoder.replicas:
+                continue
+            if not root.colocated and self._fits(encoder, samples, language.stages):
                 seconds = pipeline_seconds(language, encoder, samples, number)
-                if seconds < fastest and self._fits(encoder, samples, language.stages):
-                    fastest = seconds
-                    found.append((seconds, encoder.gpus, encoder))
-            yield found
+                yield seconds, encoder.gpus, (encoder,)
+            elif root.colocated and (encoder.gpus, encoder.stages) == (language.gpus, 1):
+                seconds = turn_seconds(encoder, language, samples, number)
+                yield seconds, self.held(encoder, samples), (encoder,)
 
-    def _on_the_same_ranks(self, root: Candidate) -> Iterator[Options]:
-        """Ways to lay out each module on the language model's ranks: they take memory."""
-        (language,), samples = root.choices, root.samples
-        number = self.task.num_microbatches(samples)
-        yield [(root.seconds, self.held(language, samples), language)]
-        for name in self.task.encoders:
-            yield [
-                (
-                    turn_seconds(encoder, language, samples, number),
-                    self.held(encoder, samples),
-                    encoder,
-                )
-                for encoder in self._sharing(samples, name)
-                if (encoder.gpus, encoder.stages) == (language.gpus, 1)
-                and _is_bridgeable(encoder, language)
-            ]
+    def _combinations(
+        self, root: Candidate, found: list[Combination], options: list[Combination]
+    ) -> list[Combination]:
+        """Choices for one more module, the fastest first; each next is slower and takes less."""
+        combine: Callable[[float, float], float] = add if root.colocated else max
+        most = self.request.memory_bytes if root.colocated else self.request.gpus
+        combined = (
+            (combine(seconds, more), taken + takes, chosen + choice)
+            for seconds, taken, chosen in found
+            for more, takes, choice in options
+            if taken + takes <= most
+        )
+        least, kept = inf, []
+        for combination in sorted(combined, key=lambda each: each[:2]):
+            if combination[1] < least:
+                least = combination[1]
+                kept.append(combination)
+        return kept
 
-    def _sharing(self, samples: int, name: str) -> list[Choice]:
-        """The choices of a module whose replicas can share a microbatch."""
-        return [choice for choice in self.choices[name] if samples % choice.replicas == 0]
-
-    def _fits(self, choice: Choice, samples: int, behind: int) -> bool:
-        return self.held(choice, samples, behind) <= self.task.memory_bytes
+    def _fits(self, choice: Choice, samples: int, behind: int = 0) -> bool:
+        """Whether a microbatch can be dealt out, and held."""
+        return samples % choice.replicas == 0 and (
+            self.held(choice, samples, behind) <= self.request.memory_bytes
+        )
 
     def held(self, choice: Choice, samples: int, behind: int = 0) -> float:
         """Bytes on the fullest rank of the first and the last stage.
@@ -157,11 +159,11 @@ class Candidates:
             samples: of a microbatch, over all ranks.
             behind: stages of the language model that follow.
         """
-        number = self.task.num_microbatches(samples)
+        number = self.request.global_batch_size // samples
         return max(
             stage_memory(
                 choice.name,
-                self.task.sizes,
+                self.request.sizes,
                 {choice.name: choice.parallelism},
                 stage,
                 micro_batch_size=samples,
@@ -169,29 +171,3 @@ class Candidates:
             ).total
             for stage in {0, choice.stages - 1}
         )
-
-
-def _is_bridgeable(one: Choice, other: Choice) -> bool:
-    """Whether one DP divides the other, so that a bridge can join two modules."""
-    return max(one.replicas, other.replicas) % min(one.replicas, other.replicas) == 0
-
-
-def _combinations(
-    options: Iterable[Options], combine: Callable[[float, float], float], most: float
-) -> Sequence[Combination]:
-    """A choice for each module, the fastest first; each next one is slower and takes less."""
-    found: list[Combination] = [(0.0, 0, ())]
-    for of_module in options:
-        combined = (
-            (combine(seconds, more), taken + takes, (*chosen, choice))
-            for seconds, taken, chosen in found
-            for more, takes, choice in of_module
-            if taken + takes <= most
-        )
-        least, kept = inf, []
-        for combination in sorted(combined, key=lambda each: each[:2]):
-            if combination[1] < least:
-                least = combination[1]
-                kept.append(combination)
-        found = kept
-    return found

@@ -1,4 +1,4 @@
-"""All ways to lay out one module, what each costs, and where modules lie side by side."""
+"""What a layout is sought for, all ways to lay out one module, and what each costs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import permutations
@@ -12,33 +12,15 @@ from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 
-@frozen
-class Room:
-    """The GPUs and the batch that a layout is sought for.
-
-    Args:
-        gpus: most ranks of a layout.
-        gpus_per_node: ranks that share a node.
-        global_batch_size: samples in a step.
-    """
-
-    gpus: int
-    gpus_per_node: int
-    global_batch_size: int
-
-    def allocated(self, ranks: int) -> int:
-        """GPUs that must be rented for so many ranks: whole nodes, as far as there are."""
-        nodes = -(-ranks // self.gpus_per_node)
-        return min(self.gpus, nodes * self.gpus_per_node)
-
-
 @frozen(kw_only=True)
-class Task:
+class Request:
     """What a layout is sought for.
 
     Args:
         sizes: of each module.
-        room: the GPUs and the batch.
+        gpus: most ranks of a layout.
+        gpus_per_node: ranks that share a node.
+        global_batch_size: samples in a step.
         memory_bytes: of a GPU, for one rank.
         costs: what a module costs in a layout.
         cluster: the links between ranks.
@@ -46,7 +28,9 @@ class Task:
     """
 
     sizes: Mapping[str, ModuleSizes]
-    room: Room
+    gpus: int
+    gpus_per_node: int
+    global_batch_size: int
     memory_bytes: float
     costs: Callable[[str, ModuleParallelism], ModuleCosts]
     cluster: Cluster
@@ -60,24 +44,17 @@ class Task:
     @property
     def microbatches(self) -> list[int]:
         """Samples that a microbatch over all ranks may have."""
-        if self.micro_batch_size is not None:
-            return [self.micro_batch_size]
-        return divisors(self.room.global_batch_size)
-
-    def num_microbatches(self, samples: int) -> int:
-        """Microbatches of so many samples in a step."""
-        return self.room.global_batch_size // samples
+        return [self.micro_batch_size] if self.micro_batch_size else divisors(self.global_batch_size)
 
     @property
     def distributed_optimizer(self) -> bool:
         """Whether replicas share the optimizer's work, as far as all modules say so."""
         return all(sizes.use_distributed_optimizer for sizes in self.sizes.values())
 
-    def choices(self, name: str) -> "list[Choice]":
-        """Every way to lay out a module whose costs are known, those on fewer GPUs first."""
-        every = choices(name, self.sizes[name], self.room)
-        found = filter(None, (Choice.of(self, name, parallelism) for parallelism in every))
-        return sorted(found, key=lambda choice: choice.gpus)
+    def allocated(self, ranks: int) -> int:
+        """GPUs that must be rented for so many ranks: whole nodes, as far as there are."""
+        nodes = -(-ranks // self.gpus_per_node)
+        return min(self.gpus, nodes * self.gpus_per_node)
 
 
 @frozen(eq=False)
@@ -110,22 +87,20 @@ class Choice:
     slowest: float = field(default=Factory(lambda self: max(self.work), True))
 
     @classmethod
-    def of(cls, task: Task, name: str, parallelism: ModuleParallelism) -> "Choice | None":
-        """What a task says of a choice; None if its costs are of another number of stages."""
-        costs, stages = task.costs(name, parallelism), parallelism.pipeline_model_parallel_size
-        layers = costs.layers_per_stage
-        if layers is not None and len(layers) != stages:
+    def of(cls, request: Request, name: str, parallelism: ModuleParallelism) -> "Choice | None":
+        """What a choice costs; None if the costs are of another number of stages."""
+        costs, stages = request.costs(name, parallelism), parallelism.pipeline_model_parallel_size
+        if costs.layers_per_stage is not None and len(costs.layers_per_stage) != stages:
             return None
-        others = dict.fromkeys(task.encoders if name == LANGUAGE else (), ModuleParallelism())
+        others = dict.fromkeys(request.encoders if name == LANGUAGE else (), ModuleParallelism())
         modules = {name: parallelism, **others}
-        alone = Durations(
-            modules, pack(modules), {name: costs}, task.cluster, 1, task.distributed_optimizer
-        )
+        is_distributed = request.distributed_optimizer
+        alone = Durations(modules, pack(modules), {name: costs}, request.cluster, 1, is_distributed)
         return cls(
             name,
             parallelism,
             costs,
-            task.cluster,
+            request.cluster,
             [alone.forward(name, stage) + alone.backward(name, stage) for stage in range(stages)],
             alone.reduction(name, 0),
             max(alone.optimizer(name, stage) for stage in range(stages)),
@@ -155,27 +130,27 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // each for each in small)})
 
 
-def choices(name: str, sizes: ModuleSizes, room: Room) -> Iterator[ModuleParallelism]:
-    """Every way to lay out a module: sizes that divide, tensor parallelism inside a node.
+def choices(request: Request, name: str) -> list[Choice]:
+    """Every way to lay out a module whose costs are known, those on fewer GPUs first.
 
     TP divides the GPUs of a node, PP the layers, DP the global batch. CP is 1, as bridges need.
     Experts are whole or shared like the rest of a layer: expert TP is 1 or TP.
-
-    Example:
-        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4)
-        >>> found = choices("vision", sizes, Room(4, gpus_per_node=2, global_batch_size=3))
-        >>> [choice.shape for choice in found]
-        [(1, 1, 1, 1), (1, 1, 3, 1), (1, 1, 1, 2), (2, 1, 1, 1), (2, 1, 1, 2)]
     """
-    for tp in divisors(room.gpus_per_node):
+    every = (Choice.of(request, name, each) for each in _parallelisms(request, name))
+    return sorted(filter(None, every), key=lambda choice: choice.gpus)
+
+
+def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
+    sizes = request.sizes[name]
+    for tp in divisors(request.gpus_per_node):
         for pp in divisors(sizes.num_layers):
             alone = ModuleParallelism(
                 tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
             )
-            if tp * pp > room.gpus or sharding_problems(name, sizes, alone):
+            if tp * pp > request.gpus or sharding_problems(name, sizes, alone):
                 continue
-            for dp in divisors(room.global_batch_size):
-                if tp * pp * dp > room.gpus:
+            for dp in divisors(request.global_batch_size):
+                if tp * pp * dp > request.gpus:
                     break
                 for expert_tp, ep in _expert_sizes(sizes, tp, dp):
                     yield evolve(
@@ -198,7 +173,7 @@ def _expert_sizes(sizes: ModuleSizes, tp: int, dp: int) -> Iterator[tuple[int, i
 
 
 def side_by_side(
-    modules: Mapping[str, ModuleParallelism], gpus_per_node: int
+    modules: Mapping[str, ModuleParallelism],
 ) -> dict[str, ModuleParallelism] | None:
     """Modules on ranks of their own, every tensor-parallel group inside a node; None if none is so.
 
@@ -208,7 +183,7 @@ def side_by_side(
     Example:
         >>> vision = ModuleParallelism(data_parallel_size=2)
         >>> language = ModuleParallelism(tensor_model_parallel_size=4)
-        >>> found = side_by_side({"vision": vision, "language": language}, 8)
+        >>> found = side_by_side({"vision": vision, "language": language})
         >>> [module.rank_offset for module in found.values()]
         [4, 0]
     """

@@ -1,12 +1,12 @@
 """Pictures of a layout: which ranks hold which module, pipeline stage and replica."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from attrs import frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, span
 from megatron_mimo_coord.layout.description import bridge
-from megatron_mimo_coord.planning.svg import Picture, module_colors
+from megatron_mimo_coord.planning.svg import boxes, module_colors, picture, text
 
 SHOWN = 6  # stages or replicas of a module; of more, those in the middle are left out
 GAP = "…"
@@ -83,23 +83,22 @@ def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
         for name, block in blocks.items()
     }
     height = LINE * (2 + max(len(block.replicas) for block in blocks.values()))
-    picture = Picture(f"Ranks of {', '.join(grids)}", 0, sum(widths.values()), height)
-    colors, left = module_colors(grids), SPACE
+    parts, colors, left = [], module_colors(grids), SPACE
     for name, block in blocks.items():
-        picture.text(titles[name] + together, left, LINE / 2, "start", colors[name][1])
-        _draw(picture, block, left, colors[name][0])
+        parts.append(text(titles[name] + together, left, LINE / 2, "start", colors[name][1]))
+        parts += _drawn(block, left, colors[name][0])
         left += widths[name]
-    return str(picture)
+    return picture(f"Ranks of {', '.join(grids)}", 0, sum(widths.values()), height, parts)
 
 
-def _draw(picture: Picture, block: Block, left: int, fill: str) -> None:
+def _drawn(block: Block, left: int, fill: str) -> Iterator[str]:
     """A line of stages, then a line for each replica."""
     for column, stage in enumerate(block.stages):
-        picture.text(stage, left + LABELS + CELL * (column + 0.5), LINE * 1.5)
+        yield text(stage, left + LABELS + CELL * (column + 0.5), LINE * 1.5)
     for row, (replica, cells) in enumerate(zip(block.replicas, block.cells, strict=True), 2):
-        picture.text(replica, left, LINE * (row + 0.5), "start")
+        yield text(replica, left, LINE * (row + 0.5), "start")
         for column, ranks in enumerate(cells):
             x = left + LABELS + CELL * column
             if ranks != GAP:
-                picture.boxes([(x + 2, CELL - 4)], LINE * row + 2, LINE - 4, fill)
-            picture.text(ranks, x + CELL / 2, LINE * (row + 0.5))
+                yield boxes([(x + 2, CELL - 4)], LINE * row + 2, LINE - 4, fill)
+            yield text(ranks, x + CELL / 2, LINE * (row + 0.5))

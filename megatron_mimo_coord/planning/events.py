@@ -1,4 +1,4 @@
-"""When things happen that wait for each other: places that compute, and messages between them.
+"""When things happen that wait for each other: ranks that compute, and messages between them.
 
 A message is on its way from when sender and receiver are both there. So does gloo send, and NCCL
 whatever does not fit into its buffers. Who waits for it to be over is another matter.
@@ -15,46 +15,31 @@ IDLE = "idle"
 
 
 class End(list[float]):
-    """One end of a channel: when its place was there for each message, in order.
+    """One end of a channel: when its ranks were there for each message, in order.
 
     Attributes:
-        waiting: the place at the other end, if it can go no further without the next message.
+        waiting: the ranks at the other end, if they can go no further without the next message.
     """
 
     __slots__ = ("waiting",)
 
     def __init__(self) -> None:
-        self.waiting: Place | None = None
-
-
-@frozen
-class Channel:
-    """Messages from one place to another, one after the other.
-
-    Args:
-        seconds: how long a message takes.
-    """
-
-    seconds: float
-    _sender: End = field(factory=End, init=False)
-    _receiver: End = field(factory=End, init=False)
-
-    def send(self) -> "Message":
-        """The next message, for the place that sends."""
-        return self._sender, self._receiver, self.seconds
-
-    def receive(self) -> "Message":
-        """The next message, for the place that receives."""
-        return self._receiver, self._sender, self.seconds
+        self.waiting: StageRanks | None = None
 
 
 Message = tuple[End, End, float]
-"""This place's end of a channel, the other place's, and the seconds of a message."""
+"""This side's end of a channel, the other's, and the seconds of a message."""
+
+
+def channel(seconds: float) -> tuple[Message, Message]:
+    """Messages from one stage to another, one after the other: for the sender and the receiver."""
+    sender, receiver = End(), End()
+    return (sender, receiver, seconds), (receiver, sender, seconds)
 
 
 @frozen(eq=False)
-class Task:
-    """One thing that a place does: it computes, or it is there for messages.
+class Action:
+    """One thing that ranks do: they compute, or they are there for messages.
 
     Args:
         kind: the kind of ``Span`` that it becomes.
@@ -74,50 +59,48 @@ class Task:
 
 
 @define(eq=False)
-class Place:
+class StageRanks:
     """The ranks of one stage, of one module or of several that share their ranks.
 
     Args:
         modules: the modules.
         stage: index of the pipeline stage.
-        tasks: what it does, in order.
-        ends: when each task ended that has.
+        actions: what they do, in order.
+        ends: when each action ended that has.
     """
 
     modules: Sequence[str]
     stage: int
-    tasks: list[Task] = field(factory=list)
+    actions: list[Action] = field(factory=list)
     ends: list[float] = field(factory=list)
-    _has_posted: bool = False  # what the next task posts
+    _has_posted: bool = False  # what the next action posts
 
     @property
     def now(self) -> float:
-        """When the last task ended."""
+        """When the last action ended."""
         return self.ends[-1] if self.ends else 0.0
 
-    def go_on(self) -> "list[Place]":
-        """Do all that can be done; returns the places that waited for it."""
-        now, tasks, ends = self.now, self.tasks, self.ends
-        released: list[Place] = []
-        while len(ends) < len(tasks):
-            task = tasks[len(ends)]
-            over = now + task.seconds
-            if task.posts and not self._has_posted:
+    def go_on(self) -> "list[StageRanks]":
+        """Do all that can be done; returns the ranks that waited for it."""
+        now, actions, ends = self.now, self.actions, self.ends
+        released: list[StageRanks] = []
+        while len(ends) < len(actions):
+            action = actions[len(ends)]
+            over = now + action.seconds
+            if action.posts and not self._has_posted:
                 self._has_posted = True
-                for mine, _, _ in task.posts:
+                for mine, _, _ in action.posts:
                     mine.append(now)
                     if mine.waiting is not None:
                         released.append(mine.waiting)
                         mine.waiting = None
-            for mine, other, seconds in task.awaits:
+            for mine, other, seconds in action.awaits:
                 last = len(mine) - 1
                 if last >= len(other):
                     other.waiting = self
                     return released
                 if last >= 0:
-                    begun = mine[last] if mine[last] > other[last] else other[last]
-                    if begun + seconds > over:
-                        over = begun + seconds
+                    over = max(over, max(mine[last], other[last]) + seconds)
             self._has_posted = False
             now = over
             ends.append(now)
@@ -125,7 +108,7 @@ class Place:
 
     def wait_until(self, time: float) -> None:
         """Do nothing until a later time."""
-        self.tasks.append(Task(IDLE, self.modules[0]))
+        self.actions.append(Action(IDLE, self.modules[0]))
         self.ends.append(time)
 
     def shares(self, module: str, seconds: float) -> StageShares:
@@ -133,48 +116,48 @@ class Place:
         if not seconds:
             return StageShares(busy=0.0, waiting=0.0, idle=1.0)
         busy = waiting = start = 0.0
-        for task, end in zip(self.tasks, self.ends, strict=True):
-            if task.bridge is not None:
+        for action, end in zip(self.actions, self.ends, strict=True):
+            if action.bridge is not None:
                 waiting += end - start
-            elif task.module == module:
-                busy += task.seconds
+            elif action.module == module:
+                busy += action.seconds
             start = end
         idle = max(seconds - busy - waiting, 0.0)
         return StageShares(busy / seconds, waiting / seconds, idle / seconds)
 
     def spans(self) -> Iterator[Span]:
-        """What it did, in order."""
+        """What they did, in order."""
         done = {FORWARD: Counter[str](), BACKWARD: Counter[str]()}  # of each module
         start = 0.0
-        for task, end in zip(self.tasks, self.ends, strict=True):
+        for action, end in zip(self.actions, self.ends, strict=True):
             microbatch: int | None = None
-            verb, *_ = words = task.kind.split("_")
+            verb, *_ = words = action.kind.split("_")
             if way := next((each for each in words if each in done), None):
-                microbatch = done[way][task.module] - (verb == "send")
-            elif task.kind == EXCHANGE:
-                forward, backward = (done[each][task.module] for each in done)
+                microbatch = done[way][action.module] - (verb == "send")
+            elif action.kind == EXCHANGE:
+                forward, backward = (done[each][action.module] for each in done)
                 microbatch = forward - (forward > backward)
-            if task.kind in done:
-                done[task.kind][task.module] += 1
-            if end > start if task.awaits and not task.posts else task.kind != IDLE:
-                place = task.module, self.stage
-                yield Span(task.kind, *place, start, end, microbatch, task.bridge)
+            if action.kind in done:
+                done[action.kind][action.module] += 1
+            if end > start if action.awaits and not action.posts else action.kind != IDLE:
+                stage = action.module, self.stage
+                yield Span(action.kind, *stage, start, end, microbatch, action.bridge)
             start = end
 
 
-def run(places: Sequence[Place]) -> None:
-    """Let all places do all their tasks.
+def run(stages: Sequence[StageRanks]) -> None:
+    """Let the ranks of all stages do all their actions.
 
     Raises:
-        RuntimeError: places wait for each other for ever.
+        RuntimeError: some wait for each other for ever.
     """
-    ready = list(places)
+    ready = list(stages)
     while ready:
         ready += ready.pop().go_on()
-    stuck = [place for place in places if len(place.ends) < len(place.tasks)]
+    stuck = [
+        f"{'/'.join(each.modules)} stage {each.stage} in {each.actions[len(each.ends)].kind}"
+        for each in stages
+        if len(each.ends) < len(each.actions)
+    ]
     if stuck:
-        waits = ", ".join(
-            f"{'/'.join(place.modules)} stage {place.stage} in {place.tasks[len(place.ends)].kind}"
-            for place in stuck
-        )
-        raise RuntimeError(f"these would wait for each other for ever: {waits}")
+        raise RuntimeError(f"these would wait for each other for ever: {', '.join(stuck)}")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor, pack
 from megatron_mimo_coord.layout.batch import batch_problems
-from megatron_mimo_coord.layout.description import headline, summarize, table
+from megatron_mimo_coord.layout.description import headline, module_rows, summarize
 from megatron_mimo_coord.layout.problems import Problem, idle_ranks
 from megatron_mimo_coord.layout.suggestions import in_words, suggestions
 from megatron_mimo_coord.layout.toml_file import LayoutFile
@@ -19,12 +19,12 @@ from megatron_mimo_coord.planning.terminal import (
     STDOUT,
     Parser,
     answer,
-    drawn,
+    beside,
     end,
-    need_rich,
     positive,
     print_json,
-    print_tables,
+    print_parts,
+    table,
     write_problem,
 )
 
@@ -196,11 +196,6 @@ def stage_ranks(grid: ModuleGrid) -> list[list[int]]:
 
 def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
     """Numbers and a picture in the terminal."""
-    need_rich()
-    titles, *rows = table(summary)
     blocks = map(Block.of, grids.values())
-    print_tables(
-        headline(summary),
-        drawn(titles, rows),
-        beside=[drawn(["", *block.stages], block.rows, title=block.name) for block in blocks],
-    )
+    ranks = [table([["", *block.stages], *block.rows], block.name) for block in blocks]
+    print_parts([headline(summary)], table(module_rows(summary)), beside(ranks))

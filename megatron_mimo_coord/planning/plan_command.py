@@ -10,28 +10,31 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
+
+from attrs import fields_dict
 
 from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.planning.closest import closest, shortages
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.plan_inputs import Inputs
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows
 from megatron_mimo_coord.planning.search import Proposal, cost, propose
 from megatron_mimo_coord.planning.terminal import (
     Parser,
     answer,
-    drawn,
     end,
-    need_rich,
     number,
     positive,
     print_json,
-    print_tables,
+    print_parts,
     size,
+    table,
     write_problem,
 )
 from megatron_mimo_coord.planning.timeline_drawing import timeline_svg
-from megatron_mimo_coord.planning.trace import chrome_trace, stage_threads
+from megatron_mimo_coord.planning.trace import stage_trace
 
 EXAMPLE = """\
 a model file has a table for each module, with the names and the defaults of Megatron's
@@ -61,17 +64,11 @@ modules have:
   vocab_size = 128256                # with padding
   seq_length = 4096
 
-what else there is: kv_channels, add_bias_linear, add_qkv_bias, normalization, qk_layernorm,
-hidden_dropout, attention_dropout, attention_backend, bias_activation_fusion,
-masked_softmax_fusion, sequence_parallel, position_embedding_type,
-share_embeddings_and_output_weights, num_moe_experts, moe_layer_freq, moe_ffn_hidden_size,
-moe_router_topk, moe_shared_expert_intermediate_size, recompute_granularity, recompute_method,
-recompute_num_layers, recompute_modules, deallocate_pipeline_outputs, overlap_grad_reduce,
-bucket_size, pad_buckets_for_high_nccl_busbw, projection_hidden_size
+what else there is: {fields}
 
 exit code 0 if a layout fits (with --layout, that one), 2 if none does or something is wrong, 1 if
 the answer cannot be written
-"""
+""".format(fields="\n".join(wrap(", ".join(fields_dict(ModuleSizes)), 80)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,20 +79,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Show the best layouts, or what one costs; end with code 2 if there is none."""
-    if not options.json:
-        need_rich()
     inputs = Inputs.of(options)
     proposals: list[Proposal] = []
     nearest, problems = None, inputs.problems
     head = f"{options.model} cannot be planned:"
-    if inputs.task and inputs.modules:
-        assert inputs.task.micro_batch_size, "the layout's batch is known"
-        proposals = [cost(inputs.task, inputs.modules, inputs.task.micro_batch_size)]
-    elif inputs.task:
-        proposals = propose(inputs.task, options.count, per_gpu=options.per_gpu)
+    if inputs.request and inputs.modules:
+        assert inputs.request.micro_batch_size, "the layout's batch is known"
+        proposals = [cost(inputs.request, inputs.modules, inputs.request.micro_batch_size)]
+    elif inputs.request:
+        proposals = propose(inputs.request, options.count, per_gpu=options.per_gpu)
         if not proposals:
             head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
-            nearest, reasons = closest(inputs.task)
+            nearest, reasons = closest(inputs.request)
             problems = as_problems(reasons)
     if proposals:
         lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
@@ -114,26 +109,27 @@ def plan(options: argparse.Namespace) -> None:
 def show(inputs: Inputs, proposals: Sequence[Proposal]) -> None:
     """Numbers in the terminal."""
     is_given = bool(inputs.modules)
-    titles, *table = rows(proposals)
-    memory_titles, *memory = memory_rows(proposals[0])
-    title = f"memory of a GPU in GB{'' if is_given else ', layout 1'}"
-    print_tables(
-        headline(proposals[0].room, len(proposals), is_given),
-        drawn(titles, table, numbers=True),
-        drawn(memory_titles, memory, title=title, numbers=True),
+    print_parts(
+        [headline(proposals[0].request, len(proposals), is_given)],
+        table(rows(proposals), numbers=True),
+        table(
+            memory_rows(proposals[0]),
+            f"memory of a GPU in GB{'' if is_given else ', layout 1'}",
+            numbers=True,
+        ),
+        ["assumed:", *(f"  - {line}" for line in inputs.assumptions)],
     )
-    print("\n".join(["assumed:", *(f"  - {line}" for line in inputs.assumptions)]))
 
 
 def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
     """Write the files that options ask for; what went wrong."""
     job = {
-        "global_batch_size": best.room.global_batch_size,
+        "global_batch_size": best.request.global_batch_size,
         "micro_batch_size": best.micro_batch_size,
     }
     for name, text in (
         ("write", lambda: layout_text(best.modules, job)),
-        ("trace", lambda: json.dumps(chrome_trace(stage_threads(best.timeline)))),
+        ("trace", lambda: json.dumps(stage_trace(best.timeline))),
         ("svg", lambda: timeline_svg(best.timeline)),
     ):
         path = getattr(options, name)

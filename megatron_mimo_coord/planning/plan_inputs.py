@@ -1,7 +1,7 @@
 """What the planning command is given: files and options, and everything that is wrong with them."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from attrs import define, evolve, field
@@ -11,7 +11,7 @@ from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import Problem
 from megatron_mimo_coord.layout.toml_file import LayoutFile
 from megatron_mimo_coord.layout.toml_tables import TomlFile
-from megatron_mimo_coord.planning.choices import Room, Task
+from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
 from megatron_mimo_coord.planning.estimates import ASSUMPTIONS as OF_COSTS
@@ -31,13 +31,13 @@ class Inputs:
 
     Args:
         problems: all that is wrong, in types that JSON knows; then nothing else is there.
-        task: what a layout is sought for.
+        request: what a layout is sought for.
         modules: the layout that is to be costed; None to seek one.
         assumptions: what the numbers rest on, for a user to read.
     """
 
     problems: list[dict[str, Any]] = field(factory=list)
-    task: Task | None = None
+    request: Request | None = None
     modules: Mapping[str, ModuleParallelism] | None = None
     assumptions: list[str] = field(factory=list)
 
@@ -45,30 +45,27 @@ class Inputs:
     def of(cls, options: argparse.Namespace) -> "Inputs":
         """Read all files and look at all options."""
         files = _Files(options)
-        told = [
+        if told := [
             file.as_json(each) if file else {"message": each, "places": [], "text": each}
             for file, each in files.problems()
-        ]
-        if told:
+        ]:
             return cls(told)
-        model, layout, costs = files.model, files.layout, files.costs
-        assert model, "there are no problems"
-        measured = costs.told if costs else {}
-        modules = layout.modules if layout else None
+        assert files.model, "there are no problems"
+        measured = files.costs.told if files.costs else {}
+        modules = files.layout.modules if files.layout else None
         cluster = _cluster(options, measured.get(CLUSTER, {}))
-        ranks = ranks_taken(pack(modules).values()) if modules else 0
-        whole_nodes = -(-ranks // options.gpus_per_node) * options.gpus_per_node
-        gpus = options.gpus or whole_nodes
-        task = Task(
-            sizes=model.sizes,
-            room=Room(gpus, options.gpus_per_node, files.job["global_batch_size"]),
+        per_node = options.gpus_per_node
+        request = Request(
+            sizes=files.model.sizes,
+            gpus=options.gpus or -(-files.ranks // per_node) * per_node,
+            gpus_per_node=per_node,
+            global_batch_size=files.job["global_batch_size"],
             memory_bytes=options.memory - options.reserve,
-            costs=_costs(model.sizes, options, cluster, measured),
+            costs=_costs(files.model.sizes, options, cluster, measured),
             cluster=cluster,
             micro_batch_size=files.job.get("micro_batch_size"),
         )
-        assumptions = _assumptions(options, costs, cluster, model.sizes)
-        return cls(task=task, modules=modules, assumptions=list(assumptions))
+        return cls([], request, modules, list(_assumptions(options, measured.keys(), request)))
 
 
 class _Files:
@@ -89,6 +86,11 @@ class _Files:
             self.unread.append(Problem(str(error)))
             return None
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that the layout takes."""
+        return ranks_taken(pack(self.layout.modules).values()) if self.layout else 0
+
     def problems(self) -> Iterator[tuple[TomlFile | None, Problem]]:
         """All that is wrong, each with the file that it is in."""
         for file, found in (
@@ -105,20 +107,17 @@ class _Files:
         yield from layout.problems_on(None)
         if layout.problems:
             return
-        batch, samples = map(self.job.get, SIZES)
         for name in SIZES:
             if name not in self.job:
                 yield Problem(f"{name} is not known; give --{name.replace('_', '-')}")
-        if batch and samples:
-            yield from batch_problems(pack(layout.modules).values(), batch, samples)
-        ranks = ranks_taken(pack(layout.modules).values())
-        if self.options.gpus and ranks > self.options.gpus:
-            yield Problem(f"the layout takes {ranks} ranks, but --gpus is {self.options.gpus}")
+        if all(name in self.job for name in SIZES):
+            yield from batch_problems(pack(layout.modules).values(), *map(self.job.get, SIZES))
+        if self.options.gpus and self.ranks > self.options.gpus:
+            yield Problem(f"the layout takes {self.ranks} ranks, but --gpus is {self.options.gpus}")
         if self.model and not self.model.problems:
             for name in self.model.sizes.keys() | layout.modules.keys():
-                yield from self._of_module(
-                    name, self.model.sizes.get(name), layout.modules.get(name)
-                )
+                sizes, module = self.model.sizes.get(name), layout.modules.get(name)
+                yield from self._of_module(name, sizes, module)
 
     def _of_module(
         self, name: str, sizes: ModuleSizes | None, module: ModuleParallelism | None
@@ -158,9 +157,8 @@ class _Files:
                 f"--reserve {reserve / GIGA:g} GB leaves nothing of --memory {memory / GIGA:g} GB; "
                 f"lower it"
             )
-        batch, samples = map(self.job.get, SIZES)
-        if self.layout is None and batch and samples:
-            yield from batch_problems((), batch, samples)
+        if self.layout is None and all(name in self.job for name in SIZES):
+            yield from batch_problems((), *map(self.job.get, SIZES))
 
 
 def _cluster(options: argparse.Namespace, measured: Mapping[str, Any]) -> Cluster:
@@ -196,15 +194,15 @@ def _costs(
 
 
 def _assumptions(
-    options: argparse.Namespace, costs: CostsFile | None, cluster: Cluster, names: Collection[str]
+    options: argparse.Namespace, measured: Iterator[str], request: Request
 ) -> Iterator[str]:
     """What the numbers rest on."""
-    if costs and costs.costs:
+    if of_modules := [name for name in measured if name != CLUSTER]:
         yield (
-            f"{', '.join(costs.costs)} cost what {options.costs} says; what it leaves out is "
+            f"{', '.join(of_modules)} cost what {options.costs} says; what it leaves out is "
             f"estimated from sizes"
         )
-    bandwidth = options.memory_bandwidth
+    bandwidth, cluster = options.memory_bandwidth, request.cluster
     yield f"a GPU achieves {options.flops:g} TFLOP/s and {bandwidth:g} GB/s of memory"
     yield (
         f"links: {cluster.node_bytes_per_second / GIGA:g} GB/s and "
@@ -217,11 +215,11 @@ def _assumptions(
             "of layouts that differ in encoders alone and take as long to 1 %, on as many nodes, "
             "the fastest is listed"
         )
-    if len(names) > 2 and not options.layout:
-        yield (
-            "encoders share ranks with each other only where they share them with the language "
-            "model; give other layouts to --layout"
-        )
+        if len(request.encoders) > 1:
+            yield (
+                "encoders share ranks with each other only where they share them with the language "
+                "model; give other layouts to --layout"
+            )
     yield from OF_COSTS
     reserve, memory = options.reserve / GIGA, options.memory / GIGA
     yield f"{reserve:g} GB of each GPU's {memory:g} GB are for CUDA, NCCL and fragmentation"

@@ -5,16 +5,16 @@ from typing import Any
 
 from attrs import asdict
 
-from megatron_mimo_coord.planning.choices import Room
+from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import PARTS, StageMemory
 from megatron_mimo_coord.planning.search import Proposal
 
 GB = 1e9
 
 
-def headline(room: Room, count: int, is_given: bool) -> str:
+def headline(request: Request, count: int, is_given: bool) -> str:
     """What was asked, in a line."""
-    nodes = f"{room.gpus:,} GPUs, {room.gpus_per_node} a node; {room.global_batch_size:,} samples"
+    nodes = f"{request.gpus:,} GPUs, {request.gpus_per_node} a node; {request.global_batch_size:,} samples"
     if is_given:
         return f"{nodes} a step; the layout as given"
     return f"{nodes} a step; the {'best layout' if count == 1 else f'{count} best layouts'}"

@@ -1,11 +1,11 @@
 """Finds the layouts with the shortest steps among all that fit into the GPUs and their memory.
 
-Every combination of sizes that divide is considered (:func:`choices.choices`), with every
-microbatch that divides the batch, on ranks of their own and colocated. All are ranked by a closed
-formula (:mod:`formula`); the best few hundred are simulated, and the best of these listed.
+Every combination of sizes that divide is considered, with every microbatch that divides the batch,
+on ranks of their own and colocated. All are ranked by a closed formula (:mod:`formula`); the best
+few hundred are simulated, and the best of these listed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import batched
 
 from attrs import evolve, frozen
@@ -18,8 +18,8 @@ from megatron_mimo_coord.layout import (
     pack,
     ranks_taken,
 )
-from megatron_mimo_coord.planning.candidates import ALIKE, Candidate, Candidates
-from megatron_mimo_coord.planning.choices import Room, Task, side_by_side
+from megatron_mimo_coord.planning.candidates import ALIKE, Candidates
+from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
 from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Timeline
@@ -34,20 +34,18 @@ class Proposal:
     """A layout and what it costs.
 
     Args:
+        request: what it was sought for.
         modules: parallel sizes of each module, each with its first rank.
         micro_batch_size: samples in a microbatch over all ranks.
-        room: the GPUs and the batch it was sought for.
         timeline: of a simulated step.
         memory: of a rank of each (module, stage).
-        memory_bytes: of a GPU.
     """
 
+    request: Request
     modules: Mapping[str, ModuleParallelism]
     micro_batch_size: int
-    room: Room
     timeline: Timeline
     memory: Mapping[tuple[str, int], StageMemory]
-    memory_bytes: float
 
     @property
     def grids(self) -> dict[str, ModuleGrid]:
@@ -62,7 +60,7 @@ class Proposal:
     @property
     def num_microbatches(self) -> int:
         """Microbatches in a step."""
-        return self.room.global_batch_size // self.micro_batch_size
+        return self.request.global_batch_size // self.micro_batch_size
 
     @property
     def gpus(self) -> int:
@@ -72,12 +70,12 @@ class Proposal:
     @property
     def allocated(self) -> int:
         """GPUs of the nodes that it takes."""
-        return self.room.allocated(self.gpus)
+        return self.request.allocated(self.gpus)
 
     @property
     def samples_per_second(self) -> float:
         """Of the whole job."""
-        return self.room.global_batch_size / self.timeline.seconds
+        return self.request.global_batch_size / self.timeline.seconds
 
     @property
     def rank_memory(self) -> dict[tuple[str, int], float]:
@@ -87,7 +85,7 @@ class Proposal:
     @property
     def headroom(self) -> float:
         """Bytes that are left on the fullest GPU; below zero if the layout does not fit."""
-        return self.memory_bytes - max(self.rank_memory.values())
+        return self.request.memory_bytes - max(self.rank_memory.values())
 
     def idle(self, module: str) -> float:
         """Share of a step in which a rank of a module neither computes nor waits on a bridge."""
@@ -110,88 +108,61 @@ class Proposal:
         return sum(shares) / len(shares)
 
 
-def cost(task: Task, modules: Mapping[str, ModuleParallelism], micro_batch_size: int) -> Proposal:
+def cost(
+    request: Request, modules: Mapping[str, ModuleParallelism], micro_batch_size: int
+) -> Proposal:
     """What one layout costs, whether it fits or not.
 
     Raises:
         ValueError: the layout cannot run.
     """
-    number = task.num_microbatches(micro_batch_size)
+    batch = {
+        "micro_batch_size": micro_batch_size,
+        "num_microbatches": request.global_batch_size // micro_batch_size,
+    }
     timeline = simulate_step(
         modules,
-        {name: task.costs(name, module) for name, module in modules.items()},
-        micro_batch_size=micro_batch_size,
-        num_microbatches=number,
-        cluster=task.cluster,
-        distributed_optimizer=task.distributed_optimizer,
+        {name: request.costs(name, module) for name, module in modules.items()},
+        **batch,
+        cluster=request.cluster,
+        distributed_optimizer=request.distributed_optimizer,
     )
-    memory = _memory(task, modules, micro_batch_size)
-    return Proposal(modules, micro_batch_size, task.room, timeline, memory, task.memory_bytes)
+    memory = layout_memory(modules, request.sizes, **batch)
+    return Proposal(request, modules, micro_batch_size, timeline, memory)
 
 
-def _memory(
-    task: Task, modules: Mapping[str, ModuleParallelism], micro_batch_size: int
-) -> dict[tuple[str, int], StageMemory]:
-    return layout_memory(
-        modules,
-        task.sizes,
-        micro_batch_size=micro_batch_size,
-        num_microbatches=task.num_microbatches(micro_batch_size),
-    )
-
-
-def propose(task: Task, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
+def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
     """The layouts with the shortest steps, the shortest first; fewer than ``count`` if no more fit.
 
     Each layout is returned once, with its best microbatch. Of those on as many nodes that differ in
     encoders alone, and take equally long since these idle anyway, only the fastest is returned.
 
     Args:
-        task: what a layout is sought for.
+        request: what a layout is sought for.
         count: how many layouts are wanted.
         per_gpu: whether those are best that take the fewest seconds of GPUs that are allocated.
     """
 
     def cost_of(seconds: float, gpus: int) -> float:
-        return seconds * task.room.allocated(gpus) if per_gpu else seconds
+        return seconds * request.allocated(gpus) if per_gpu else seconds
 
     def rank(proposal: Proposal) -> tuple[float, int]:
         return cost_of(proposal.timeline.seconds, proposal.gpus), proposal.gpus
 
     found: list[Proposal] = []
     kept: list[Proposal] = []
-    for some in batched(Candidates(task).best(max(MOST, 3 * count), cost_of), BATCH):
+    for some in batched(Candidates(request).best(max(MOST, 3 * count), cost_of), BATCH):
         if len(kept) == count:
             least = cost_of(some[0].seconds, some[0].gpus)
             if least > MARGIN * rank(kept[-1])[0]:
                 break
-        found += filter(None, (_proposal(task, candidate) for candidate in some))
+        costed = [cost(request, each.modules, each.samples) for each in some if each.modules]
+        found += [proposal for proposal in costed if proposal.headroom >= 0]
         found.sort(key=rank)
-        kept = _unlike(found, count)
-    return kept
-
-
-Fit = tuple[dict[str, ModuleParallelism], int, float]
-"""A layout, its microbatch, and the bytes on its fullest rank."""
-
-
-def first(task: Task) -> Fit | None:
-    """Some layout that fits, if any does; its step is not simulated."""
-    for candidate in Candidates(task):
-        if modules := _placed(task, candidate):
-            memory = _memory(task, modules, candidate.samples)
-            held = max(rank_totals(pack(modules), memory).values())
-            if held <= task.memory_bytes:
-                return modules, candidate.samples, held
-    return None
-
-
-def _unlike(found: Iterable[Proposal], count: int) -> list[Proposal]:
-    """The first of those that are alike."""
-    kept: list[Proposal] = []
-    for proposal in found:
-        if len(kept) < count and not any(_are_alike(proposal, each) for each in kept):
-            kept.append(proposal)
+        kept = []
+        for proposal in found:
+            if len(kept) < count and not any(_are_alike(proposal, each) for each in kept):
+                kept.append(proposal)
     return kept
 
 
@@ -200,27 +171,13 @@ def _are_alike(one: Proposal, other: Proposal) -> bool:
     if one.modules == other.modules:
         return True
     seconds = one.timeline.seconds, other.timeline.seconds
-    languages = [evolve(each.modules[LANGUAGE], rank_offset=0) for each in (one, other)]
-    return (
-        max(seconds) <= (1 + ALIKE) * min(seconds)
-        and one.micro_batch_size == other.micro_batch_size
-        and one.is_colocated == other.is_colocated
-        and one.allocated == other.allocated
-        and languages[0] == languages[1]
-    )
-
-
-def _proposal(task: Task, candidate: Candidate) -> Proposal | None:
-    """What a candidate costs; None if it cannot be placed or some rank lacks memory."""
-    modules = _placed(task, candidate)
-    proposal = modules and cost(task, modules, candidate.samples)
-    return proposal if proposal and proposal.headroom >= 0 else None
-
-
-def _placed(task: Task, candidate: Candidate) -> dict[str, ModuleParallelism] | None:
-    """The modules of a candidate, each with its first rank; None if TP groups would be torn."""
-    chosen = {choice.name: choice.parallelism for choice in candidate.choices}
-    modules = {name: chosen[name] for name in (*task.encoders, LANGUAGE)}
-    if candidate.colocated:
-        return {name: evolve(module, rank_offset=0) for name, module in modules.items()}
-    return side_by_side(modules, task.room.gpus_per_node)
+    what = [
+        (
+            evolve(each.modules[LANGUAGE], rank_offset=0),
+            each.micro_batch_size,
+            each.is_colocated,
+            each.allocated,
+        )
+        for each in (one, other)
+    ]
+    return what[0] == what[1] and max(seconds) <= (1 + ALIKE) * min(seconds)

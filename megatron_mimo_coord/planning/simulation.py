@@ -1,9 +1,9 @@
 """Simulates a training step of a layout: Megatron's own order of events, durations from costs.
 
-All data-parallel replicas of a stage do the same at the same time, so one place in the pipeline
-stands for all ranks that hold it.
+All data-parallel replicas of a stage do the same at the same time, so they are one here.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from megatron_mimo_coord.layout import (
@@ -20,8 +20,8 @@ from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems, module_problems, raise_problems
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
-from megatron_mimo_coord.planning.events import Place, Task, run
-from megatron_mimo_coord.planning.links import Link
+from megatron_mimo_coord.planning.events import Action, StageRanks, run
+from megatron_mimo_coord.planning.messages import ActionsAt, ends_of_link
 from megatron_mimo_coord.planning.schedule import order
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
@@ -82,7 +82,7 @@ def simulate_step(
     ]
     raise_problems("the layout cannot be simulated", problems)
     durations = Durations(modules, grids, costs, cluster, micro_batch_size, distributed_optimizer)
-    return timeline_of(durations, num_microbatches)
+    return _Step(durations).run(num_microbatches)
 
 
 def cost_problems(
@@ -102,100 +102,92 @@ def cost_problems(
             yield f"module {name}: {error}"
 
 
-def timeline_of(durations: Durations, num_microbatches: int) -> Timeline:
-    """Simulate a step of a layout that runs."""
-    links = {
-        (name, stage): link
-        for name, grid in durations.grids.items()
-        for stage in range(grid.dim("pp"))
-        if (link := _link(durations, name, stage)) is not None
-    }
-    places = [
-        Place(names, stage)
-        for names in _sharing_ranks(durations.grids)
-        for stage in range(durations.grids[names[0]].dim("pp"))
-    ]
-    for place in places:
-        tasks = _tasks(durations, place, links)
-        warm_up = stages_behind(durations.grids, place.modules[0], place.stage)
-        for event in order(num_microbatches, warm_up):
-            place.tasks += tasks.get(event, ())
-        place.tasks += [
-            Task(REDUCE, name, durations.reduction(name, place.stage)) for name in place.modules
+class _Step:
+    """The stages of a layout that runs, and what each does."""
+
+    def __init__(self, durations: Durations) -> None:
+        self.durations, self.grids = durations, durations.grids
+        self.is_colocated = is_colocated(self.grids.values())
+        sharing: dict[range, list[str]] = {}  # in the order in which their forwards run
+        for name in sorted(self.grids, key=lambda name: name == LANGUAGE):
+            sharing.setdefault(self.grids[name].ranks, []).append(name)
+        self.stages = [
+            StageRanks(names, stage)
+            for names in sharing.values()
+            for stage in range(self.grids[names[0]].dim("pp"))
         ]
-    run(places)
-    reduced = max(place.now for place in places)
-    for place in places:
-        place.wait_until(reduced)
-        place.tasks += [
-            Task(OPTIMIZER, name, durations.optimizer(name, place.stage)) for name in place.modules
-        ]
-    run(places)
-    seconds = max(place.now for place in places)
-    stages = {
-        (name, place.stage): place.shares(name, seconds)
-        for name in durations.grids
-        for place in places
-        if name in place.modules
-    }
-    return Timeline(seconds, stages, lambda: [span for place in places for span in place.spans()])
+        self.messages: dict[tuple[str, int], list[ActionsAt]] = defaultdict(list)
+        for name, grid in self.grids.items():
+            for stage in range(grid.dim("pp")):
+                self._link(name, stage)
 
-
-def _sharing_ranks(grids: Mapping[str, ModuleGrid]) -> list[list[str]]:
-    """Modules on the same ranks, in the order in which their forwards run."""
-    names: dict[range, list[str]] = {}
-    for name in sorted(grids, key=lambda name: name == LANGUAGE):
-        names.setdefault(grids[name].ranks, []).append(name)
-    return list(names.values())
-
-
-def _link(durations: Durations, module: str, stage: int) -> Link | None:
-    """What is behind a stage, if anything is."""
-    grid = durations.grids[module]
-    wanted = durations.has_backward(module, stage)
-    if stage < grid.dim("pp") - 1:
-        seconds = durations.between_stages(module, stage)
-        return Link(seconds, seconds if wanted else None)
-    if module == LANGUAGE or is_colocated(durations.grids.values()):
-        return None
-    back = durations.over_bridge(module, forward=False) if wanted else None
-    return Link(durations.over_bridge(module, forward=True), back, bridge=module)
-
-
-def _tasks(
-    durations: Durations, place: Place, links: Mapping[tuple[str, int], Link]
-) -> dict[str, list[Task]]:
-    """What a place does at each event of the schedule."""
-    stage = place.stage
-    forward = [Task(FORWARD, name, durations.forward(name, stage)) for name in place.modules]
-    backward = [  # autograd goes back the way that forward came
-        Task(BACKWARD, name, durations.backward(name, stage))
-        for name in place.modules[:: -1 if is_colocated(durations.grids.values()) else 1]
-        if durations.has_backward(name, stage)
-    ]
-    if is_colocated(durations.grids.values()):
-        encoders = place.modules[:-1]
-        exchanges = {
-            name: Task(EXCHANGE, name, durations.exchange(name), bridge=name) for name in encoders
+    def run(self, num_microbatches: int) -> Timeline:
+        """Simulate it."""
+        durations = self.durations
+        for ranks in self.stages:
+            actions = self._actions(ranks)
+            warm_up = stages_behind(self.grids, ranks.modules[0], ranks.stage)
+            for event in order(num_microbatches, warm_up):
+                ranks.actions += actions.get(event, ())
+            ranks.actions += [
+                Action(REDUCE, name, durations.reduction(name, ranks.stage))
+                for name in ranks.modules
+            ]
+        run(self.stages)
+        reduced = max(ranks.now for ranks in self.stages)
+        for ranks in self.stages:
+            ranks.wait_until(reduced)
+            ranks.actions += [
+                Action(OPTIMIZER, name, durations.optimizer(name, ranks.stage))
+                for name in ranks.modules
+            ]
+        run(self.stages)
+        seconds = max(ranks.now for ranks in self.stages)
+        shares = {
+            (name, ranks.stage): ranks.shares(name, seconds)
+            for name in self.grids
+            for ranks in self.stages
+            if name in ranks.modules
         }
-        forward[-1:-1] = [exchanges[name] for name in encoders]
-        learning = [task.module for task in backward if task.module in exchanges]
-        backward[1:1] = [exchanges[name] for name in learning]
-    tasks = {FORWARD: forward, BACKWARD: backward}
-    for name in place.modules:
-        ends = [links[before].incoming(name) for before in _before(durations.grids, name, stage)]
-        if (name, stage) in links:
-            ends.append(links[name, stage].outgoing(name))
-        for end in ends:
-            for event, messages in end.items():
-                tasks.setdefault(event, []).extend(messages)
-    return tasks
+        return Timeline(seconds, shares, lambda: [s for ranks in self.stages for s in ranks.spans()])
 
+    def _link(self, module: str, stage: int) -> None:
+        """Join a stage with the one behind it, if there is one."""
+        durations, following = self.durations, (module, stage + 1)
+        wanted = durations.has_backward(module, stage)
+        if stage < self.grids[module].dim("pp") - 1:
+            forward = durations.between_stages(module, stage)
+            ends = ends_of_link(module, module, forward, forward if wanted else None)
+        elif module == LANGUAGE or self.is_colocated:
+            return
+        else:
+            following = (LANGUAGE, 0)
+            forward = durations.over_bridge(module, forward=True)
+            back = durations.over_bridge(module, forward=False) if wanted else None
+            ends = ends_of_link(module, LANGUAGE, forward, back, bridge=module)
+        self.messages[following].append(ends[1])
+        self.messages[module, stage].append(ends[0])
 
-def _before(grids: Mapping[str, ModuleGrid], module: str, stage: int) -> list[tuple[str, int]]:
-    """The stages that a stage receives from, in the order in which it does."""
-    if stage > 0:
-        return [(module, stage - 1)]
-    if module != LANGUAGE or is_colocated(grids.values()):
-        return []
-    return [(name, grid.dim("pp") - 1) for name, grid in grids.items() if name != LANGUAGE]
+    def _actions(self, ranks: StageRanks) -> dict[str, list[Action]]:
+        """What the ranks of a stage do at each event of the schedule."""
+        durations, stage = self.durations, ranks.stage
+        forward = [Action(FORWARD, name, durations.forward(name, stage)) for name in ranks.modules]
+        backward = [  # autograd goes back the way that forward came
+            Action(BACKWARD, name, durations.backward(name, stage))
+            for name in ranks.modules[:: -1 if self.is_colocated else 1]
+            if durations.has_backward(name, stage)
+        ]
+        if self.is_colocated:
+            exchanges = {
+                name: Action(EXCHANGE, name, durations.exchange(name), bridge=name)
+                for name in ranks.modules[:-1]
+            }
+            learning = [each.module for each in backward if each.module in exchanges]
+            forward[-1:-1] = exchanges.values()
+            backward[1:1] = [exchanges[name] for name in learning]
+        actions = defaultdict(list, {FORWARD: forward, BACKWARD: backward})
+        for name in ranks.modules:
+            for messages in self.messages[name, stage]:
+                for event, of_event in messages.items():
+                    actions[event] += of_event
+        return actions

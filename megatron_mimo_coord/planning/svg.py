@@ -1,8 +1,8 @@
-"""An SVG picture out of boxes and lines of text, with two shades of a color for each module."""
+"""SVG pictures out of boxes and lines of text, with two shades of a color for each module."""
 
 from collections.abc import Iterable
 from itertools import cycle
-from xml.etree import ElementTree as Xml
+from xml.sax.saxutils import escape
 
 from megatron_mimo_coord.layout import LANGUAGE
 
@@ -29,35 +29,24 @@ def module_colors(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-class Picture:
-    """A document that is drawn bit by bit; lengths are in pixels."""
+def picture(title: str, left: float, width: float, height: float, parts: Iterable[str]) -> str:
+    """A document of :func:`boxes` and :func:`text`; lengths are in pixels."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left:g} 0 {width:g} {height:g}" '
+        f'font-family="sans-serif" font-size="13">'
+    )
+    return "\n  ".join([head, f"<title>{escape(title)}</title>", *parts]) + "\n</svg>\n"
 
-    def __init__(self, title: str, left: float, width: float, height: float) -> None:
-        self._svg = Xml.Element("svg", xmlns="http://www.w3.org/2000/svg")
-        self._add("title", title)
-        for name, value in (
-            ("viewBox", f"{left:g} 0 {width:g} {height:g}"),
-            ("font-family", "sans-serif"),
-            ("font-size", "13"),
-        ):
-            self._svg.set(name, value)
 
-    def boxes(
-        self, places: Iterable[tuple[float, float]], top: float, height: float, fill: str
-    ) -> None:
-        """Boxes (left, width) in a row, as one path: a long step has ten thousands of them."""
-        path = "".join(f"M{x:.2f} {top:g}h{w:.2f}v{height:g}h{-w:.2f}z" for x, w in places)
-        self._add("path", d=path, fill=fill, stroke="#fff", stroke_width="0.5")
+def boxes(places: Iterable[tuple[float, float]], top: float, height: float, fill: str) -> str:
+    """Boxes (left, width) in a row, as one path: a long step has ten thousands of them."""
+    path = "".join(f"M{x:.2f} {top:g}h{w:.2f}v{height:g}h{-w:.2f}z" for x, w in places)
+    return f'<path d="{path}" fill="{fill}" stroke="#fff" stroke-width="0.5" />'
 
-    def text(self, text: str, x: float, y: float, anchor: str = "middle", fill: str = INK) -> None:
-        """A line of text, centered vertically."""
-        look = {"text_anchor": anchor, "dominant_baseline": "central", "fill": fill}
-        self._add("text", text, x=f"{x:g}", y=f"{y:g}", **look)
 
-    def _add(self, tag: str, text: str = "", **attributes: str) -> None:
-        names = {name.replace("_", "-"): value for name, value in attributes.items()}
-        Xml.SubElement(self._svg, tag, names).text = text or None
-
-    def __str__(self) -> str:
-        Xml.indent(self._svg)
-        return Xml.tostring(self._svg, encoding="unicode") + "\n"
+def text(said: str, x: float, y: float, anchor: str = "middle", fill: str = INK) -> str:
+    """A line of text, centered vertically."""
+    return (
+        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" dominant-baseline="central" '
+        f'fill="{fill}">{escape(said)}</text>'
+    )

@@ -5,13 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import megatron_mimo_coord
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 STDOUT = Path("-")
 UNITS = {"B": 1, "MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30, "TB": 1e12}
@@ -35,15 +33,10 @@ class Parser(argparse.ArgumentParser):
         epilog: str,
         problems_as_json: Callable[[str], Any] | None = None,
     ) -> None:
-        super().__init__(
-            prog=name,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.add_argument(
-            "--version", action="version", version=f"%(prog)s {megatron_mimo_coord.__version__}"
-        )
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, description=description, epilog=epilog, formatter_class=form)
+        version = f"%(prog)s {megatron_mimo_coord.__version__}"
+        self.add_argument("--version", action="version", version=version)
         self._as_json, self._is_json = problems_as_json, False
 
     def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -62,12 +55,12 @@ class Parser(argparse.ArgumentParser):
         self, options: argparse.Namespace, read: Iterable[str], written: Iterable[str]
     ) -> None:
         """No file is written over another."""
-        paths = {name: getattr(options, name) for name in (*read, *written)}
         known: dict[Path, str] = {}
-        for name, path in paths.items():
-            if path and path.resolve() in known and name in written:
-                self.error(f"--{name} {path} is the {known[path.resolve()]} too: give another file")
-            if path:
+        for name in (*read, *written):
+            if path := getattr(options, name):
+                if path.resolve() in known and name in written:
+                    other = known[path.resolve()]
+                    self.error(f"--{name} {path} is the {other} too: give another file")
                 known[path.resolve()] = name
 
 
@@ -144,57 +137,43 @@ def print_json(said: Any) -> None:
     print(json.dumps(said, indent=2))
 
 
-def need_rich() -> None:
-    """End with code 2 and what to install, if tables cannot be drawn."""
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        end(
-            "the tables are drawn by rich, which is not installed: pip install rich (this "
-            "package's extra 'cli'), or ask for --json"
-        )
-
-
-def drawn(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", numbers: bool = False
-) -> "Table":
-    """A table.
+def table(rows: Sequence[Sequence[str]], title: str = "", numbers: bool = False) -> list[str]:
+    """The lines of a table, as wide as it is: a number cut off is no use.
 
     Args:
-        titles: of the columns.
-        rows: text of each cell.
+        rows: text of each cell; the first row are titles, of several lines perhaps.
         title: above the table.
         numbers: whether cells but the first are set to the right.
+
+    Example:
+        >>> print(*table([("", "step\\nseconds"), ("vision", "1.5")], numbers=True), sep="\\n")
+                     step
+                  seconds
+         ─────────────────
+          vision      1.5
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    titles = [cell.split("\n") for cell in rows[0]]
+    height = max(map(len, titles))
+    above = zip(*([""] * (height - len(lines)) + lines for lines in titles), strict=True)
+    cells = [*above, *rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligns = [str.rjust if numbers and index else str.ljust for index in range(len(widths))]
+    lines = [
+        "  " + "   ".join(map(lambda align, *cell: align(*cell), aligns, row, widths))
+        for row in cells
+    ]
+    rule = " " + "─" * (sum(widths) + 3 * len(widths) - 1)
+    return [*([title, ""] if title else []), *lines[:height], rule, *lines[height:]]
 
-    result = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    for index, name in enumerate(titles):
-        justify = "right" if numbers and index else "left"
-        result.add_column(Text(name), no_wrap=True, justify=justify)  # type: ignore[arg-type]
-    for row in rows:
-        result.add_row(*map(Text, row))
-    return result
+
+def beside(tables: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of several tables, next to each other."""
+    widths = [max(map(len, lines)) for lines in tables]
+    return [
+        "  ".join(map(str.ljust, lines, widths)) for lines in zip_longest(*tables, fillvalue="")
+    ]
 
 
-def print_tables(headline: str, *parts: "Table", beside: Sequence["Table"] = ()) -> None:
-    """Print a line and tables, as wide as they are: a number cut off is no use.
-
-    Args:
-        headline: the line.
-        parts: tables, one below the other.
-        beside: tables that may stand side by side, below those.
-    """
-    from rich.columns import Columns
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    unlimited = console.options.update(width=10_000)
-    widths = [console.measure(part, options=unlimited).maximum for part in (*parts, *beside)]
-    least = console.width if console.is_terminal else 120
-    console.size = max(least, *widths), console.height
-    console.print(headline, soft_wrap=True, markup=False)
-    for part in (*parts, *([Columns(beside)] if beside else [])):
-        console.print(part)
+def print_parts(*parts: Sequence[str]) -> None:
+    """Print lines, with a blank one between the parts."""
+    print("\n\n".join("\n".join(map(str.rstrip, part)) for part in parts))

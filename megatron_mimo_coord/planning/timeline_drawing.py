@@ -1,8 +1,9 @@
 """A picture of a step: a row for each stage, with what it computes, what it waits for and gaps."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
-from megatron_mimo_coord.planning.svg import INK, Picture, module_colors
+from megatron_mimo_coord.planning.svg import INK, boxes, module_colors, picture, text
 from megatron_mimo_coord.planning.timeline import BACKWARD, COMPUTING, FORWARD, Span, Timeline
 
 WIDTH, RIGHT, LETTER = 900, 80, 8  # pixels: the step, what part of it is busy, a letter of a name
@@ -23,58 +24,55 @@ def timeline_svg(timeline: Timeline) -> str:
         >>> "language 0" in picture, "50 % busy" in picture
         (True, True)
     """
-    bottom = ROW * (0.5 + len(timeline.stages))
     left = LETTER * (2 + max(len(f"{module} {stage}") for module, stage in timeline.stages))
+    height = ROW * (2.5 + len(timeline.stages))
     title = f"A step of {timeline.seconds:.4g} s"
-    picture = Picture(title, -left, left + WIDTH + RIGHT, bottom + 2 * ROW)
+    return picture(title, -left, left + WIDTH + RIGHT, height, _parts(timeline))
+
+
+def _parts(timeline: Timeline) -> Iterator[str]:
     colors = module_colors(module for module, _ in timeline.stages)
     scale = WIDTH / timeline.seconds if timeline.seconds else 0.0
-    spans: dict[tuple[str, int], list[Span]] = {place: [] for place in timeline.stages}
+    spans = defaultdict(list)
     for span in timeline.spans:
         if span.end > span.start:
             spans[span.module, span.stage].append(span)
-    for row, (place, shares) in enumerate(timeline.stages.items()):
+    for row, ((module, stage), shares) in enumerate(timeline.stages.items()):
         top, middle = ROW * (row + 0.25), ROW * (row + 0.25) + BAR / 2
-        picture.text(f"{place[0]} {place[1]}", -LETTER, middle, "end", colors[place[0]][1])
-        picture.text(f"{shares.busy * 100:.0f} % busy", WIDTH + LETTER, middle, "start")
-        picture.boxes([(0.0, WIDTH)], top, BAR, IDLE)
-        _draw_row(picture, spans[place], top, scale, colors[place[0]])
+        yield text(f"{module} {stage}", -LETTER, middle, "end", colors[module][1])
+        yield text(f"{shares.busy * 100:.0f} % busy", WIDTH + LETTER, middle, "start")
+        yield boxes([(0.0, WIDTH)], top, BAR, IDLE)
+        yield from _row(spans[module, stage], top, scale, colors[module])
+    bottom = ROW * (0.5 + len(timeline.stages))
     for tick in range(TICKS + 1) if timeline.seconds else ():
-        x = WIDTH * tick / TICKS
-        picture.text(f"{timeline.seconds * tick / TICKS:.4g} s", x, bottom + ROW / 2)
-    _draw_legend(picture, bottom + 1.5 * ROW, colors)
-    return str(picture)
-
-
-def _draw_row(
-    picture: Picture, spans: list[Span], top: float, scale: float, colors: tuple[str, str]
-) -> None:
-    fills = {FORWARD: colors[0], BACKWARD: colors[1]}
-    places: dict[str, list[tuple[float, float]]] = {}
-    for span in spans:
-        fill = fills.get(span.kind, REST) if span.kind in COMPUTING else WAITING
-        if fill != WAITING or span.bridge:
-            place = span.start * scale, (span.end - span.start) * scale
-            places.setdefault(fill, []).append(place)
-    for fill, boxes in places.items():
-        picture.boxes(boxes, top, BAR, fill)
-    for span in spans:
-        if span.kind in fills and (span.end - span.start) * scale >= NUMBERED:
-            ink = "#fff" if span.kind == BACKWARD else INK
-            middle = (span.start + span.end) / 2 * scale
-            picture.text(str(span.microbatch), middle, top + BAR / 2, fill=ink)
-
-
-def _draw_legend(picture: Picture, y: float, colors: Mapping[str, tuple[str, str]]) -> None:
+        seconds = f"{timeline.seconds * tick / TICKS:.4g} s"
+        yield text(seconds, WIDTH * tick / TICKS, bottom + ROW / 2)
     light, dark = next(iter(colors.values()))
-    x = 0.0
-    for fill, text in (
+    x, y = 0.0, bottom + 1.5 * ROW
+    for fill, meaning in (
         (light, "forward"),
         (dark, "backward"),
         (REST, "gradients, optimizer"),
         (WAITING, "waits on a bridge"),
         (IDLE, "idle"),
     ):
-        picture.boxes([(x, LEGEND)], y - LEGEND / 2, LEGEND, fill)
-        picture.text(text, x + 20, y, "start")
-        x += 50 + 7 * len(text)
+        yield boxes([(x, LEGEND)], y - LEGEND / 2, LEGEND, fill)
+        yield text(meaning, x + 20, y, "start")
+        x += 50 + 7 * len(meaning)
+
+
+def _row(
+    spans: Sequence[Span], top: float, scale: float, colors: tuple[str, str]
+) -> Iterator[str]:
+    fills = {FORWARD: colors[0], BACKWARD: colors[1]}
+    places = defaultdict(list)
+    for span in spans:
+        fill = fills.get(span.kind, REST) if span.kind in COMPUTING else WAITING
+        if fill != WAITING or span.bridge:
+            places[fill].append((span.start * scale, (span.end - span.start) * scale))
+    for fill, bars in places.items():
+        yield boxes(bars, top, BAR, fill)
+    for span in spans:
+        if span.kind in fills and (span.end - span.start) * scale >= NUMBERED:
+            ink, middle = "#fff" if span.kind == BACKWARD else INK, (span.start + span.end) / 2
+            yield text(str(span.microbatch), middle * scale, top + BAR / 2, fill=ink)

@@ -330,14 +330,6 @@ def test_a_file_that_is_not_there(capsys):
     assert "nothing.toml cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_without_rich_it_says_what_to_install(look, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    code, _, complaints = look(FAN_IN)
-    assert code == 2
-    assert "pip install rich" in complaints
-    assert look(FAN_IN, "--json", "--svg", "layout.svg")[0] == 0
-    assert "ranks 12-15 of 16" in look(FAN_IN, "--world-size", "16")[2]
-
 
 def test_a_mistake_hides_no_other(look):
     layout = "[vision]\ndata_parallel_size = 4\ntypo = 1\n[language]\ndata_parallel_size = 4\n"

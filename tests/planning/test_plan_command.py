@@ -523,11 +523,3 @@ def test_it_starts_without_torch(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_without_rich_it_says_what_to_install(ask, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    code, _, complaints = ask(MODEL, *ASKED)
-    assert code == 2
-    assert "pip install rich" in complaints
-    assert ask(MODEL, *ASKED, "--json")[0] == 0

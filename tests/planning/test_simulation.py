@@ -27,7 +27,7 @@ from megatron_mimo_coord.layout import (
 )
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.planning import Cluster, ModuleCosts, Timeline, simulate_step
-from megatron_mimo_coord.planning.events import Place
+from megatron_mimo_coord.planning.events import StageRanks
 from megatron_mimo_coord.planning.schedule import order
 
 # Layouts that run on ranks, four of them by default: encoders that share ranks, are frozen, differ in
@@ -326,14 +326,14 @@ def test_what_is_asked_for_wrongly_is_told_at_once():
 
 def test_a_large_step_looks_at_each_event_a_few_times_at_most(monkeypatch):
     looked = 0
-    go_on = Place.go_on
+    go_on = StageRanks.go_on
 
-    def counted(place: Place) -> list[Place]:
+    def counted(place: StageRanks) -> list[StageRanks]:
         nonlocal looked
         looked += 1
         return go_on(place)
 
-    monkeypatch.setattr(Place, "go_on", counted)
+    monkeypatch.setattr(StageRanks, "go_on", counted)
     timeline = simulate_step(
         {LANGUAGE: parallel(pp=64)}, {LANGUAGE: costs()}, micro_batch_size=1, num_microbatches=1024
     )
