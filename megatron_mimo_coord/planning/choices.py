@@ -44,7 +44,9 @@ class Request:
     @property
     def microbatches(self) -> list[int]:
         """Samples that a microbatch over all ranks may have."""
-        return [self.micro_batch_size] if self.micro_batch_size else divisors(self.global_batch_size)
+        return (
+            [self.micro_batch_size] if self.micro_batch_size else divisors(self.global_batch_size)
+        )
 
     @property
     def distributed_optimizer(self) -> bool:

@@ -9,19 +9,16 @@ from attrs import evolve
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.candidates import Candidates
 from megatron_mimo_coord.planning.choices import Request
-from megatron_mimo_coord.planning.memory import PARTS, StageMemory
+from megatron_mimo_coord.planning.memory import PARTS
 from megatron_mimo_coord.planning.search import Proposal, cost
 
-MOST_GPUS = 2**16  # that are looked at for how many would do
+MOST_NODES = 2**13  # that are looked at for how many would do
 MOST_STEPS = 4_000  # of a percent, from the memory that there is to what a layout needs
 GB = 1e9
 
-Fit = tuple[dict[str, ModuleParallelism], int]
-"""A layout, and its microbatch."""
 
-
-def first(request: Request) -> Fit | None:
-    """Some layout that fits, if any does; its step is not simulated."""
+def _first(request: Request) -> tuple[dict[str, ModuleParallelism], int] | None:
+    """Some layout that fits, if any does, and its microbatch; its step is not simulated."""
     every = ((candidate.modules, candidate.samples) for candidate in Candidates(request))
     return next(((modules, samples) for modules, samples in every if modules), None)
 
@@ -31,56 +28,42 @@ def closest(request: Request) -> tuple[Proposal | None, list[str]]:
 
     The layout is None if GPUs do not suffice for any. How many would do is said too.
     """
-    layout = None
-    if first(evolve(request, memory_bytes=inf)):
-        layout = cost(request, *_smallest(request))
-        words = in_words(layout.modules, layout.micro_batch_size)
-        reasons = [f"closest is {words}", *shortages(layout)]
-    else:
-        reasons = [
-            f"no combination of TP, PP and DP that divides the modules and the batch takes "
-            f"{request.gpus} GPUs or fewer",
-            *_stages_with_costs(request),
+
+    def with_more(percents: int) -> Request:
+        return evolve(request, memory_bytes=request.memory_bytes * 1.01**percents)
+
+    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(_first(with_more(each))))
+    if found := _first(with_more(percents)):
+        layout = cost(request, *found)
+        return layout, [
+            f"closest is {in_words(*found)}",
+            *shortages(layout),
+            *_what_would_do(request),
         ]
-    return layout, [*reasons, *_what_would_do(request)]
-
-
-def _smallest(request: Request) -> Fit:
-    """The layout that fits into the least memory, to a percent."""
-
-    def with_more(percents: int) -> Fit | None:
-        return first(evolve(request, memory_bytes=request.memory_bytes * 1.01**percents))
-
-    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: with_more(each) is not None)
-    fit = with_more(percents)
-    assert fit, "memory was no limit"
-    return fit
+    return None, [
+        f"no combination of TP, PP and DP that divides the modules and the batch takes "
+        f"{request.gpus} GPUs or fewer",
+        *_stages_with_costs(request),
+        *_what_would_do(request),
+    ]
 
 
 def _what_would_do(request: Request) -> Iterator[str]:
-    """The fewest nodes on which a layout fits, or why there are none."""
+    """The fewest nodes on which a layout fits, or the modules that fit on none."""
 
-    def on(nodes: int) -> Fit | None:
-        return first(evolve(request, gpus=nodes * request.gpus_per_node))
+    def on(nodes: int) -> Request:
+        return evolve(request, gpus=nodes * request.gpus_per_node)
 
-    nodes = range(1, MOST_GPUS // request.gpus_per_node + 1)
-    fewest = bisect_left(nodes, True, key=lambda each: on(each) is not None) + 1
-    if fit := on(fewest):
-        yield f"{fewest * request.gpus_per_node} GPUs would do: {in_words(*fit)}"
-    else:
-        yield from _too_large(request)
-
-
-def _too_large(request: Request) -> Iterator[str]:
-    """The modules that no number of GPUs makes small enough."""
-    everywhere = Candidates(evolve(request, gpus=MOST_GPUS))
+    nodes = range(1, MOST_NODES)
+    fewest = bisect_left(nodes, True, key=lambda each: bool(_first(on(each)))) + 1
+    if fit := _first(on(fewest)):
+        yield f"{on(fewest).gpus} GPUs would do: {in_words(*fit)}"
+        return
+    everywhere = Candidates(evolve(request, memory_bytes=inf, gpus=on(MOST_NODES).gpus))
     for name, found in everywhere.choices.items():
-        of_choices = (
-            everywhere.held(choice, request.micro_batch_size or choice.replicas)
-            for choice in found
-            if (request.micro_batch_size or choice.replicas) % choice.replicas == 0
-        )
-        least = min(of_choices, default=0.0)
+        samples = {choice: request.micro_batch_size or choice.replicas for choice in found}
+        dealt = (choice for choice in found if samples[choice] % choice.replicas == 0)
+        least = min((everywhere.held(each, samples[each]) for each in dealt), default=0.0)
         if least > request.memory_bytes:
             yield (
                 f"{name} fits on no number of GPUs: its fullest rank holds {least / GB:.1f} GB at "
@@ -100,13 +83,17 @@ def shortages(layout: Proposal) -> Iterator[str]:
         held, stage = max(
             (held, stage) for (name, stage), held in layout.rank_memory.items() if name == leader
         )
-        if held <= most:
-            continue
-        who = f"{' and '.join(names)} together need" if others else f"{leader} stage {stage} needs"
-        parts = "; ".join(
-            f"{name + ' ' if others else ''}{_parts(layout.memory[name, stage])}" for name in names
-        )
-        yield f"{who} {held / GB:.1f} GB of {most / GB:.1f} GB a GPU: {parts}"
+        if held > most:
+            parts = "; ".join(
+                f"{name + ' ' if others else ''}"
+                + ", ".join(
+                    f"{part} {getattr(layout.memory[name, stage], part) / GB:.1f}" for part in PARTS
+                )
+                for name in names
+            )
+            who = f"{leader} stage {stage} needs"
+            who = f"{' and '.join(names)} together need" if others else who
+            yield f"{who} {held / GB:.1f} GB of {most / GB:.1f} GB a GPU: {parts}"
 
 
 def _stages_with_costs(request: Request) -> Iterator[str]:
@@ -118,10 +105,6 @@ def _stages_with_costs(request: Request) -> Iterator[str]:
                 f"the costs of {name} are of {len(layers)} stages, so that its PP must be "
                 f"{len(layers)}: leave layers_per_stage out of the costs for any other"
             )
-
-
-def _parts(held: StageMemory) -> str:
-    return ", ".join(f"{part} {getattr(held, part) / GB:.1f}" for part in PARTS)
 
 
 def in_words(modules: Mapping[str, ModuleParallelism], micro_batch_size: int) -> str:

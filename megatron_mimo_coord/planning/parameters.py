@@ -44,7 +44,9 @@ def stage_parameters(
         >>> sum(each.numel for each in stage_parameters(sizes, pipeline, 1, 64))
         58304
     """
-    return _stage(sizes, _shards(parallelism), stage, language_hidden_size)
+    expert_tp, ep, _, stages = parallelism.expert_shape
+    tp = parallelism.tensor_model_parallel_size
+    return _stage(sizes, (tp, expert_tp, ep), stages, stage, language_hidden_size)
 
 
 def num_parameters(
@@ -57,52 +59,39 @@ def num_parameters(
         >>> num_parameters(sizes, ModuleParallelism(), 64)
         116480
     """
-    return _num_parameters(sizes, _shards(parallelism), language_hidden_size)
+    return sum(
+        each.numel
+        for stage in range(parallelism.pipeline_model_parallel_size)
+        for each in stage_parameters(sizes, parallelism, stage, language_hidden_size)
+    )
 
 
-@frozen
-class _Shards:
-    """The parallel sizes that a rank's parameters depend on."""
-
-    tp: int
-    expert_tp: int
-    ep: int
-    stages: int
-
-
-def _shards(parallelism: ModuleParallelism) -> _Shards:
-    expert_tp, ep, _, stages = parallelism.expert_shape
-    return _Shards(parallelism.tensor_model_parallel_size, expert_tp, ep, stages)
-
-
-@cache
-def _num_parameters(sizes: ModuleSizes, shards: _Shards, language_hidden_size: int) -> int:
-    stages = (_stage(sizes, shards, stage, language_hidden_size) for stage in range(shards.stages))
-    return sum(each.numel for stage in stages for each in stage)
+Shards = tuple[int, int, int]
+"""TP, TP of an expert, and EP."""
 
 
 @cache
 def _stage(
-    sizes: ModuleSizes, shards: _Shards, stage: int, language_hidden_size: int
-) -> tuple[Parameter, ...]:
+    sizes: ModuleSizes, shards: Shards, stages: int, stage: int, language_hidden_size: int
+) -> Sequence[Parameter]:
+    is_last, tp = stage == stages - 1, shards[0]
     found: list[Parameter] = []
     if stage == 0:
-        found += _inputs(sizes, shards)
-    for layer in stage_layers(sizes, shards.stages, stage):
+        found += _inputs(sizes, tp, is_last)
+    for layer in stage_layers(sizes, stages, stage):
         found += _layer(sizes, shards, sizes.has_experts(layer))
-    if stage == shards.stages - 1:
+    if is_last:
         found += _norm(sizes, sizes.hidden_size)
-        found += _outputs(sizes, shards, language_hidden_size)
+        found += _outputs(sizes, tp, stage == 0, language_hidden_size)
     return tuple(found)
 
 
-def _inputs(sizes: ModuleSizes, shards: _Shards) -> Iterator[Parameter]:
+def _inputs(sizes: ModuleSizes, tp: int, is_last: bool) -> Iterator[Parameter]:
     """What turns words or patches into hidden states; an encoder's is on every rank whole."""
     hidden = sizes.hidden_size
     if sizes.vocab_size is not None:
         tied = sizes.share_embeddings_and_output_weights
-        words = sizes.vocab_size // shards.tp
-        yield Parameter(words * hidden, is_shared=tied and shards.stages > 1)
+        yield Parameter(sizes.vocab_size // tp * hidden, is_shared=tied and not is_last)
         if sizes.position_embedding_type == "learned_absolute" and sizes.seq_length:
             yield Parameter(sizes.seq_length * hidden)
     elif sizes.patch_size:
@@ -110,13 +99,14 @@ def _inputs(sizes: ModuleSizes, shards: _Shards) -> Iterator[Parameter]:
         yield from _linear(sizes.patch_size, hidden)
 
 
-def _outputs(sizes: ModuleSizes, shards: _Shards, language_hidden_size: int) -> Iterator[Parameter]:
+def _outputs(
+    sizes: ModuleSizes, tp: int, is_first: bool, language_hidden_size: int
+) -> Iterator[Parameter]:
     """A language model's output layer, or an encoder's projection."""
     if sizes.vocab_size is not None:
         tied = sizes.share_embeddings_and_output_weights
-        if not (tied and shards.stages == 1):
-            words = sizes.vocab_size // shards.tp
-            yield Parameter(words * sizes.hidden_size, is_shared=tied)
+        if not (tied and is_first):
+            yield Parameter(sizes.vocab_size // tp * sizes.hidden_size, is_shared=tied)
     elif sizes.projection_hidden_size:
         yield from _linear(sizes.merged_size, sizes.projection_hidden_size)
         yield from _linear(sizes.projection_hidden_size, language_hidden_size)
@@ -124,10 +114,12 @@ def _outputs(sizes: ModuleSizes, shards: _Shards, language_hidden_size: int) -> 
         yield from _linear(sizes.merged_size, language_hidden_size)
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True) -> Iterator[Parameter]:
-    yield Parameter(inputs * outputs)
+def _linear(
+    inputs: int, outputs: int, bias: bool = True, is_expert: bool = False
+) -> Iterator[Parameter]:
+    yield Parameter(inputs * outputs, is_expert)
     if bias:
-        yield Parameter(outputs)
+        yield Parameter(outputs, is_expert)
 
 
 def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
@@ -142,14 +134,12 @@ def stage_layers(sizes: ModuleSizes, stages: int, stage: int) -> range:
     return range(stage * length, (stage + 1) * length)
 
 
-def _layer(sizes: ModuleSizes, shards: _Shards, has_experts: bool) -> Iterator[Parameter]:
-    hidden, tp = sizes.hidden_size, shards.tp
+def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
+    hidden, tp = sizes.hidden_size, shards[0]
     yield from _norm(sizes, hidden)
-    yield Parameter(sizes.query_size // tp * hidden)
-    if sizes.add_bias_linear:
-        yield Parameter(hidden)
+    yield from _linear(sizes.query_size // tp, hidden, sizes.add_bias_linear)
     qkv = (sizes.query_size + 2 * sizes.key_size) // tp
-    yield from _linear(hidden, qkv, bias=sizes.has_qkv_bias)
+    yield from _linear(hidden, qkv, sizes.has_qkv_bias)
     if sizes.qk_layernorm:
         yield from _norm(sizes, sizes.kv_channels)
         yield from _norm(sizes, sizes.kv_channels)
@@ -157,30 +147,24 @@ def _layer(sizes: ModuleSizes, shards: _Shards, has_experts: bool) -> Iterator[P
     if has_experts:
         yield from _mixture(sizes, shards)
     else:
-        yield from _mlp(sizes, sizes.ffn_hidden_size // tp)
+        yield from _mlp(sizes, sizes.ffn_hidden_size // tp, sizes.add_bias_linear)
 
 
 def _mlp(
-    sizes: ModuleSizes, width: int, is_expert: bool = False, bias: bool | None = None
+    sizes: ModuleSizes, width: int, bias: bool, is_expert: bool = False
 ) -> Iterator[Parameter]:
     """An MLP of which this rank has ``width`` hidden numbers."""
-    bias = sizes.add_bias_linear if bias is None else bias
-    outputs = sizes.fc1_outputs * width
-    yield Parameter(sizes.hidden_size * outputs, is_expert)
-    if bias:
-        yield Parameter(outputs, is_expert)
-    yield Parameter(width * sizes.hidden_size, is_expert)
-    if bias:
-        yield Parameter(sizes.hidden_size, is_expert)
+    yield from _linear(sizes.hidden_size, sizes.fc1_outputs * width, bias, is_expert)
+    yield from _linear(width, sizes.hidden_size, bias, is_expert)
 
 
-def _mixture(sizes: ModuleSizes, shards: _Shards) -> Iterator[Parameter]:
+def _mixture(sizes: ModuleSizes, shards: Shards) -> Iterator[Parameter]:
     """The router, this rank's experts and the shared expert."""
     assert sizes.num_moe_experts, "only layers with experts come here"
-    tp, expert_tp, ep = shards.tp, shards.expert_tp, shards.ep
-    yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias=sizes.add_bias_linear)
+    (tp, expert_tp, ep), bias = shards, sizes.add_bias_linear
+    yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias)
     reduced_apart = ep > 1 or expert_tp != tp
-    expert = tuple(_mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, reduced_apart))
+    expert = tuple(_mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, bias, reduced_apart))
     yield from expert * (sizes.num_moe_experts // ep)
     if sizes.moe_shared_expert_intermediate_size:
         yield from _mlp(sizes, sizes.moe_shared_expert_intermediate_size // tp, bias=False)

@@ -1,7 +1,7 @@
 """What the planning command is given: files and options, and everything that is wrong with them."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import define, evolve, field
@@ -111,7 +111,8 @@ class _Files:
             if name not in self.job:
                 yield Problem(f"{name} is not known; give --{name.replace('_', '-')}")
         if all(name in self.job for name in SIZES):
-            yield from batch_problems(pack(layout.modules).values(), *map(self.job.get, SIZES))
+            batch = (self.job[name] for name in SIZES)
+            yield from batch_problems(pack(layout.modules).values(), *batch)
         if self.options.gpus and self.ranks > self.options.gpus:
             yield Problem(f"the layout takes {self.ranks} ranks, but --gpus is {self.options.gpus}")
         if self.model and not self.model.problems:
@@ -158,7 +159,7 @@ class _Files:
                 f"lower it"
             )
         if self.layout is None and all(name in self.job for name in SIZES):
-            yield from batch_problems((), *map(self.job.get, SIZES))
+            yield from batch_problems((), *(self.job[name] for name in SIZES))
 
 
 def _cluster(options: argparse.Namespace, measured: Mapping[str, Any]) -> Cluster:
@@ -194,7 +195,7 @@ def _costs(
 
 
 def _assumptions(
-    options: argparse.Namespace, measured: Iterator[str], request: Request
+    options: argparse.Namespace, measured: Iterable[str], request: Request
 ) -> Iterator[str]:
     """What the numbers rest on."""
     if of_modules := [name for name in measured if name != CLUSTER]:

@@ -14,10 +14,11 @@ GB = 1e9
 
 def headline(request: Request, count: int, is_given: bool) -> str:
     """What was asked, in a line."""
-    nodes = f"{request.gpus:,} GPUs, {request.gpus_per_node} a node; {request.global_batch_size:,} samples"
-    if is_given:
-        return f"{nodes} a step; the layout as given"
-    return f"{nodes} a step; the {'best layout' if count == 1 else f'{count} best layouts'}"
+    what = "best layout" if count == 1 else f"{count} best layouts"
+    return (
+        f"{request.gpus:,} GPUs, {request.gpus_per_node} a node; {request.global_batch_size:,} "
+        f"samples a step; the {'layout as given' if is_given else what}"
+    )
 
 
 def rows(proposals: Sequence[Proposal]) -> list[list[str]]:

@@ -1,8 +1,14 @@
-"""The order of Megatron's 1F1B schedule: what a stage computes, sends and receives, and when.
+"""Megatron's 1F1B schedule: what a stage computes, sends and receives, in which order.
 
-The source is ``forward_backward_pipelining_without_interleaving`` of Megatron-Core 0.19.
+The order is that of ``forward_backward_pipelining_without_interleaving`` of Megatron-Core 0.19, the
+messages are the coordinator's communicator's: ``send_forward`` does not wait until its message is
+taken, but whatever comes next on the same link does; all others wait. A gradient that the sender of
+an activation has no use for does not travel.
 """
 
+from collections.abc import Mapping
+
+from megatron_mimo_coord.planning.events import Action, channel
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     FORWARD,
@@ -42,3 +48,48 @@ send_backward recv_backward backward send_backward
         *steady,
         *([RECV_BACKWARD, BACKWARD, SEND_BACKWARD] * first),
     ]
+
+
+ActionsAt = Mapping[str, list[Action]]
+"""For each event of the schedule, what to do."""
+
+
+def ends_of_link(
+    sender: str,
+    receiver: str,
+    forward_seconds: float,
+    backward_seconds: float | None,
+    bridge: str | None = None,
+) -> tuple[ActionsAt, ActionsAt]:
+    """What the stage that sends activations does, and the one that receives them.
+
+    Args:
+        sender: its module.
+        receiver: its module.
+        forward_seconds: of a message with activations.
+        backward_seconds: of a message with gradients; None if no gradient is wanted.
+        bridge: the encoder, if the link is its bridge.
+    """
+    sent, taken = ((end,) for end in channel(forward_seconds))
+    gradients = () if backward_seconds is None else channel(backward_seconds)
+    returned, given = gradients[:1], gradients[1:]
+    outgoing = {
+        kind: [
+            Action(kind, sender, awaits=sent, bridge=bridge),  # what was sent before
+            Action(kind, sender, posts=posts, awaits=awaits, bridge=bridge),
+        ]
+        for kind, posts, awaits in (
+            (SEND_FORWARD, sent, ()),
+            (RECV_BACKWARD, given, given),
+            (SEND_FORWARD_RECV_BACKWARD, sent + given, sent + given),
+        )
+    }
+    incoming = {
+        kind: [Action(kind, receiver, posts=messages, awaits=messages, bridge=bridge)]
+        for kind, messages in (
+            (RECV_FORWARD, taken),
+            (SEND_BACKWARD, returned),
+            (SEND_BACKWARD_RECV_FORWARD, returned + taken),
+        )
+    }
+    return outgoing, incoming

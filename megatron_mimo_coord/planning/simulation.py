@@ -21,8 +21,7 @@ from megatron_mimo_coord.layout.problems import layout_problems, module_problems
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
 from megatron_mimo_coord.planning.events import Action, StageRanks, run
-from megatron_mimo_coord.planning.messages import ActionsAt, ends_of_link
-from megatron_mimo_coord.planning.schedule import order
+from megatron_mimo_coord.planning.schedule import ActionsAt, ends_of_link, order
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
@@ -149,7 +148,9 @@ class _Step:
             for ranks in self.stages
             if name in ranks.modules
         }
-        return Timeline(seconds, shares, lambda: [s for ranks in self.stages for s in ranks.spans()])
+        return Timeline(
+            seconds, shares, lambda: [s for ranks in self.stages for s in ranks.spans()]
+        )
 
     def _link(self, module: str, stage: int) -> None:
         """Join a stage with the one behind it, if there is one."""

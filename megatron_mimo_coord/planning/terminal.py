@@ -147,10 +147,10 @@ def table(rows: Sequence[Sequence[str]], title: str = "", numbers: bool = False)
 
     Example:
         >>> print(*table([("", "step\\nseconds"), ("vision", "1.5")], numbers=True), sep="\\n")
-                     step
-                  seconds
-         ─────────────────
-          vision      1.5
+                      step
+                   seconds
+         ──────────────────
+          vision       1.5
     """
     titles = [cell.split("\n") for cell in rows[0]]
     height = max(map(len, titles))

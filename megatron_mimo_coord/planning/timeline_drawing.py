@@ -61,9 +61,7 @@ def _parts(timeline: Timeline) -> Iterator[str]:
         x += 50 + 7 * len(meaning)
 
 
-def _row(
-    spans: Sequence[Span], top: float, scale: float, colors: tuple[str, str]
-) -> Iterator[str]:
+def _row(spans: Sequence[Span], top: float, scale: float, colors: tuple[str, str]) -> Iterator[str]:
     fills = {FORWARD: colors[0], BACKWARD: colors[1]}
     places = defaultdict(list)
     for span in spans:

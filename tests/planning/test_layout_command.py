@@ -330,7 +330,6 @@ def test_a_file_that_is_not_there(capsys):
     assert "nothing.toml cannot be read: No such file" in capsys.readouterr().err
 
 
-
 def test_a_mistake_hides_no_other(look):
     layout = "[vision]\ndata_parallel_size = 4\ntypo = 1\n[language]\ndata_parallel_size = 4\n"
     _, _, complaints = look(layout, "--global-batch-size", "30", "--micro-batch-size", "7")

@@ -9,8 +9,7 @@ from layouts import parallel
 from ranks import world
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack
-from megatron_mimo_coord.planning.buffers import lay_out
-from megatron_mimo_coord.planning.model_states import model_states
+from megatron_mimo_coord.planning.model_states import lay_out, model_states
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import Parameter
 

@@ -160,7 +160,8 @@ def rank(request, layout, took):
 @given(requests())
 def test_the_best_is_the_best_of_all_layouts(request):
     ranked = [
-        rank(request, layout, seconds(request, layout, samples)) for layout, samples in every_layout(request)
+        rank(request, layout, seconds(request, layout, samples))
+        for layout, samples in every_layout(request)
     ]
     for index, per_gpu in enumerate((False, True)):
         found = [
@@ -203,7 +204,9 @@ def test_each_language_layout_is_listed_with_its_best_encoders_once(request):
 @given(requests())
 def test_the_formula_ranks_by_about_what_is_simulated(request):
     """Without messages, a backward pass twice as long as a forward pass; frozen modules too."""
-    assume(len(request.sizes) < 3)  # with several encoders, a first stage also waits for each in turn
+    assume(
+        len(request.sizes) < 3
+    )  # with several encoders, a first stage also waits for each in turn
     assume(not all(request.costs(name, parallel()).frozen for name in request.sizes))
 
     def twice(name, module):

@@ -1,8 +1,7 @@
-"""Megatron's schedule and the communicator on real ranks, with stages that only take known times."""
+"""Megatron's schedule and the communicator on real ranks, with stages that only note what they do."""
 
 from collections.abc import Mapping
 from functools import wraps
-from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -32,26 +31,24 @@ Event = tuple[str, str]
 
 
 @frozen
-class SleepingJob:
-    """A job whose stages sleep.
+class Job:
+    """A job of stages that compute nothing.
 
     Args:
         modules: parallel sizes.
         frozen: modules without a weight that learns.
-        seconds: (forward, backward) of a microbatch, of each stage of each module.
         micro_batch_size: samples in a microbatch over all ranks.
         num_microbatches: microbatches in a step.
     """
 
     modules: Mapping[str, ModuleParallelism]
     frozen: frozenset[str]
-    seconds: Mapping[str, list[tuple[float, float]]]
     micro_batch_size: int
     num_microbatches: int
 
 
-def run_steps(job: SleepingJob, steps: int) -> tuple[float, list[Event]]:
-    """(the shortest step, from a barrier to a barrier; what this rank did in the last)."""
+def run_step(job: Job) -> list[Event]:
+    """What this rank did in a step."""
     infra = MegatronMIMOInfra.build(job.modules)
     grids = {name: ModuleGrid.of(name, grid) for name, grid in infra.module_to_grid_map.items()}
     config = TransformerConfig(
@@ -72,30 +69,23 @@ def run_steps(job: SleepingJob, steps: int) -> tuple[float, list[Event]]:
     events: list[Event] = []
     for name in METHODS:
         setattr(communicator, name, _noted(getattr(communicator, name), events))
-    stage = SleepingStage(config, job, grids, events)
+    stage = NotingStage(config, job, grids, events)
     groups = MultiModuleProcessGroupCollection(
         module_pgs={name: group for name, group in infra.pg_collections.items() if group},
         language_model_module_name=LANGUAGE if LANGUAGE in stage.modules else None,
     )
-    shortest = float("inf")
-    for _ in range(steps):
-        events.clear()
-        dist.barrier()
-        start = monotonic()
-        forward_backward_pipelining_without_interleaving(
-            forward_step_func=lambda data, model: (model(), _loss),
-            data_iterator=None,
-            model=[stage],
-            num_microbatches=job.num_microbatches,
-            seq_length=1,
-            micro_batch_size=job.micro_batch_size,
-            p2p_communicator=communicator,
-            pg_collection=groups,
-        )
-        dist.barrier()
-        shortest = min(shortest, monotonic() - start)
+    forward_backward_pipelining_without_interleaving(
+        forward_step_func=lambda data, model: (model(), _loss),
+        data_iterator=None,
+        model=[stage],
+        num_microbatches=job.num_microbatches,
+        seq_length=1,
+        micro_batch_size=job.micro_batch_size,
+        p2p_communicator=communicator,
+        pg_collection=groups,
+    )
     infra.destroy()
-    return shortest, events
+    return events
 
 
 def _noted(method: Any, events: list[Event]) -> Any:
@@ -111,11 +101,11 @@ def _loss(output: torch.Tensor) -> Any:
     return output.sum(), torch.tensor(1, dtype=torch.int, device="cuda"), {}
 
 
-class SleepingStage(torch.nn.Module):
+class NotingStage(torch.nn.Module):
     """What a rank holds: a stage of one module, or of several one after the other."""
 
     def __init__(
-        self, config: Any, job: SleepingJob, grids: Mapping[str, ModuleGrid], events: list[Event]
+        self, config: Any, job: Job, grids: Mapping[str, ModuleGrid], events: list[Event]
     ) -> None:
         super().__init__()
         self.config, self.job, self.grids, self.events = config, job, grids, events
@@ -139,8 +129,7 @@ class SleepingStage(torch.nn.Module):
             elif self.index:
                 received = self.received[name]
                 inputs.append((received[0] if isinstance(received, list) else received).sum())
-            times = self.job.seconds[name][self.index]
-            taken[name] = _Sleep.apply(torch.stack(inputs).sum(), name, times, self.events)
+            taken[name] = _Noted.apply(torch.stack(inputs).sum(), name, self.events)
         if LANGUAGE in taken and self._is_last(LANGUAGE):
             return taken[LANGUAGE]
         return {name: self._message(name, output) for name, output in taken.items()}
@@ -154,19 +143,15 @@ class SleepingStage(torch.nn.Module):
         return output.expand((samples, 2) if to_bridge else (1, samples, 2)).contiguous()
 
 
-class _Sleep(torch.autograd.Function):
+class _Noted(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, name: str, seconds: tuple[float, float], events: list[Event]
-    ) -> torch.Tensor:
-        ctx.rest = name, seconds[1], events
+    def forward(ctx: Any, x: torch.Tensor, name: str, events: list[Event]) -> torch.Tensor:
+        ctx.noted = name, events
         events.append(("forward", name))
-        sleep(seconds[0])
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        name, seconds, events = ctx.rest
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        name, events = ctx.noted
         events.append(("backward", name))
-        sleep(seconds)
-        return grad, None, None, None
+        return grad, None, None
