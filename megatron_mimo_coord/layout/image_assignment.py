@@ -325,11 +325,11 @@ class _Deal:
                     break
             else:
                 return
-            for image, here, there in ((pair[0], source, target), (pair[1], target, source)):
-                if image is not None:
-                    images[here].remove(image)
-                    insort(images[there], image)
-                    self._move(image, there)
+            for moved, here, there in ((pair[0], source, target), (pair[1], target, source)):
+                if moved is not None:
+                    images[here].remove(moved)
+                    insort(images[there], moved)
+                    self._move(moved, there)
 
     def _pair(
         self, mine: list[int], theirs: list[int], source: int, target: int

@@ -102,6 +102,7 @@ def _is_caught(case, mutant):
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("layout", SENSITIVE.values(), ids=SENSITIVE)
 def test_images_in_each_others_places_are_noticed(layout, mutant):
-    images = {"vision": (((5, 0, 1, 0),),)}
+    images = {"vision": (((5, 2, 1, 3),),)}
     case = Case(modules=layout, images=images, assign=1, num_microbatches=1, no_optimizer=True)
+    case = evolve(case, tiles=(0, 1, 2, 5))  # of several sizes: several runs
     assert any(world(case.world_size).run(_is_caught, case, mutant))
