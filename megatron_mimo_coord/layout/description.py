@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from megatron_mimo_coord.layout.grids import LANGUAGE, ModuleGrid, is_colocated, ranks_taken, span
+from megatron_mimo_coord.layout.grids import (
+    LANGUAGE,
+    ModuleGrid,
+    is_colocated,
+    ranks_taken,
+    runs_encoders_first,
+    span,
+)
 from megatron_mimo_coord.layout.parallelism import MAX_RANKS
 
 
@@ -29,6 +36,7 @@ def summarize(
     return {
         "ranks": ranks_taken(grids.values()),
         "colocated": len(grids) > 1 and is_colocated(grids.values()),
+        "encoders_first": runs_encoders_first(grids),
         "pipeline_depth": pipeline_depth(grids),
         "loss": "per-token" if per_token else "mean",
         "micro_batch_size": micro_batch_size,
@@ -61,7 +69,7 @@ def _share(samples: int, replicas: int) -> float:
 def pipeline_depth(grids: Mapping[str, ModuleGrid]) -> int:
     """Stages that a microbatch passes through: the deepest encoder's, then the language model's.
 
-    Colocated modules have no pipeline and take turns on the same ranks.
+    Encoders on ranks of the language model are no stages of their own.
 
     Example:
         >>> vision = ModuleGrid("vision", (2,), ("pp",))
@@ -70,7 +78,7 @@ def pipeline_depth(grids: Mapping[str, ModuleGrid]) -> int:
         6
     """
     depth = grids[LANGUAGE].dim("pp")
-    if is_colocated(grids.values()):
+    if is_colocated(grids.values()) or runs_encoders_first(grids):
         return depth
     return depth + max(grid.dim("pp") for name, grid in grids.items() if name != LANGUAGE)
 
@@ -89,7 +97,10 @@ def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """What a summary says of the job as a whole, in a line."""
-    how = "colocated" if summary["colocated"] else f"on disjoint ranks{_exceptions(summary)}"
+    if summary["encoders_first"]:
+        how = "on shared ranks, encoders before and behind the language model"
+    else:
+        how = "colocated" if summary["colocated"] else f"on disjoint ranks{_exceptions(summary)}"
     modules = f"modules {how}" if len(summary["modules"]) > 1 else "one module"
     size, number = summary["micro_batch_size"], summary["num_microbatches"]
     batch = "a microbatch" if size is None else _count(size, "sample")

@@ -162,6 +162,34 @@ def is_colocated(grids: Iterable[ModuleGrid]) -> bool:
     return len({(grid.rank_offset, grid.size) for grid in grids}) == 1
 
 
+def runs_encoders_first(grids: Mapping[str, ModuleGrid]) -> bool:
+    """Whether encoders share ranks with a language model otherwise than all with all, and PP 1.
+
+    A rank then runs its encoders before the language model's pipeline, and their backward after it.
+
+    Example:
+        >>> vision = ModuleParallelism(data_parallel_size=2, rank_offset=0)
+        >>> stages = ModuleParallelism(pipeline_model_parallel_size=2, rank_offset=0)
+        >>> runs_encoders_first(pack({"vision": vision, "language": stages}))
+        True
+    """
+    language = grids[LANGUAGE]
+    encoders = [grid for name, grid in grids.items() if name != LANGUAGE]
+    if language.dim("pp") == 1 and is_colocated(grids.values()):
+        return False
+    return any(overlap(grid.ranks, language.ranks) for grid in encoders)
+
+
+def overlap(left: range, right: range) -> range:
+    """The ranks that are in both.
+
+    Example:
+        >>> overlap(range(0, 4), range(2, 8))
+        range(2, 4)
+    """
+    return range(max(left.start, right.start), min(left.stop, right.stop))
+
+
 def stages_behind(grids: Mapping[str, ModuleGrid], module: str, stage: int) -> int:
     """Pipeline stages that a microbatch passes after one: its own module's, then the language's.
 
@@ -173,6 +201,6 @@ def stages_behind(grids: Mapping[str, ModuleGrid], module: str, stage: int) -> i
         (1, 0)
     """
     behind = grids[module].dim("pp") - stage - 1
-    if module == LANGUAGE or is_colocated(grids.values()):
+    if module == LANGUAGE or is_colocated(grids.values()) or runs_encoders_first(grids):
         return behind
     return behind + grids[LANGUAGE].dim("pp")

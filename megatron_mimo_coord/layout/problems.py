@@ -13,7 +13,7 @@ from megatron_mimo_coord.layout.grids import (
     ModuleGrid,
     Topology,
     default_topology,
-    is_colocated,
+    overlap,
     ranks_taken,
     span,
 )
@@ -153,17 +153,6 @@ launch fewer ranks
     for name, grid in grids.items():
         if name != LANGUAGE and LANGUAGE in grids:
             problems += _bridge_problems(grid, grids[LANGUAGE])
-    if len(grids) > 1 and is_colocated(grids.values()):
-        problems += [
-            Problem(
-                f"module {grid} has PP {grid.dim('pp')} and shares all its ranks with the other "
-                f"modules; Megatron runs colocated modules without a pipeline: set "
-                f"pipeline_model_parallel_size to 1 or give the modules ranks of their own",
-                (grid.name, "pipeline_model_parallel_size"),
-            )
-            for grid in grids.values()
-            if grid.dim("pp") > 1
-        ]
     return list(dict.fromkeys(problems))
 
 
@@ -233,44 +222,64 @@ def idle_ranks(ranks_of: Mapping[str, range], world_size: int) -> list[range]:
     return [ranks for ranks in idle if ranks]
 
 
-def _sharing_problems(grids: list[ModuleGrid]) -> list[Problem]:
-    """Modules share all their ranks or none; and the language model shares with all or none."""
-    problems = []
-    everything_shared = is_colocated(grids)
-    ordered = sorted(grids, key=lambda grid: (grid.rank_offset, grid.size))
+def _sharing_problems(grids: list[ModuleGrid]) -> Iterator[Problem]:
+    """Encoders lie on the language model's ranks, with PP 1 and in any way; or none of them does.
+
+    Elsewhere encoders share all their ranks, with the same PP, or none.
+    """
+    language = next((grid for grid in grids if grid.name == LANGUAGE), None)
+    encoders = [grid for grid in grids if grid is not language]
+    if language is not None:
+        touching = [each for each in encoders if overlap(each.ranks, language.ranks)]
+        apart = [each for each in encoders if each not in touching]
+        yield from _shared_with_language_problems(language, touching, apart)
+        encoders = apart
+    ordered = sorted(encoders, key=lambda grid: (grid.rank_offset, grid.size))
     for index, left in enumerate(ordered):
         for right in ordered[index + 1 :]:
-            if right.rank_offset >= left.rank_offset + left.size:
+            if not overlap(left.ranks, right.ranks):
                 break
-            offsets = ((left.name, "rank_offset"), (right.name, "rank_offset"))
             if left.ranks != right.ranks:
-                problems.append(
-                    Problem(
-                        f"modules {left} and {right} overlap in part; two modules must share all "
-                        f"their ranks or none: change a rank_offset or a size",
-                        *offsets,
-                    )
+                yield Problem(
+                    f"modules {left} and {right} overlap in part; two encoders on ranks of their "
+                    f"own must share all or none of them: change a rank_offset or a size",
+                    *((each.name, "rank_offset") for each in (left, right)),
                 )
-            elif LANGUAGE in (left.name, right.name) and not everything_shared:
-                problems.append(
-                    Problem(
-                        f"modules {left} and {right} share their ranks, but other modules have "
-                        f"ranks of their own; Megatron's MimoModel has the language model share "
-                        f"its ranks with every module or with none: change a rank_offset",
-                        *offsets,
-                    )
+            elif left.dim("pp") != right.dim("pp"):
+                yield Problem(
+                    f"modules {left} and {right} share their ranks with different PP; a rank "
+                    f"has one place in the pipeline: give them the same "
+                    f"pipeline_model_parallel_size",
+                    *((each.name, "pipeline_model_parallel_size") for each in (left, right)),
                 )
-            elif left.dim("pp") != right.dim("pp") and not everything_shared:
-                problems.append(
-                    Problem(
-                        f"modules {left} and {right} share their ranks with different PP; a rank "
-                        f"has one place in the pipeline: give them the same "
-                        f"pipeline_model_parallel_size",
-                        (left.name, "pipeline_model_parallel_size"),
-                        (right.name, "pipeline_model_parallel_size"),
-                    )
-                )
-    return problems
+
+
+def _shared_with_language_problems(
+    language: ModuleGrid, touching: Sequence[ModuleGrid], apart: Sequence[ModuleGrid]
+) -> Iterator[Problem]:
+    """Of encoders on ranks of the language model, beside others that are not."""
+    for grid in touching:
+        offsets = ((grid.name, "rank_offset"), (LANGUAGE, "rank_offset"))
+        if overlap(grid.ranks, language.ranks) != grid.ranks:
+            yield Problem(
+                f"modules {grid} and {language} overlap in part; an encoder lies on ranks of the "
+                f"language model with all of its own or with none: change a rank_offset or a size",
+                *offsets,
+            )
+        elif apart:
+            yield Problem(
+                f"modules {grid} and {language} share their ranks, but {apart[0]} has ranks of its "
+                f"own; Megatron's MimoModel has the language model share ranks with every encoder "
+                f"or with none: change a rank_offset",
+                *offsets,
+            )
+        if grid.dim("pp") > 1:
+            yield Problem(
+                f"module {grid} has PP {grid.dim('pp')} and shares ranks with the language model, "
+                f"before and after which it runs without a pipeline: set its "
+                f"pipeline_model_parallel_size to 1 or give it ranks of its own",
+                (grid.name, "pipeline_model_parallel_size"),
+            )
 
 
 def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> list[Problem]:

@@ -126,20 +126,19 @@ def runs(layout, topology, world_size):
     placed = {name: set(grid.ranks) for name, grid in layout.items()}
     if LANGUAGE not in layout or set().union(*placed.values()) != set(range(world_size)):
         return False
-    names = list(layout)
-    colocated = all(placed[name] == placed[LANGUAGE] for name in names)
-    for left in names:
-        for right in names:
+    encoders = [name for name in layout if name != LANGUAGE]
+    sharing = [name for name in encoders if placed[name] & placed[LANGUAGE]]
+    if sharing and any(not placed[name] <= placed[LANGUAGE] for name in encoders):
+        return False
+    if any(layout[name].dim("pp") > 1 for name in sharing):
+        return False
+    for left in encoders if not sharing else ():
+        for right in encoders:
             if placed[left] != placed[right] and placed[left] & placed[right]:
                 return False
-            if placed[left] == placed[right] and left != right:
-                if LANGUAGE in (left, right) and not colocated:
-                    return False
-                if layout[left].dim("pp") != layout[right].dim("pp"):
-                    return False
-    if colocated and len(names) > 1 and any(layout[name].dim("pp") > 1 for name in names):
-        return False
-    for name in set(names) - {LANGUAGE}:
+            if placed[left] == placed[right] and layout[left].dim("pp") != layout[right].dim("pp"):
+                return False
+    for name in encoders:
         dp, language_dp = layout[name].dim("dp"), layout[LANGUAGE].dim("dp")
         if dp % language_dp and language_dp % dp:
             return False
@@ -182,11 +181,11 @@ def test_exactly_the_layouts_that_run_are_accepted(drawn, difference):
         ),
         (
             {
-                "vision": {"data_parallel_size": 2},
+                "vision": {"pipeline_model_parallel_size": 2},
                 "language": {"pipeline_model_parallel_size": 2, "rank_offset": 0},
             },
             2,
-            "Megatron runs colocated modules without a pipeline",
+            "before and after which it runs without a pipeline",
         ),
     ],
 )
