@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
+from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
 from megatron_mimo_coord.bridges.token_counts import (
     TokenCounts,
     encoder_places,
@@ -38,7 +39,7 @@ from megatron_mimo_coord.infra import (
     schedule_pg_collection,
     validate_data_loader_contract,
 )
-from megatron_mimo_coord.layout import LANGUAGE, is_colocated
+from megatron_mimo_coord.layout import LANGUAGE, is_colocated, is_count, runs_encoders_first
 from megatron_mimo_coord.layout.batch import data_parallel_slice
 from megatron_mimo_coord.layout.description import describe, summarize
 from megatron_mimo_coord.layout.image_assignment import (
@@ -55,7 +56,9 @@ from megatron_mimo_coord.megatron.schedule import (
     Schedule,
     check_sequence_lengths,
     hand_over_no_views,
+    run_pipeline,
 )
+from megatron_mimo_coord.megatron.turns import Turns
 from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.metrics.span_recorder import Place
 from megatron_mimo_coord.metrics.step_observer import StepObserver
@@ -169,6 +172,15 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
+        self._turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
+        self._encoders_first = EncodersFirst(
+            job.model,
+            self._turns,
+            self._pending_assignments,
+            self._finalizer.no_sync,
+            self._changes,
+        )
+        self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
         refuse_other_lengths(job.model, self._changes)
         ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
@@ -360,6 +372,7 @@ class MultiModuleCoordinator:
             self._changes,
         )
         communicator.after_backward = self._after_backward
+        communicator.before_forward = self._turns.check
         self._communicators.append(communicator)
         return communicator
 
@@ -444,9 +457,13 @@ class MultiModuleCoordinator:
             >>> assignment.loads, assignment.imbalance
             ((96,), 1.0)
         """
+        before = self._encoders_first.assigned_before(module_name)
+        if before is not None:
+            return before
         grid = encoder_grid(self._grids, module_name)
         assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids)
         self._pending_assignments.put(assignment)
+        self._encoders_first.assigned(assignment)
         return assignment
 
     def validate_data_loader_contract(
@@ -724,6 +741,84 @@ class MultiModuleCoordinator:
         if self._job.rank == 0:
             print(self.describe(micro_batch_size), flush=True)
 
+    @_while_open
+    def forward_backward_func(
+        self,
+        /,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: torch.nn.Module | list[torch.nn.Module],
+        num_microbatches: int,
+        forward_only: bool = False,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        encoders_first: bool = False,
+        encoder_microbatches: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Megatron's ``forward_backward_pipelining_without_interleaving``, on every layout.
+
+        Where encoders have ranks of their own it is Megatron's. Where they share ranks with a
+        language model in stages, it runs three phases: the encoders, over all microbatches;
+        Megatron's schedule, over the language model; the encoders' backward. Then all modules are
+        finalized at once. Outputs travel once, to the first stage, and wait there; the language
+        model's reductions run beside the encoders' backward.
+
+        ``forward_step_func`` is called for each microbatch in both of the first two phases, with
+        the same batch, which is fetched once; ``model(...)`` runs the modules whose phase it is,
+        and the loss function is called in the second. So it must pass the model the same in both,
+        and may neither change the batch in place nor count calls. :meth:`assign_images` may be
+        called in it: the second call returns what the first did.
+
+        Args:
+            forward_step_func, data_iterator, model, num_microbatches, forward_only, options: as
+                Megatron's schedule takes them.
+            p2p_communicator: what :meth:`build_pipeline_communicator` made.
+            pg_collection: ``schedule_pg_collection``, also if left out.
+            encoders_first: run three phases too where all modules share all ranks, without a
+                pipeline. Elsewhere the layout decides.
+            encoder_microbatches: in three phases, of how many microbatches the encoders'
+                activations are kept at a time: those of the others are computed again in the third.
+                All if left out; with 0 no more than one is ever there.
+
+        Raises:
+            ValueError: ``encoder_microbatches`` is no number of microbatches, or
+                ``p2p_communicator`` is not this coordinator's, which three phases need.
+        """
+        arguments = {
+            "forward_step_func": forward_step_func,
+            "data_iterator": data_iterator,
+            "model": model if isinstance(model, list) else [model],
+            "num_microbatches": num_microbatches,
+            "forward_only": forward_only,
+            "pg_collection": self._schedule_pg_collection
+            if pg_collection is None
+            else pg_collection,
+            **options,
+        }
+        if encoder_microbatches is not None and not is_count(encoder_microbatches, least=0):
+            raise ValueError(
+                f"encoder_microbatches must be a number of microbatches, 0 or more, got "
+                f"{encoder_microbatches!r}; leave it out to keep the activations of all"
+            )
+        can_choose = is_colocated(self._grids.values()) and len(self._grids) > 1
+        if not runs_encoders_first(self._grids) and not (encoders_first and can_choose):
+            return run_pipeline(p2p_communicator=p2p_communicator, **arguments)
+        if not any(p2p_communicator is each for each in self._communicators):
+            raise ValueError(
+                f"p2p_communicator is {type(p2p_communicator).__name__}, which carries nothing "
+                f"between modules that take turns on a rank: pass what "
+                f"coordinator.build_pipeline_communicator(config) made"
+            )
+        self._begin_pass()
+        self._to_finalize = None
+        losses = self._encoders_first.run(p2p_communicator, encoder_microbatches, **arguments)
+        if self._to_finalize is not None:
+            num_tokens, force_all_reduce = self._to_finalize
+            self.finalize_model_grads(num_tokens=num_tokens, force_all_reduce=force_all_reduce)
+        return losses
+
     # -- what the schedule calls -------------------------------------------------------------------
 
     @_while_open
@@ -733,10 +828,14 @@ class MultiModuleCoordinator:
 
         The schedule enters it where a step begins: parameters are gathered from there on.
         """
-        self._pending_assignments.begin_pass()
-        self._finalizer.begin_step()
+        if not self._encoders_first.is_running:
+            self._begin_pass()
         with self._finalizer.no_sync():
             yield
+
+    def _begin_pass(self) -> None:
+        self._pending_assignments.begin_pass()
+        self._finalizer.begin_step()
 
     @_while_open
     def start_grad_sync(self, *params: Any) -> None:
@@ -784,7 +883,11 @@ class MultiModuleCoordinator:
             RuntimeError: called twice in a step, or outside of one, or ``zero_grad_buffer`` was not
                 called since the last one.
         """
-        self._finalizer.finalize(num_tokens, bool(force_all_reduce))
+        if self._encoders_first.is_running:  # their backward is yet to come
+            self._to_finalize = num_tokens, bool(force_all_reduce)
+            self._finalizer.start_grad_sync(language_only=True)
+        else:
+            self._finalizer.finalize(num_tokens, bool(force_all_reduce))
 
     def _after_backward(self) -> None:
         """A communicator of ours has seen a backward pass, on every rank alike."""

@@ -24,6 +24,7 @@ from megatron_mimo_coord.layout import (
     Topology,
     default_topology,
     pack,
+    runs_encoders_first,
 )
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import (
@@ -37,6 +38,7 @@ from megatron_mimo_coord.megatron.bridge_groups import destroy_bridge_groups
 from megatron_mimo_coord.megatron.module_configs import config_of
 from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.random_states import global_state_problems
+from megatron_mimo_coord.megatron.turns import forget_turns, take_turns
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 from megatron_mimo_coord.world.groups import ExtraGroups
 from megatron_mimo_coord.world.timeouts import world_timeout
@@ -140,6 +142,8 @@ class MegatronMIMOInfra:
             name: HyperCommGrid(list(grid.shape), list(DIM_NAMES), rank_offset=grid.rank_offset)
             for name, grid in grids.items()
         }
+        if runs_encoders_first(grids):
+            take_turns(module_to_grid_map)
         timeout = world_timeout()
         pg_collections = {
             name: _create_groups(name, grid, modules[name], timeout)
@@ -291,6 +295,7 @@ class MegatronMIMOInfra:
         the groups any more. The world itself stays.
         """
         ModuleRandomStates.forget(self.module_to_grid_map)
+        forget_turns(self.module_to_grid_map)
         for groups in self.pg_collections.values():
             for group in (groups.embd, groups.pos_embd) if groups else ():
                 if group is not None:

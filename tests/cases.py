@@ -38,7 +38,7 @@ from megatron_mimo_coord import (
 )
 from megatron_mimo_coord.checks import job
 from megatron_mimo_coord.gradients import num_tokens
-from megatron_mimo_coord.layout import pack, ranks_taken
+from megatron_mimo_coord.layout import pack, ranks_taken, runs_encoders_first
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
@@ -81,6 +81,8 @@ class Case:
             next does not fit into the sample.
         assign_ahead: call ``assign_images`` for a whole step before its schedule.
         evaluate: run the schedule forward_only, on the next step's data, before each step.
+        encoders_first: run encoders before the language model's schedule, where that is a choice.
+        encoder_microbatches: of how many microbatches the encoders' activations are kept.
         seed: of the data.
     """
 
@@ -109,6 +111,8 @@ class Case:
     tiles: tuple[int, ...] = ()
     assign_ahead: bool = False
     evaluate: bool = False
+    encoders_first: bool = False
+    encoder_microbatches: int | None = None
     seed: int = 0
 
     @property
@@ -356,7 +360,14 @@ def run_schedule(
     """Megatron's own schedule on the microbatches of a step; what it returns."""
     if case.assign_ahead:
         data = iter([evolve(m, assignments=_assign(case, coordinator, m)) for m in data])
-    return forward_backward_pipelining_without_interleaving(
+    schedule: Any = forward_backward_pipelining_without_interleaving
+    if case.encoders_first or runs_encoders_first(pack(case.modules)):
+        schedule = partial(
+            coordinator.forward_backward_func,
+            encoders_first=case.encoders_first,
+            encoder_microbatches=case.encoder_microbatches,
+        )
+    return schedule(
         forward_step_func=partial(_forward_step, case, coordinator),
         data_iterator=data,
         model=[model],

@@ -1,6 +1,8 @@
 """The schedule's ``p2p_communicator``: Megatron's, with links that never stop the device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +20,16 @@ from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import Incoming
 from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
+from megatron_mimo_coord.bridges.step_bridges import StepBridges, StepIncoming
 from megatron_mimo_coord.infra import Infra, default_output_ndim
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology, is_colocated, stages_behind
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    ModuleGrid,
+    Topology,
+    is_colocated,
+    runs_encoders_first,
+    stages_behind,
+)
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
 
@@ -46,6 +56,8 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     Attributes:
         after_backward: called when a backward pass has run, on every rank alike, also where there
             is no gradient to send.
+        before_forward: called before anything is received.
+        build_step_bridges: makes the bridges of encoders that share ranks with the language model.
     """
 
     def __init__(
@@ -58,6 +70,9 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     ) -> None:
         self._grids = {n: ModuleGrid.of(n, grid) for n, grid in module_to_grid_map.items()}
         self.after_backward: Callable[[], None] = lambda: None
+        self.before_forward: Callable[[], None] = lambda: None
+        self.build_step_bridges: Callable[[], StepBridges]
+        self._waiting: list[StepIncoming] = []
         self._assignments = assignments
         self._extra_groups = ExtraGroups.shared(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
@@ -144,6 +159,22 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         """Give the groups of the links back; ``MegatronMIMOInfra.destroy`` does it as well."""
         self._extra_groups.destroy()
 
+    # -- encoders that run before the language model -----------------------------------------------
+
+    @cached_property
+    def step_bridges(self) -> StepBridges:
+        """Their bridges. Collective to ask for the first time."""
+        return self.build_step_bridges()
+
+    @contextmanager
+    def fed_by(self, waiting: Iterable[StepIncoming]) -> Iterator[None]:
+        """Inside, the language model's first stage is given what waits there."""
+        self._waiting = list(waiting)
+        try:
+            yield
+        finally:
+            self._waiting = []
+
     # -- what the schedule calls -------------------------------------------------------------------
 
     @property
@@ -160,7 +191,8 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self, tensor_shape: Any = None, is_first_stage: bool = False
     ) -> dict[str, torch.Tensor]:
         """Receive what the stages before this one send, by module."""
-        return {link.name: link.recv_forward() for link in self._incoming}
+        self.before_forward()
+        return {link.name: link.recv_forward() for link in (*self._incoming, *self._waiting)}
 
     def send_forward(self, output_dict: Tensors, is_last_stage: bool = False) -> None:
         """Send outputs on."""
@@ -176,7 +208,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     def send_backward(self, grad_dict: Tensors, is_first_stage: bool = False) -> None:
         """Send the gradients of what was received back."""
         self.after_backward()
-        for link in self._incoming:
+        for link in (*self._incoming, *self._waiting):
             link.send_backward(grad_dict[link.name])
 
     def send_forward_recv_backward(
@@ -195,7 +227,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self.after_backward()
         return {
             link.name: link.send_backward_recv_forward(grad_dict[link.name])
-            for link in self._incoming
+            for link in (*self._incoming, *self._waiting)
         }
 
 
@@ -220,19 +252,32 @@ def build_communicator(
     Raises:
         ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
     """
-    colocated = is_colocated(grids.values())
+    colocated, encoders_first = is_colocated(grids.values()), runs_encoders_first(grids)
     has_stages = any(grid.dim("pp") > 1 for grid in grids.values())
     if config.pipeline_dtype is None and (has_stages or not colocated):
         raise ValueError(
             "config.pipeline_dtype is None, so a receiver cannot know what it is sent: set it "
             "to the dtype of the activations, such as torch.bfloat16"
         )
-    if colocated:
+    linked = [LANGUAGE] if encoders_first else list(grids)
+    if colocated and not encoders_first:
         allow_varying_token_counts(model, assignments, changes)
-    return PipelineCommunicator(
-        infra.module_to_grid_map,
-        {name: [] if colocated else infra.topology.get(name, []) for name in grids},
+    communicator = PipelineCommunicator(
+        {name: infra.module_to_grid_map[name] for name in linked},
+        {name: [] if colocated else infra.topology.get(name, []) for name in linked},
         config,
         getattr(infra, "module_output_ndim", None) or default_output_ndim(grids),
         assignments,
     )
+    if colocated or encoders_first:
+        communicator.build_step_bridges = lambda: StepBridges(
+            grids,
+            dist.get_rank(),
+            ExtraGroups.shared(infra.module_to_grid_map[LANGUAGE]),
+            next(model.language_model.parameters()).dtype,
+            assignments,
+            checks_samples=encoders_first,
+        )
+    if encoders_first:
+        assert communicator.step_bridges, "made with the other groups, before the first step"
+    return communicator

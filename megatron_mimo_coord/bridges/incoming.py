@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.bridges.links import Link, Ops, Receipt
 from megatron_mimo_coord.bridges.parts import Part, Whole
-from megatron_mimo_coord.bridges.routes import pairs, place
+from megatron_mimo_coord.bridges.routes import giver, place, takers
 from megatron_mimo_coord.bridges.sample_check import SampleCheck, refuse_other_samples
 
 
@@ -94,8 +94,7 @@ class Incoming(Link):
 
     def _source(self, peer: int) -> int:
         """The global rank that this one receives from, of a data-parallel rank's lanes."""
-        lanes = self.ends.sources[peer]
-        return lanes[self._lane % len(lanes)]
+        return giver(self.rank, self._lane, self.ends.sources[peer])
 
     def _compare(self, check: SampleCheck, headers: Mapping[int, Header]) -> None:
         """The senders with each other, and with what this rank was given."""
@@ -135,10 +134,9 @@ class Incoming(Link):
             )
         whole = self._to_return.popleft()
         tensor = gradient.to(self.dtype)
-        ops = []
+        ops: Ops = []
         for part in whole.parts:
             message = part.cut(tensor, self.dim)
-            lanes = self.ends.sources[part.peer]
-            for lane in pairs(self._lane, len(self.ends.targets[self._dp]), len(lanes)):
-                ops.append(self.send(message, lanes[lane]))
+            lanes, sources = self.ends.targets[self._dp], self.ends.sources[part.peer]
+            ops += [self.send(message, source) for source in takers(self.rank, lanes, sources)]
         return ops

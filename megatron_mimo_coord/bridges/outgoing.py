@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from zlib import crc32
 
 import torch
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.bridges.headers import Header
+from megatron_mimo_coord.bridges.headers import Header, HostMessages
 from megatron_mimo_coord.bridges.links import Link, Ops, Receipt
 from megatron_mimo_coord.bridges.parts import Part, Whole
-from megatron_mimo_coord.bridges.routes import Delivery, assigned, in_turn, pairs, place
+from megatron_mimo_coord.bridges.routes import (
+    Delivery,
+    assigned,
+    giver,
+    in_turn,
+    place,
+    takers,
+)
 from megatron_mimo_coord.bridges.sample_check import refuse_other_samples
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 
@@ -32,9 +39,11 @@ class Outgoing(Link):
 
     Args:
         assignments: where the module's assignments wait, if its images can be assigned.
+        peers: the way between hosts of data-parallel ranks; that of headers if left out.
     """
 
     assignments: PendingAssignments | None = None
+    peers: HostMessages = field(default=Factory(lambda self: self.hosts, takes_self=True))
     _dp: int = field(init=False)
     _lane: int = field(init=False)
     _turn: range = field(init=False)
@@ -51,7 +60,7 @@ class Outgoing(Link):
     def send_forward(self, output: torch.Tensor) -> None:
         """Send an output. The peer may be busy: the next message waits for it, and not this one."""
         self.finish()
-        self.launch(self._forward(output))
+        self.launch(self._forward(output, self._next_assignment()))
 
     def recv_backward(self) -> torch.Tensor | None:
         """The gradient of the earliest output that has none yet; None if it needs none."""
@@ -63,15 +72,14 @@ class Outgoing(Link):
     def send_forward_recv_backward(self, output: torch.Tensor) -> torch.Tensor | None:
         """Both, in one batch."""
         self.finish()
-        sends = self._forward(output)
+        sends = self._forward(output, self._next_assignment())
         gradient = self._backward()
         self.run(sends + gradient.ops)
         return gradient.tensor()
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def _forward(self, output: torch.Tensor) -> Ops:
-        assignment = self._next_assignment()
+    def _forward(self, output: torch.Tensor, assignment: ImageAssignment | None) -> Ops:
         tensor = output.detach().to(self.dtype)  # its own storage, should output be freed
         ops: Ops = []
         parts = []
@@ -80,11 +88,11 @@ class Outgoing(Link):
             header = self._header(output, delivery, assignment)
             message = part.cut(tensor, self.dim) if 0 not in header.shape else None
             numbers = header.pack()
-            lanes = self.ends.targets[delivery.target]
-            for lane in pairs(self._lane, len(self.ends.sources[self._dp]), len(lanes)):
-                self.hosts.send(lanes[lane], numbers)
+            lanes, targets = self.ends.sources[self._dp], self.ends.targets[delivery.target]
+            for target in takers(self.rank, lanes, targets):
+                self.hosts.send(target, numbers)
                 if message is not None:
-                    ops.append(self.send(message, lanes[lane]))
+                    ops.append(self.send(message, target))
             if message is not None:
                 parts.append(part)
         if assignment is not None:
@@ -103,22 +111,24 @@ class Outgoing(Link):
     def _deliveries(
         self, output: torch.Tensor, assignment: ImageAssignment | None
     ) -> Sequence[Delivery]:
-        rows = output.shape[self.dim]
         if assignment is not None:
-            return self._assigned(rows, assignment)
-        number = len(self._turn)
+            return self._assigned(output.shape[self.dim], assignment)
+        return in_turn(self._turn, self._sizes(output))
+
+    def _sizes(self, output: torch.Tensor) -> Sequence[int]:
+        """Rows of an output for each of the targets that it goes to in turn."""
+        rows, number = output.shape[self.dim], len(self._turn)
         sizes = getattr(output, "_mimo_bridge_split_sizes", None)  # tokens of each sample
         if sizes is not None and number > 1:
             share = len(sizes) // number
-            sums = [sum(sizes[index * share : (index + 1) * share]) for index in range(number)]
-            return in_turn(self._turn, sums)
+            return [sum(sizes[index * share : (index + 1) * share]) for index in range(number)]
         if rows % number:
             raise RuntimeError(
                 f"rank {self.rank} has {rows} tokens of {self.name} for {number} ranks of the "
                 f"language model, but does not know how many belong to which sample: pass "
                 f"input_ids of the encoder's samples to the model's forward{self._remark()}"
             )
-        return in_turn(self._turn, [rows // number] * number)
+        return [rows // number] * number
 
     def _assigned(self, rows: int, assignment: ImageAssignment) -> Sequence[Delivery]:
         deliveries = assigned(assignment, self._dp, len(self.ends.targets))
@@ -166,8 +176,8 @@ class Outgoing(Link):
         owners = crc32(repr(assignment.owners).encode())
         before = self.ends.sources[(self._dp - 1) % number][self._lane]
         behind = self.ends.sources[(self._dp + 1) % number][self._lane]
-        self.hosts.send(behind, [self._microbatch, owners, *digests])
-        their_microbatch, their_owners, *theirs = self.hosts.receive(before)
+        self.peers.send(behind, [self._microbatch, owners, *digests])
+        their_microbatch, their_owners, *theirs = self.peers.receive(before)
         if their_microbatch != self._microbatch:
             (at, waits), (_, left_out) = sorted(
                 [(their_microbatch, before), (self._microbatch, self.rank)]
@@ -206,7 +216,7 @@ class Outgoing(Link):
         lanes = [self.ends.targets[part.peer] for part in sent.whole.parts]
         return Receipt(
             [
-                self.receive(buffer, each[self._lane % len(each)])
+                self.receive(buffer, giver(self.rank, self._lane, each))
                 for buffer, each in zip(buffers, lanes, strict=True)
             ],
             whole,

@@ -90,6 +90,27 @@ def pairs(mine: int, here: int, there: int) -> range:
     return range(mine, there, here)
 
 
+def takers(rank: int, lanes: Sequence[int], there: Sequence[int]) -> list[int]:
+    """Ranks on the other side that take from one of these lanes; one that is a lane has its own.
+
+    Example:
+        >>> takers(0, [0, 1], [4, 5, 6]), takers(0, [0, 1], [0, 1, 2]), takers(1, [0, 1], [0, 1, 2])
+        ([4, 6], [2, 0], [1])
+    """
+    in_turn = [there[lane] for lane in pairs(lanes.index(rank), len(lanes), len(there))]
+    return [other for other in in_turn if other not in lanes] + [rank] * (rank in there)
+
+
+def giver(rank: int, lane: int, there: Sequence[int]) -> int:
+    """The rank on the other side that a lane takes from.
+
+    Example:
+        >>> giver(6, 2, [0, 1]), giver(1, 2, [0, 1])
+        (0, 1)
+    """
+    return rank if rank in there else there[lane % len(there)]
+
+
 @frozen
 class Delivery:
     """What one source has for one target.

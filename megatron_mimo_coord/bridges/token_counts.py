@@ -28,7 +28,12 @@ def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[s
 
 
 def encoder_places(grids: Mapping[str, ModuleGrid], rank: int) -> dict[str, tuple[int, int]]:
-    """(DP, which of its DP ranks this one is) of each encoder on a rank."""
+    """(DP, which of its DP ranks this one is) of each encoder on a rank whose text is its own.
+
+    Where the language model is, too, a rank is given the language model's.
+    """
+    if rank in grids[LANGUAGE].ranks:
+        return {}
     return {
         name: (grid.data_parallel_size, grid.coordinate(rank, "dp"))
         for name, grid in grids.items()
@@ -104,6 +109,8 @@ class TokenCounts:
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
         """On an encoder rank: only under fan-out does it have several receivers to split for."""
+        if encoder_name not in self._places:
+            return
         if encoder_name in self._fan_in:
             if not self._may_vary and input_ids is not None:
                 text = self._text_of(encoder_name, input_ids, len(output))
@@ -122,7 +129,7 @@ class TokenCounts:
         assignment = self._assignments.next(encoder_name)
         if assignment is not None:
             return any(assignment.tokens[sample][image] for sample, image in assignment.local)
-        if input_ids is None:
+        if input_ids is None or encoder_name not in self._places:
             return False
         text = self._text_of(encoder_name, input_ids, 0)
         if MimoModel._has_encoder_tokens(self._model, text, encoder_name):

@@ -98,11 +98,15 @@ class GradientFinalizer:
                 stack.enter_context(module.ddp.ddp.no_sync())
             yield
 
-    def start_grad_sync(self) -> None:
-        """Launch the overlapped reductions of all modules."""
+    def start_grad_sync(self, language_only: bool = False) -> None:
+        """Launch the overlapped reductions of all modules.
+
+        Args:
+            language_only: not those of encoders, whose backward is yet to come.
+        """
         for gather in self._gathers:
             gather.wait()
-        for reduction in self._reductions:
+        for reduction in self._reductions[-1:] if language_only else self._reductions:
             reduction.launch()
 
     def start_param_sync(self) -> None:

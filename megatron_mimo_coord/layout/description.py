@@ -98,7 +98,7 @@ def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:
 def headline(summary: Mapping[str, Any]) -> str:
     """What a summary says of the job as a whole, in a line."""
     if summary["encoders_first"]:
-        how = "on shared ranks, encoders before and behind the language model"
+        how = "on shared ranks, encoders before and after the language model"
     else:
         how = "colocated" if summary["colocated"] else f"on disjoint ranks{_exceptions(summary)}"
     modules = f"modules {how}" if len(summary["modules"]) > 1 else "one module"

@@ -276,8 +276,9 @@ def _shared_with_language_problems(
         if grid.dim("pp") > 1:
             yield Problem(
                 f"module {grid} has PP {grid.dim('pp')} and shares ranks with the language model, "
-                f"before and after which it runs without a pipeline: set its "
-                f"pipeline_model_parallel_size to 1 or give it ranks of its own",
+                f"but it runs there before and after it, and Megatron runs colocated modules "
+                f"without a pipeline: set pipeline_model_parallel_size to 1 or give the module "
+                f"ranks of its own",
                 (grid.name, "pipeline_model_parallel_size"),
             )
 

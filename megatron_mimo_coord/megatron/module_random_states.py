@@ -10,7 +10,7 @@ of others, which a coordinator finds. Recomputed activations take the states of 
 Megatron's checkpointing keeps with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import (
     as_tensor,
     initialize_global_state,
+    restore_tracked_states,
     restored,
+    tracked_states,
 )
 
 Grids = Mapping[str, Any]
@@ -212,3 +214,17 @@ def restore_states_at_rest(saved: Mapping[str, torch.Tensor]) -> None:
     """Have them go on from where :func:`states_at_rest` was called."""
     if _of_process:
         _of_process[0].restore(saved)
+
+
+def remember_random_states() -> Callable[[], None]:
+    """What makes all generators go on from where they are now, whenever it is called."""
+    host, device = torch.get_rng_state(), torch.cuda.get_rng_state()
+    tracked, resting = tracked_states(), states_at_rest()
+
+    def go_back() -> None:
+        torch.set_rng_state(host)
+        torch.cuda.set_rng_state(device)
+        restore_tracked_states(tracked)
+        restore_states_at_rest(resting)
+
+    return go_back

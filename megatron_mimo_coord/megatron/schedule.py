@@ -4,7 +4,8 @@ Leans on the schedule calling ``no_sync_func``, ``finalize_model_grads_func``, `
 ``grad_sync_func`` and ``param_sync_func`` of the config of the outermost model, and on it launching
 reductions during the last backward only where ``grad_sync_func`` is None. Without the first two no
 step is finalized. It frees an output once it is sent, with ``deallocate_pipeline_outputs``, and
-refuses one that is a view; ``make_viewless_tensor`` is what Megatron's own layers end with.
+refuses one that is a view; ``make_viewless_tensor`` is what Megatron's own layers end with. Its
+``forward_step`` runs a trainer's forward step on a stage that is not the last.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_without_interleaving,
+    forward_step,
+)
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_mimo_coord.megatron.changes import Changes
@@ -144,3 +149,50 @@ def _name(function: Any) -> str:
         return f"a partial of {_name(function.func)}"
     name = getattr(function, "__qualname__", None)
     return f"{function.__module__}.{name}" if name else f"of class {type(function).__qualname__}"
+
+
+def run_pipeline(**arguments: Any) -> Any:
+    """Megatron's 1F1B schedule."""
+    return forward_backward_pipelining_without_interleaving(**arguments)
+
+
+def run_encoders(
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: torch.nn.Module,
+    config: ModelParallelConfig,
+    microbatch: int,
+    num_microbatches: int,
+) -> Any:
+    """One forward step in which encoders run, as Megatron's schedule does it; what they return.
+
+    Args:
+        forward_step_func: the trainer's.
+        data_iterator: what it reads.
+        model: what the schedule runs.
+        config: of the schedule.
+        microbatch: its number in the step.
+        num_microbatches: of the step.
+    """
+    outputs: Any = None
+
+    def encode(data_iterator: Any, model: Any, *_: Any) -> Any:
+        nonlocal outputs
+        checkpoint = config.num_microbatches_with_partial_activation_checkpoints is not None
+        outputs, _ = forward_step_func(data_iterator, model, *[False] * checkpoint)
+        return torch.zeros((), device=torch.cuda.current_device()), None
+
+    forward_step(
+        encode,
+        data_iterator,
+        model,
+        num_microbatches,
+        {},
+        [],
+        config,
+        None,
+        is_first_microbatch=microbatch == 0,
+        current_microbatch=microbatch,
+        is_last_stage=False,
+    )
+    return outputs

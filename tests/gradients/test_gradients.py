@@ -4,7 +4,7 @@ import os
 
 import pytest
 from cases import MUTANTS, Case
-from hypothesis import given, note, settings
+from hypothesis import assume, given, note, settings
 from hypothesis import strategies as st
 from layouts import (
     FAN_IN,
@@ -229,13 +229,60 @@ def test_ranks_with_and_without_images_send_the_same_dtype():
     assert sum(world(case.world_size).run("cases:check", case, 0.05)) > 0
 
 
+# -- encoders on ranks of a pipelined language model -----------------------------------------------
+
+FOUR = {"vision": parallel(dp=4, rank_offset=0)}
+STAGES = {"language": parallel(pp=2, dp=2, rank_offset=0)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            modules={**FOUR, "audio": parallel(tp=2, rank_offset=2), **STAGES},
+            images={**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)},
+            num_microbatches=3,
+            steps=2,
+            ddp=MANY_BUCKETS,
+            per_token={"language": True},
+            encoder_microbatches=1,
+        ),
+        Case(
+            modules={**FOUR, **STAGES},
+            images=SOME_RANKS_WITHOUT,
+            steps=4,
+            ddp={**SHARDED, **OVERLAP, "overlap_param_gather": True},
+            assign=1,
+            assign_ahead=True,
+            evaluate=True,
+            tied_embeddings=True,
+        ),
+        Case(
+            modules={
+                "vision": parallel(rank_offset=2),
+                "language": parallel(pp=2, dp=2, rank_offset=0, expert_model_parallel_size=2),
+            },
+            images=VARYING,
+            **MIXTURE,
+            frozen=("vision.encoders",),
+            encoder_microbatches=0,
+            steps=2,
+        ),
+        Case(modules=LAYOUTS["colocated"], images=VARYING, encoders_first=True, steps=2, assign=2),
+    ],
+)
+def test_encoders_before_and_after_the_language_model(case):
+    verify(case)
+
+
 # -- drawn layouts ---------------------------------------------------------------------------------
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Whole jobs on up to four ranks: layout, data, losses, DDP, optimizer."""
-    colocated = draw(st.booleans())
+    kind = draw(st.sampled_from(["disjoint", "colocated", "encoders first"]))
+    colocated, encoders_first = kind == "colocated", kind == "encoders first"
     powers = st.sampled_from([1, 2])
     language = parallel(tp=draw(powers), pp=1 if colocated else draw(powers), dp=draw(powers))
     names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
@@ -244,13 +291,18 @@ def cases(draw: st.DrawFn) -> Case:
         if colocated:
             tp = draw(st.sampled_from([size for size in (1, 2) if language.size % size == 0]))
             modules[name] = parallel(tp=tp, dp=language.size // tp, rank_offset=0)
+        elif encoders_first:
+            tp, dp = draw(powers), draw(st.sampled_from([1, 2, 4]))
+            assume(tp * dp <= language.size)
+            offset = draw(st.integers(0, language.size - tp * dp))
+            modules[name] = parallel(tp=tp, dp=dp, rank_offset=offset)
         else:
             modules[name] = parallel(tp=draw(powers), pp=draw(powers), dp=draw(powers))
     modules["language"] = parallel(
         language.tensor_model_parallel_size,
         language.pipeline_model_parallel_size,
         language.data_parallel_size,
-        **({"rank_offset": 0} if colocated else {}),
+        **({"rank_offset": 0} if colocated or encoders_first else {}),
     )
     steps, num_microbatches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     numbers = st.integers(0, 2)
@@ -280,6 +332,8 @@ def cases(draw: st.DrawFn) -> Case:
         second_coordinator=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         assign=draw(st.integers(0, 2)),
+        encoders_first=encoders_first or (colocated and draw(st.booleans())),
+        encoder_microbatches=draw(st.sampled_from([None, 0, 1])),
         seed=draw(st.integers(0, 99)),
     )
 

@@ -185,7 +185,7 @@ def test_exactly_the_layouts_that_run_are_accepted(drawn, difference):
                 "language": {"pipeline_model_parallel_size": 2, "rank_offset": 0},
             },
             2,
-            "before and after which it runs without a pipeline",
+            "Megatron runs colocated modules without a pipeline",
         ),
     ],
 )

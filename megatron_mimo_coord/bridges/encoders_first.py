@@ -1,0 +1,272 @@
+"""A step in three phases, where encoders share ranks with the language model.
+
+First the encoders run, over all microbatches; then Megatron's own schedule runs the language model;
+then comes the encoders' backward. The trainer's forward step is called for a microbatch in each of
+the first two, with the same batch: what a batch's images become is known, and waits, when the
+language model reads its text.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from attrs import define, field, frozen
+from megatron.core.models.mimo import MimoModel
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
+from megatron_mimo_coord.bridges.step_bridges import Output
+from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of
+from megatron_mimo_coord.megatron.module_random_states import remember_random_states
+from megatron_mimo_coord.megatron.schedule import run_encoders, run_pipeline
+from megatron_mimo_coord.megatron.turns import Turns, outputs_of
+
+Edges = Mapping[str, GradientEdge]
+"""Of each encoder whose output waits for a gradient, where its backward begins."""
+
+
+@frozen
+class _Encoded:
+    """What the backward of a microbatch's encoders begins with.
+
+    Args:
+        number: of the microbatch.
+        is_kept: whether the encoders' activations are.
+        edges: what finds its edges; if nothing is kept, it runs the encoders once more.
+    """
+
+    number: int
+    is_kept: bool
+    edges: Callable[[], Edges]
+
+
+@define(eq=False)
+class _Step:
+    """A step that is under way.
+
+    Args:
+        num_microbatches: its microbatches.
+        keep: of how many the encoders' activations are kept.
+    """
+
+    num_microbatches: int
+    keep: int
+    outputs: dict[str, list[Output]] = field(init=False, factory=lambda: defaultdict(list))
+    texts: dict[str, list[torch.Tensor | None]] = field(
+        init=False, factory=lambda: defaultdict(list)
+    )
+    encoded: list[_Encoded] = field(init=False, factory=list)
+    assigned: dict[str, deque[ImageAssignment]] = field(
+        init=False, factory=lambda: defaultdict(deque)
+    )
+
+
+class _Batches:
+    """Batches that are read twice: what was fetched comes again, in the same order."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source[0] if isinstance(source, list) else source
+        self._fetched: deque[Any] = deque()
+        self._is_replayed = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._is_replayed:
+            self._fetched.append(next(self._source))
+            return self._fetched[-1]
+        if not self._fetched:
+            raise RuntimeError(
+                "the forward step fetches more batches for the language model than it did for the "
+                "encoders: it is called for each microbatch twice, and must fetch the same"
+            )
+        return self._fetched.popleft()
+
+    def again(self) -> "_Batches":
+        """From the first on."""
+        self._is_replayed = True
+        return self
+
+
+class EncodersFirst:
+    """Runs steps in three phases.
+
+    Args:
+        model: the model.
+        turns: which of its modules run.
+        assignments: the model's.
+        no_sync: inside of it gradients are not reduced.
+        changes: where is recorded that the model's forward is watched.
+    """
+
+    def __init__(
+        self,
+        model: MimoModel,
+        turns: Turns,
+        assignments: PendingAssignments,
+        no_sync: Callable[[], AbstractContextManager[None]],
+        changes: Changes,
+    ) -> None:
+        self._model = model
+        self._turns = turns
+        self._assignments = assignments
+        self._no_sync = no_sync
+        self._step: _Step | None = None
+        self._call: tuple[Any, Any] | None = None
+        changes.on_close(
+            model.register_forward_pre_hook(self._remember_call, with_kwargs=True).remove
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None
+
+    def run(
+        self,
+        communicator: PipelineCommunicator,
+        keep: int | None,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        num_microbatches: int,
+        forward_only: bool,
+        **options: Any,
+    ) -> Any:
+        """What Megatron's schedule returns; gradients are there, and not finalized.
+
+        Args:
+            communicator: the schedule's.
+            keep: of how many microbatches the encoders' activations are kept; None for all.
+            forward_step_func, data_iterator, num_microbatches, forward_only, options: as Megatron's
+                schedule takes them.
+        """
+        bridges = communicator.step_bridges
+        batches = _Batches(data_iterator)
+        step = _Step(num_microbatches, num_microbatches if keep is None else keep)
+        self._step = step
+        try:
+            with self._turns.of_encoders():
+                for number in range(num_microbatches):
+                    outputs = run_encoders(
+                        forward_step_func,
+                        batches,
+                        options["model"][0],
+                        communicator.config,
+                        number,
+                        num_microbatches,
+                    )
+                    self._take(step, number, outputs, bridges.asking, forward_only)
+                    del outputs
+            bridges.deliver(step.outputs, _sizes(step), num_microbatches)
+            step.outputs.clear()
+            with self._turns.of_language(), communicator.fed_by(bridges.incoming.values()):
+                losses = run_pipeline(
+                    forward_step_func=forward_step_func,
+                    data_iterator=batches.again(),
+                    num_microbatches=num_microbatches,
+                    forward_only=forward_only,
+                    p2p_communicator=communicator,
+                    **options,
+                )
+            if not forward_only:
+                self._backward(step, bridges.give_back(num_microbatches))
+            return losses
+        finally:
+            self._step = None
+
+    # -- images that are assigned ------------------------------------------------------------------
+
+    def assigned(self, assignment: ImageAssignment) -> None:
+        """Images were assigned; if the encoders run, they will be once more."""
+        if self._step is not None and self._turns.encoders:
+            self._step.assigned[assignment.module].append(assignment)
+
+    def assigned_before(self, encoder: str) -> ImageAssignment | None:
+        """If the language model runs, how this microbatch's images were assigned."""
+        if self._step is None or not self._turns.language or not self._step.assigned[encoder]:
+            return None
+        return self._step.assigned[encoder].popleft()
+
+    # -- the encoders' phases ----------------------------------------------------------------------
+
+    def _remember_call(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if self._turns.encoders:
+            self._call = args, kwargs
+            self._go_back = remember_random_states()
+
+    def _take(
+        self, step: _Step, number: int, outputs: Any, asking: list[str], forward_only: bool
+    ) -> None:
+        """Keep what the encoders made of a microbatch, and what their backward needs."""
+        call, self._call = self._call, None
+        if call is None:
+            raise RuntimeError(
+                f"the forward step returned for microbatch {number} without calling the model: it "
+                f"is called for the encoders first, and must pass them their inputs"
+            )
+        for name, output in outputs.items():
+            tokens = output.detach().requires_grad_(output.requires_grad)
+            step.outputs[name].append(Output(tokens, self._assignments.take(name)))
+        input_ids = input_ids_of(*call)
+        for name in asking:
+            text = None
+            if len(step.assigned[name]) <= number and input_ids is not None:
+                text = (input_ids == self._model.special_token_ids[name]).sum()
+            step.texts[name].append(text)
+        edges = _edges(outputs)
+        if forward_only or not edges:
+            return
+        if number >= step.num_microbatches - step.keep:
+            step.encoded.append(_Encoded(number, True, lambda: edges))
+        else:
+            go_back = self._go_back
+            step.encoded.append(_Encoded(number, False, lambda: self._again(call, go_back)))
+
+    def _again(self, call: tuple[Any, Any], go_back: Callable[[], None]) -> Edges:
+        """Run the encoders of a microbatch once more, drawing the same random numbers."""
+        go_on = remember_random_states()
+        go_back()
+        try:
+            return _edges(outputs_of(self._model, *call))
+        finally:
+            go_on()
+
+    def _backward(self, step: _Step, gradients: Mapping[str, list[torch.Tensor | None]]) -> None:
+        """The encoders' backward; what is kept goes first, and the last one reduces."""
+        encoded = sorted(step.encoded, key=lambda each: not each.is_kept)
+        step.encoded.clear()
+        with self._turns.of_encoders(), ExitStack() as no_sync:
+            no_sync.enter_context(self._no_sync())
+            while encoded:
+                if len(encoded) == 1:
+                    no_sync.close()
+                each = encoded.pop(0)
+                edges = each.edges()
+                for name in reversed(list(edges)):
+                    torch.autograd.backward(edges[name], gradients[name][each.number])
+                    gradients[name][each.number] = None
+
+
+def _edges(outputs: Mapping[str, torch.Tensor]) -> Edges:
+    return {
+        name: get_gradient_edge(output)
+        for name, output in outputs.items()
+        if output.grad_fn is not None
+    }
+
+
+def _sizes(step: _Step) -> dict[str, list[int]]:
+    """Tokens of each asking encoder in each microbatch's text; -1 where images were assigned."""
+    sizes = {}
+    for name, texts in step.texts.items():
+        counted = [text for text in texts if text is not None]
+        numbers = iter(torch.stack(counted).tolist() if counted else ())
+        sizes[name] = [-1 if text is None else next(numbers) for text in texts]
+    return sizes
