@@ -1,9 +1,9 @@
 """The sizes of a module that decide what it computes and holds, under Megatron's own names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from attrs import field, frozen
+from attrs import NOTHING, Factory, field, frozen
 
 from megatron_mimo_coord.layout import MAX_RANKS, is_count, must_be
 from megatron_mimo_coord.planning.costs import flag, is_number
@@ -13,18 +13,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 
 
-def _count(optional: bool = False, most: int = MAX_RANKS - 1) -> Any:
-    """A validator of whole numbers."""
-    return must_be(
-        lambda value: (optional and value is None) or (is_count(value) and value <= most),
-        f"a whole number from 1 to {most}",
-        "write one",
-    )
-
-
-def _one_of(*choices: str | None) -> Any:
-    known = ", ".join(repr(choice) for choice in choices if choice is not None)
-    return must_be(lambda value: value in choices, f"one of {known}", "write one of them")
+def _is_count(value: Any, most: int = MAX_RANKS - 1) -> bool:
+    return is_count(value) and value <= most
 
 
 def _is_list(value: Any, known: Sequence[Any]) -> bool:
@@ -32,9 +22,36 @@ def _is_list(value: Any, known: Sequence[Any]) -> bool:
     return is_list and all(each in known for each in value)
 
 
-_at_least_zero = must_be(
-    lambda value: is_number(value, most=2**31), "a number, 0 or more", "write one"
-)
+def _count(default: Any = NOTHING, most: int = MAX_RANKS - 1) -> Any:
+    """A whole number; None if the module need not have it."""
+    check = must_be(
+        lambda value: (default is None and value is None) or _is_count(value, most),
+        f"a whole number from 1 to {most}",
+        "write one",
+    )
+    return field(default=default, validator=check)
+
+
+def _counted(of: Callable[[Any], int]) -> Any:
+    """A whole number that follows from other sizes, if it is not given."""
+    return _count(Factory(of, takes_self=True))
+
+
+def _flag(default: bool = False) -> Any:
+    return field(default=default, validator=flag)
+
+
+def _one_of(*choices: str | None, default: str | None) -> Any:
+    known = ", ".join(repr(choice) for choice in choices if choice is not None)
+    check = must_be(lambda value: value in choices, f"one of {known}", "write one of them")
+    return field(default=default, validator=check)
+
+
+def _number(default: Any) -> Any:
+    check = must_be(lambda value: is_number(value, most=2**31), "a number, 0 or more", "write one")
+    return field(default=default, validator=check)
+
+
 _modules = must_be(
     lambda value: _is_list(value, RECOMPUTED_MODULES),
     f"a list of some of {', '.join(RECOMPUTED_MODULES)}",
@@ -51,11 +68,6 @@ _layer_frequency = must_be(
 def _hashable(value: Any) -> Any:
     """A list from a file as something that a cache can look up."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def _optional(most: int = MAX_RANKS - 1) -> Any:
-    """A size that a module need not have."""
-    return field(default=None, validator=_count(optional=True, most=most))
 
 
 @frozen(kw_only=True, cache_hash=True)
@@ -99,81 +111,58 @@ class ModuleSizes:
         (256, 4, 16)
     """
 
-    num_layers: int = field(validator=_count(most=MOST_LAYERS))
-    hidden_size: int = field(validator=_count())
-    num_attention_heads: int = field(validator=_count())
-    ffn_hidden_size: int = field(validator=_count())
-    num_query_groups: int = field(validator=_count())
-    kv_channels: int = field(validator=_count())
-    gated_linear_unit: bool = field(default=False, validator=flag)
-    add_bias_linear: bool = field(default=True, validator=flag)
-    add_qkv_bias: bool = field(default=False, validator=flag)
-    normalization: str = field(default="LayerNorm", validator=_one_of("LayerNorm", "RMSNorm"))
-    qk_layernorm: bool = field(default=False, validator=flag)
-    hidden_dropout: float = field(default=0.1, validator=_at_least_zero)
-    attention_dropout: float = field(default=0.1, validator=_at_least_zero)
-    attention_backend: str = field(
-        default="auto", validator=_one_of("auto", "flash", "fused", "unfused", "local")
-    )
-    bias_activation_fusion: bool = field(default=False, validator=flag)
-    masked_softmax_fusion: bool = field(default=False, validator=flag)
-    sequence_parallel: bool = field(default=False, validator=flag)
-    num_moe_experts: int | None = _optional(MOST_EXPERTS)
+    num_layers: int = _count(most=MOST_LAYERS)
+    hidden_size: int = _count()
+    num_attention_heads: int = _count()
+    ffn_hidden_size: int = _counted(lambda self: 4 * self.hidden_size)
+    num_query_groups: int = _counted(lambda self: self.num_attention_heads)
+    kv_channels: int = _counted(lambda self: max(1, self.hidden_size // self.num_attention_heads))
+    gated_linear_unit: bool = _flag()
+    add_bias_linear: bool = _flag(True)
+    add_qkv_bias: bool = _flag()
+    normalization: str = _one_of("LayerNorm", "RMSNorm", default="LayerNorm")
+    qk_layernorm: bool = _flag()
+    hidden_dropout: float = _number(0.1)
+    attention_dropout: float = _number(0.1)
+    attention_backend: str = _one_of("auto", "flash", "fused", "unfused", "local", default="auto")
+    bias_activation_fusion: bool = _flag()
+    masked_softmax_fusion: bool = _flag()
+    sequence_parallel: bool = _flag()
+    num_moe_experts: int | None = _count(None, MOST_EXPERTS)
     moe_layer_freq: int | Sequence[int] = field(
         default=1, converter=_hashable, validator=_layer_frequency
     )
-    moe_ffn_hidden_size: int = field(validator=_count())
-    moe_router_topk: int = field(default=2, validator=_count())
-    moe_shared_expert_intermediate_size: int | None = _optional()
-    recompute_granularity: str | None = field(
-        default=None, validator=_one_of("full", "selective", None)
-    )
-    recompute_method: str | None = field(default=None, validator=_one_of("uniform", "block", None))
-    recompute_num_layers: int | None = _optional()
+    moe_ffn_hidden_size: int = _counted(lambda self: self.ffn_hidden_size)
+    moe_router_topk: int = _count(2)
+    moe_shared_expert_intermediate_size: int | None = _count(None)
+    recompute_granularity: str | None = _one_of("full", "selective", None, default=None)
+    recompute_method: str | None = _one_of("uniform", "block", None, default=None)
+    recompute_num_layers: int | None = _count(None)
     recompute_modules: Sequence[str] = field(
         default=("core_attn",), converter=_hashable, validator=_modules
     )
-    deallocate_pipeline_outputs: bool = field(default=False, validator=flag)
-    params_dtype: str = field(default="fp32", validator=_one_of(*BYTES))
-    vocab_size: int | None = _optional()
-    seq_length: int | None = _optional()
-    share_embeddings_and_output_weights: bool = field(default=False, validator=flag)
-    position_embedding_type: str = field(
-        default="learned_absolute",
-        validator=_one_of("learned_absolute", "rope", "mrope", "yarn", "none"),
+    deallocate_pipeline_outputs: bool = _flag()
+    params_dtype: str = _one_of(*BYTES, default="fp32")
+    vocab_size: int | None = _count(None)
+    seq_length: int | None = _count(None)
+    share_embeddings_and_output_weights: bool = _flag()
+    position_embedding_type: str = _one_of(
+        "learned_absolute", "rope", "mrope", "yarn", "none", default="learned_absolute"
     )
-    use_distributed_optimizer: bool = field(default=False, validator=flag)
-    grad_reduce_in_fp32: bool = field(default=False, validator=flag)
-    overlap_grad_reduce: bool = field(default=False, validator=flag)
-    bucket_size: int | None = _optional()
-    pad_buckets_for_high_nccl_busbw: bool = field(default=False, validator=flag)
-    frozen: bool = field(default=False, validator=flag)
-    images_per_sample: float = field(default=1.0, validator=_at_least_zero)
-    max_images_per_sample: float = field(validator=_at_least_zero)
-    tokens_per_image: int | None = _optional()
-    output_tokens_per_image: int | None = _optional()
-    patch_size: int | None = _optional()
-    projection_hidden_size: int | None = _optional()
-
-    @ffn_hidden_size.default
-    def _ffn_hidden_size(self) -> int:
-        return 4 * self.hidden_size
-
-    @num_query_groups.default
-    def _num_query_groups(self) -> int:
-        return self.num_attention_heads
-
-    @kv_channels.default
-    def _kv_channels(self) -> int:
-        return max(1, self.hidden_size // self.num_attention_heads)
-
-    @moe_ffn_hidden_size.default
-    def _moe_ffn_hidden_size(self) -> int:
-        return self.ffn_hidden_size
-
-    @max_images_per_sample.default
-    def _max_images_per_sample(self) -> float:
-        return self.images_per_sample
+    use_distributed_optimizer: bool = _flag()
+    grad_reduce_in_fp32: bool = _flag()
+    overlap_grad_reduce: bool = _flag()
+    bucket_size: int | None = _count(None)
+    pad_buckets_for_high_nccl_busbw: bool = _flag()
+    frozen: bool = _flag()
+    images_per_sample: float = _number(1.0)
+    max_images_per_sample: float = _number(
+        Factory(lambda self: self.images_per_sample, takes_self=True)
+    )
+    tokens_per_image: int | None = _count(None)
+    output_tokens_per_image: int | None = _count(None)
+    patch_size: int | None = _count(None)
+    projection_hidden_size: int | None = _count(None)
 
     @property
     def is_language(self) -> bool:
