@@ -66,6 +66,11 @@ _positive = must_be(
     "a positive integer below 2**31",
     "write a number of ranks, or leave it out for the default",
 )
+_layers = must_be(
+    lambda value: value is None or is_count(value),
+    "a positive integer below 2**31",
+    "write a number of layers, or leave it out for as many as the other stages have",
+)
 _offset = must_be(
     lambda value: value is None or is_count(value, least=0),
     "a rank, 0 or more and below 2**31",
@@ -89,10 +94,13 @@ class ModuleParallelism:
         expert_model_parallel_size: EP, ranks that share the experts of a mixture-of-experts layer.
         expert_tensor_parallel_size: TP inside an expert; None means the same as TP.
         rank_offset: first global rank of the module; None packs it behind the modules before it.
+        num_layers_in_first_pipeline_stage, num_layers_in_last_pipeline_stage: as in Megatron's
+            ``TransformerConfig``, for stages of unequal numbers of layers; None for as many as the
+            other stages have.
 
     Raises:
         ValueError: a size is not a positive integer, or TP x CP x DP ranks of a pipeline stage
-            cannot be divided among expert TP x EP.
+            cannot be divided among expert TP x EP, or there is no stage that could be unequal.
 
     Example:
         >>> ModuleParallelism(tensor_model_parallel_size=2, data_parallel_size=4).size
@@ -110,8 +118,15 @@ class ModuleParallelism:
         validator=_positive,
     )
     rank_offset: int | None = field(default=None, validator=_offset)
+    num_layers_in_first_pipeline_stage: int | None = field(default=None, validator=_layers)
+    num_layers_in_last_pipeline_stage: int | None = field(default=None, validator=_layers)
 
     def __attrs_post_init__(self) -> None:
+        if self.has_unequal_stages and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need a "
+                "pipeline_model_parallel_size of 2 or more, got 1; leave them out, or raise it"
+            )
         stage = self.size // self.pipeline_model_parallel_size
         expert = self.expert_tensor_parallel_size * self.expert_model_parallel_size
         if stage % expert:
@@ -122,6 +137,39 @@ class ModuleParallelism:
                 f"{self.tensor_model_parallel_size} x CP {self.context_parallel_size} x DP "
                 f"{self.data_parallel_size}); choose expert sizes whose product divides {stage}"
             )
+
+    @property
+    def has_unequal_stages(self) -> bool:
+        """Whether the first or the last stage has a number of layers of its own."""
+        ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        return ends != (None, None)
+
+    def layers_of_stages(self, num_layers: int) -> list[int]:
+        """How many of a module's layers each pipeline stage has, as Megatron deals them out.
+
+        Raises:
+            ValueError: they cannot be dealt out so.
+
+        Example:
+            >>> ModuleParallelism(
+            ...     pipeline_model_parallel_size=3, num_layers_in_last_pipeline_stage=8
+            ... ).layers_of_stages(32)
+            [12, 12, 8]
+        """
+        ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        stages = self.pipeline_model_parallel_size
+        others = stages - sum(end is not None for end in ends)
+        rest = num_layers - sum(end or 0 for end in ends)
+        equal = rest // max(others, 1)
+        if equal * others != rest or (others and not equal):
+            unequal = (
+                f"of which {num_layers - rest} are in the first or last stage and {rest} remain "
+                f"for {others} others: choose numbers of which those others get equally many"
+            )
+            even = f"which pipeline_model_parallel_size {stages} does not divide"
+            raise ValueError(f"{num_layers}, {unequal if self.has_unequal_stages else even}")
+        first, last = (equal if end is None else end for end in ends)
+        return [first, *[equal] * (stages - 2), *[last] * (stages > 1)]
 
     @property
     def size(self) -> int:

@@ -90,7 +90,8 @@ def _of_a_token(
 ) -> tuple[float, float]:
     """(saved, working) of a stage, whatever the replicas."""
     stages = parallelism.pipeline_model_parallel_size
-    kept = [layer_bytes(sizes, parallelism, layer) for layer in stage_layers(sizes, stages, stage)]
+    layers = stage_layers(sizes, parallelism, stage)
+    kept = [layer_bytes(sizes, parallelism, layer) for layer in layers]
     saved, working = _recomputed(sizes, parallelism, kept)
     if stage == 0:
         saved += _embedding(sizes, parallelism)

@@ -5,8 +5,9 @@ from math import ceil
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, is_colocated
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.sharing import sharing
 
 
 @frozen
@@ -51,10 +52,9 @@ class Durations:
         """Whether an input of a stage wants a gradient."""
         if stage > 0 or module != LANGUAGE:
             return stage > 0
-        encoders = [name for name in self.grids if name != LANGUAGE]
-        if is_colocated(self.grids.values()):
-            return any(not self.costs[name].frozen for name in encoders)
-        return bool(encoders)
+        if shared := sharing(self.grids):
+            return any(not self.costs[name].frozen for name in shared)
+        return len(self.grids) > 1
 
     def between_stages(self, module: str, stage: int) -> float:
         """A message from a stage to the next of the same module, or back."""

@@ -18,8 +18,8 @@ ASSUMPTIONS = (
     "a backward pass takes two forward passes; every shape computes at the same rate",
     "tensor-parallel ranks wait for four sums of hidden states a layer, experts' ranks for their "
     "tokens to come and go; nothing overlaps",
-    "every encoder rank gets as many images; stages share layers equally, embedding and output "
-    "layer come on top of the first and the last",
+    "every encoder rank gets as many images; embedding and output layer come on top of the first "
+    "and the last stage",
 )
 """What an estimate rests on, for a user to read."""
 
@@ -131,8 +131,8 @@ def estimated_costs(
     """
     flops = forward_flops(sizes, language_hidden_size)
     forward = flops.total / accelerator.flops_per_second
-    stages, width = parallelism.pipeline_model_parallel_size, sizes.bytes_per_number
-    shares = [flops.layers / stages] * stages
+    layers, width = parallelism.layers_of_stages(sizes.num_layers), sizes.bytes_per_number
+    shares = [flops.layers * count / sizes.num_layers for count in layers]
     shares[0] += flops.before
     shares[-1] += flops.after
     tp = parallelism.tensor_model_parallel_size

@@ -4,10 +4,18 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, pack, stages_behind
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    ModuleGrid,
+    ModuleParallelism,
+    pack,
+    runs_encoders_first,
+    stages_behind,
+)
 from megatron_mimo_coord.planning.activations import stage_activations
 from megatron_mimo_coord.planning.model_states import model_states
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 
 ASSUMPTIONS = (
     "weights, gradient buffers and optimizer state as Megatron's DDP and Adam allocate them, "
@@ -15,7 +23,8 @@ ASSUMPTIONS = (
     "activations: the tensors that Megatron's layers save for backward, after Korthikanti et al. "
     "2022 (arXiv 2205.05198), within 2 % of what autograd keeps of small models; experts get equal "
     "numbers of tokens",
-    "1F1B: a stage holds its warm-up microbatches and one more; colocated modules hold one",
+    "1F1B: a stage holds its warm-up microbatches and one more; colocated modules hold one; "
+    "encoders on ranks of a pipeline hold those of the step, or encoder_microbatches of them",
     "working memory: the gradients of one layer's MLP, one recomputed layer, the logits once more",
     "not in it: CUDA context, NCCL's buffers, fragmentation, workspaces, what the optimizer's step "
     "needs for a moment",
@@ -60,6 +69,8 @@ def layout_memory(
     *,
     micro_batch_size: int,
     num_microbatches: int,
+    encoders_first: bool | None = None,
+    encoder_microbatches: int | None = None,
 ) -> dict[tuple[str, int], StageMemory]:
     """What a rank of each (module, stage) of a layout holds.
 
@@ -68,6 +79,7 @@ def layout_memory(
         sizes: of each module.
         micro_batch_size: samples in a microbatch over all ranks.
         num_microbatches: microbatches in a step.
+        encoders_first, encoder_microbatches: as in :func:`simulate_step`.
 
     Example:
         >>> sizes = ModuleSizes(
@@ -81,17 +93,25 @@ def layout_memory(
         ([2, 1], 240896)
     """
     grids = pack(modules)
+    shared = sharing(grids)
+    first = runs_encoders_first(grids) if encoders_first is None else encoders_first
+    waiting = num_microbatches if first else None
+    kept = num_microbatches if encoder_microbatches is None else max(1, encoder_microbatches)
+    found = {}
+    for names, stage in modules_by_stage(grids):
+        behind = stages_behind(grids, names[-1], stage)
+        for name in names:
+            found[name, stage] = stage_memory(
+                name,
+                sizes,
+                modules,
+                0 if name in shared else stage,
+                micro_batch_size=micro_batch_size,
+                in_flight=min(num_microbatches, kept if first and name in shared else behind + 1),
+                waiting=waiting,
+            )
     return {
-        (name, stage): stage_memory(
-            name,
-            sizes,
-            modules,
-            stage,
-            micro_batch_size=micro_batch_size,
-            in_flight=min(num_microbatches, stages_behind(grids, name, stage) + 1),
-        )
-        for name, grid in grids.items()
-        for stage in range(grid.dim("pp"))
+        (name, stage): found[name, stage] for name in grids for each, stage in found if each == name
     }
 
 
@@ -100,12 +120,9 @@ def rank_totals(
 ) -> dict[tuple[str, int], float]:
     """Bytes on a rank of each (module, stage), with those of the other modules on the same rank."""
     return {
-        (name, stage): sum(
-            held.total
-            for (other, its_stage), held in memory.items()
-            if its_stage == stage and grids[other].ranks == grids[name].ranks
-        )
-        for name, stage in memory
+        (name, stage): sum(memory[other, stage].total for other in names)
+        for names, stage in modules_by_stage(grids)
+        for name in names
     }
 
 
@@ -117,8 +134,13 @@ def stage_memory(
     *,
     micro_batch_size: int,
     in_flight: int,
+    waiting: int | None = None,
 ) -> StageMemory:
-    """What a rank of a stage holds with some microbatches in flight."""
+    """What a rank of a stage holds with some microbatches in flight.
+
+    Encoders that run before the language model's pipeline leave the tokens of ``waiting``
+    microbatches on its first stage.
+    """
     own, parallelism = sizes[name], modules[name]
     samples = micro_batch_size / parallelism.data_parallel_size
     states = model_states(own, parallelism, stage, sizes[LANGUAGE].hidden_size)
@@ -130,7 +152,7 @@ def stage_memory(
         optimizer=max(states.optimizer),
         activations=in_flight * kept.saved if needs_backward else 0.0,
         working=kept.working,
-        messages=in_flight * message_bytes(name, sizes, parallelism, stage, samples),
+        messages=message_bytes(name, sizes, parallelism, stage, samples, in_flight, waiting),
         microbatches=in_flight,
     )
 
@@ -141,8 +163,10 @@ def message_bytes(
     parallelism: ModuleParallelism,
     stage: int,
     samples: float,
+    in_flight: int,
+    waiting: int | None,
 ) -> float:
-    """What a rank holds of a microbatch's messages until its backward.
+    """What a rank holds of messages until the backward of their microbatches.
 
     Received hidden states of the same module are the first layer's input, and counted there. What a
     stage sent is held unless ``deallocate_pipeline_outputs``; the language model's first stage
@@ -150,21 +174,18 @@ def message_bytes(
     """
     own, language = sizes[name], sizes[LANGUAGE]
     last = parallelism.pipeline_model_parallel_size - 1
-    held = 0.0
+    received = sent = 0.0
     if name == LANGUAGE and stage == 0:
-        held += sum(
-            encoder_output(encoder, language, samples)
-            for other, encoder in sizes.items()
-            if other != LANGUAGE
-        )
-    if own.deallocate_pipeline_outputs:
-        return held
+        encoders = (encoder for other, encoder in sizes.items() if other != LANGUAGE)
+        received = sum(encoder_output(each, language, samples) for each in encoders)
     if stage < last:
         hidden = own.tokens(samples, at_most=True) * own.hidden_size * own.bytes_per_number
-        held += hidden / (parallelism.tensor_model_parallel_size if own.sequence_parallel else 1)
-    elif name != LANGUAGE:
-        held += encoder_output(own, language, samples)
-    return held
+        sent = hidden / (parallelism.tensor_model_parallel_size if own.sequence_parallel else 1)
+    elif name != LANGUAGE and waiting is None:
+        sent = encoder_output(own, language, samples)
+    if own.deallocate_pipeline_outputs:
+        sent = 0.0
+    return (waiting or in_flight) * received + in_flight * sent
 
 
 def encoder_output(encoder: ModuleSizes, language: ModuleSizes, samples: float) -> float:

@@ -44,9 +44,9 @@ def stage_parameters(
         >>> sum(each.numel for each in stage_parameters(sizes, pipeline, 1, 64))
         58304
     """
-    expert_tp, ep, _, stages = parallelism.expert_shape
-    tp = parallelism.tensor_model_parallel_size
-    return _stage(sizes, (tp, expert_tp, ep), stages, stage, language_hidden_size)
+    shards = parallelism.tensor_model_parallel_size, *parallelism.expert_shape[:2]
+    layers = stage_layers(sizes, parallelism, stage)
+    return _stage(sizes, shards, layers, language_hidden_size)
 
 
 def num_parameters(
@@ -72,17 +72,17 @@ Shards = tuple[int, int, int]
 
 @cache
 def _stage(
-    sizes: ModuleSizes, shards: Shards, stages: int, stage: int, language_hidden_size: int
+    sizes: ModuleSizes, shards: Shards, layers: range, language_hidden_size: int
 ) -> Sequence[Parameter]:
-    is_last, tp = stage == stages - 1, shards[0]
+    is_first, is_last, tp = layers.start == 0, layers.stop == sizes.num_layers, shards[0]
     found: list[Parameter] = []
-    if stage == 0:
+    if is_first:
         found += _inputs(sizes, tp, is_last)
-    for layer in stage_layers(sizes, stages, stage):
+    for layer in layers:
         found += _layer(sizes, shards, sizes.has_experts(layer))
     if is_last:
         found += _norm(sizes, sizes.hidden_size)
-        found += _outputs(sizes, tp, stage == 0, language_hidden_size)
+        found += _outputs(sizes, tp, is_first, language_hidden_size)
     return tuple(found)
 
 
@@ -128,10 +128,11 @@ def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
         yield Parameter(width)
 
 
-def stage_layers(sizes: ModuleSizes, stages: int, stage: int) -> range:
+def stage_layers(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int) -> range:
     """Indices of a stage's layers in the whole module."""
-    length = sizes.num_layers // stages
-    return range(stage * length, (stage + 1) * length)
+    counts = parallelism.layers_of_stages(sizes.num_layers)
+    before = sum(counts[:stage])
+    return range(before, before + counts[stage])
 
 
 def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:

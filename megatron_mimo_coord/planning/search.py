@@ -7,6 +7,7 @@ few hundred are simulated, and the best of these listed.
 
 from collections.abc import Mapping
 from itertools import batched
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -116,7 +117,7 @@ def cost(
     Raises:
         ValueError: the layout cannot run.
     """
-    batch = {
+    batch: dict[str, Any] = {
         "micro_batch_size": micro_batch_size,
         "num_microbatches": request.global_batch_size // micro_batch_size,
     }

@@ -11,23 +11,30 @@ from megatron_mimo_coord.layout import (
     ModuleGrid,
     ModuleParallelism,
     default_topology,
-    is_colocated,
     pack,
     ranks_taken,
+    runs_encoders_first,
     stages_behind,
 )
 from megatron_mimo_coord.layout.batch import batch_problems
-from megatron_mimo_coord.layout.problems import layout_problems, module_problems, raise_problems
+from megatron_mimo_coord.layout.problems import (
+    Problem,
+    layout_problems,
+    module_problems,
+    raise_problems,
+)
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
-from megatron_mimo_coord.planning.events import Action, StageRanks, run
+from megatron_mimo_coord.planning.events import Action, StageRanks, channel, run
 from megatron_mimo_coord.planning.schedule import ActionsAt, ends_of_link, order
+from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
     FORWARD,
     OPTIMIZER,
     REDUCE,
+    Span,
     Timeline,
 )
 
@@ -42,6 +49,8 @@ def simulate_step(
     num_microbatches: int,
     cluster: Cluster = FREE,
     distributed_optimizer: bool = False,
+    encoders_first: bool | None = None,
+    encoder_microbatches: int | None = None,
 ) -> Timeline:
     """How long one training step of a layout takes, and what each stage does meanwhile.
 
@@ -55,6 +64,12 @@ def simulate_step(
         num_microbatches: microbatches in a step.
         cluster: the links between ranks; messages are free by default.
         distributed_optimizer: whether data-parallel ranks share the optimizer's work.
+        encoders_first: of encoders on ranks of the language model, whether they run all
+            microbatches before it, and their backward after it; else they run with each microbatch,
+            as encoders inside the model's first stage do. None for what the coordinator does: the
+            first where the language model has a pipeline.
+        encoder_microbatches: of how many microbatches encoders that run first keep their
+            activations; forwards of the others run again before their backwards. None for all.
 
     Raises:
         ValueError: the layout cannot run, the batch does not divide, or costs are missing; the
@@ -77,67 +92,96 @@ def simulate_step(
     problems = [
         *layout_problems(grids, default_topology(grids), ranks_taken(grids.values())),
         *batch_problems(grids.values(), step, micro_batch_size, num_microbatches),
-        *cost_problems(grids, costs),
+        *cost_problems(modules, costs),
+        *sharing_problems(grids, encoders_first),
     ]
     raise_problems("the layout cannot be simulated", problems)
     durations = Durations(modules, grids, costs, cluster, micro_batch_size, distributed_optimizer)
-    return _Step(durations).run(num_microbatches)
+    first = runs_encoders_first(grids) if encoders_first is None else encoders_first
+    return _Step(durations, num_microbatches, first, encoder_microbatches).run()
 
 
 def cost_problems(
-    grids: Mapping[str, ModuleGrid], costs: Mapping[str, ModuleCosts]
+    modules: Mapping[str, ModuleParallelism], costs: Mapping[str, ModuleCosts]
 ) -> Iterator[str]:
     """What keeps costs from being those of a layout."""
-    for name, grid in grids.items():
+    for name, module in modules.items():
         if name not in costs:
             yield (
                 f"there are no costs of module {name} (costs of: {', '.join(costs) or 'none'}); "
                 f"give its ModuleCosts under that name"
             )
             continue
+        if module.has_unequal_stages and costs[name].layers_per_stage is None:
+            yield (
+                f"module {name} has stages of unequal numbers of layers, but its costs have no "
+                f"layers_per_stage; give them"
+            )
         try:
-            costs[name].stage_share(grid.dim("pp"), 0)
+            costs[name].stage_share(module.pipeline_model_parallel_size, 0)
         except ValueError as error:
             yield f"module {name}: {error}"
+
+
+def sharing_problems(
+    grids: Mapping[str, ModuleGrid], encoders_first: bool | None
+) -> Iterator[Problem]:
+    """What keeps encoders from running where they are."""
+    shared = sharing(grids) if LANGUAGE in grids else []
+    apart = [name for name in grids if name not in (LANGUAGE, *shared)]
+    if encoders_first and apart:
+        yield Problem(
+            f"{apart[0]} has ranks of its own: leave encoders_first out", (apart[0], "rank_offset")
+        )
+    for name in shared if encoders_first is False else ():
+        language = grids[LANGUAGE]
+        first = language.size // language.dim("pp")
+        if grids[name].ranks.stop > language.rank_offset + first:
+            yield Problem(
+                f"{name} has ranks behind the {first} of the language model's first stage, which "
+                f"it is to be inside: give it those, or leave encoders_first out",
+                (name, "rank_offset"),
+            )
 
 
 class _Step:
     """The stages of a layout that runs, and what each does."""
 
-    def __init__(self, durations: Durations) -> None:
+    def __init__(
+        self,
+        durations: Durations,
+        num_microbatches: int,
+        encoders_first: bool,
+        encoder_microbatches: int | None,
+    ) -> None:
         self.durations, self.grids = durations, durations.grids
-        self.is_colocated = is_colocated(self.grids.values())
-        sharing: dict[range, list[str]] = {}  # in the order in which their forwards run
-        for name in sorted(self.grids, key=lambda name: name == LANGUAGE):
-            sharing.setdefault(self.grids[name].ranks, []).append(name)
-        self.stages = [
-            StageRanks(names, stage)
-            for names in sharing.values()
-            for stage in range(self.grids[names[0]].dim("pp"))
-        ]
+        self.num_microbatches, self.encoders_first = num_microbatches, encoders_first
+        kept = num_microbatches if encoder_microbatches is None else encoder_microbatches
+        self.num_repeated = num_microbatches - min(kept, num_microbatches)
+        self.shared = sharing(self.grids)
+        self.stages = [StageRanks(names, stage) for names, stage in modules_by_stage(self.grids)]
         self.messages: dict[tuple[str, int], list[ActionsAt]] = defaultdict(list)
         for name, grid in self.grids.items():
-            for stage in range(grid.dim("pp")):
+            for stage in range(grid.dim("pp")) if name not in self.shared else ():
                 self._link(name, stage)
 
-    def run(self, num_microbatches: int) -> Timeline:
+    def run(self) -> Timeline:
         """Simulate it."""
-        durations = self.durations
+        ahead, behind = self._phases() if self.encoders_first else ({}, {})
         for ranks in self.stages:
             actions = self._actions(ranks)
-            warm_up = stages_behind(self.grids, ranks.modules[0], ranks.stage)
-            for event in order(num_microbatches, warm_up):
+            warm_up = stages_behind(self.grids, ranks.modules[-1], ranks.stage)
+            ranks.actions += ahead.get(ranks.stage, ())
+            for event in order(self.num_microbatches, warm_up):
                 ranks.actions += actions.get(event, ())
-            ranks.actions += [
-                Action(REDUCE, name, durations.reduction(name, ranks.stage))
-                for name in ranks.modules
-            ]
+            ranks.actions += behind.get(ranks.stage, ())
+            ranks.actions += self._reductions(ranks)
         run(self.stages)
         reduced = max(ranks.now for ranks in self.stages)
         for ranks in self.stages:
             ranks.wait_until(reduced)
             ranks.actions += [
-                Action(OPTIMIZER, name, durations.optimizer(name, ranks.stage))
+                Action(OPTIMIZER, name, self.durations.optimizer(name, self._own(name, ranks)))
                 for name in ranks.modules
             ]
         run(self.stages)
@@ -148,9 +192,14 @@ class _Step:
             for ranks in self.stages
             if name in ranks.modules
         }
-        return Timeline(
-            seconds, shares, lambda: [s for ranks in self.stages for s in ranks.spans()]
-        )
+        return Timeline(seconds, shares, self._spans)
+
+    def _spans(self) -> list[Span]:
+        return [span for ranks in self.stages for span in ranks.spans()]
+
+    def _own(self, name: str, ranks: StageRanks) -> int:
+        """The stage of a module that some ranks run."""
+        return 0 if name in self.shared else ranks.stage
 
     def _link(self, module: str, stage: int) -> None:
         """Join a stage with the one behind it, if there is one."""
@@ -159,7 +208,7 @@ class _Step:
         if stage < self.grids[module].dim("pp") - 1:
             forward = durations.between_stages(module, stage)
             ends = ends_of_link(module, module, forward, forward if wanted else None)
-        elif module == LANGUAGE or self.is_colocated:
+        elif module == LANGUAGE:
             return
         else:
             following = (LANGUAGE, 0)
@@ -169,25 +218,75 @@ class _Step:
         self.messages[following].append(ends[1])
         self.messages[module, stage].append(ends[0])
 
+    def _phases(self) -> tuple[dict[int, list[Action]], dict[int, list[Action]]]:
+        """What each stage of the language model does before its pipeline, and after it.
+
+        The encoders there run all microbatches of the step; the first stage then waits for their
+        tokens. Behind the pipeline they have their gradients from it.
+        """
+        durations, times = self.durations, self.num_microbatches
+        ahead: dict[int, list[Action]] = defaultdict(list)
+        behind: dict[int, list[Action]] = defaultdict(list)
+        arriving: list[Action] = []
+        leaving: list[Action] = []
+        for name in self.shared:
+            hosts = [ranks.stage for ranks in self.stages if name in ranks.modules]
+            learns = durations.has_backward(name, 0)
+            tokens, gradients = (
+                {each: channel(times * durations.over_bridge(name, forward=way)) for each in hosts}
+                for way in (True, False)
+            )
+            once = Action(FORWARD, name, durations.forward(name, 0))
+            again = durations.forward(name, 0) + durations.backward(name, 0)
+            for stage in hosts:
+                ahead[stage] += [once] * times
+                ahead[stage].append(Action(EXCHANGE, name, 0.0, (tokens[stage][0],), (), name))
+                if learns:
+                    back = (gradients[stage][1],)
+                    behind[stage].append(Action(EXCHANGE, name, 0.0, back, back, name))
+                    kept = Action(BACKWARD, name, durations.backward(name, 0))
+                    behind[stage] += [kept] * (times - self.num_repeated)
+                    behind[stage] += [Action(BACKWARD, name, again)] * self.num_repeated
+            received = tuple(tokens[stage][1] for stage in hosts)
+            arriving.append(Action(EXCHANGE, name, 0.0, received, received, name))
+            sent = tuple(gradients[stage][0] for stage in hosts)
+            leaving += [Action(EXCHANGE, name, 0.0, sent, (), name)] if learns else []
+        ahead[0] += arriving
+        behind[0] = leaving + behind[0]
+        return ahead, behind
+
+    def _reductions(self, ranks: StageRanks) -> Iterator[Action]:
+        """Of gradients; the language model's go on while encoders run backward behind it."""
+        for name in reversed(ranks.modules) if self.encoders_first else ranks.modules:
+            seconds = self.durations.reduction(name, self._own(name, ranks))
+            if self.encoders_first and name == LANGUAGE:
+                behind = sum(self.durations.backward(each, 0) for each in ranks.modules[:-1])
+                seconds = max(0.0, seconds - self.num_microbatches * behind)
+            yield Action(REDUCE, name, seconds)
+
     def _actions(self, ranks: StageRanks) -> dict[str, list[Action]]:
         """What the ranks of a stage do at each event of the schedule."""
         durations, stage = self.durations, ranks.stage
-        forward = [Action(FORWARD, name, durations.forward(name, stage)) for name in ranks.modules]
-        backward = [  # autograd goes back the way that forward came
-            Action(BACKWARD, name, durations.backward(name, stage))
-            for name in ranks.modules[:: -1 if self.is_colocated else 1]
-            if durations.has_backward(name, stage)
+        names = [LANGUAGE] if self.encoders_first else ranks.modules
+        is_shared = LANGUAGE in names
+        forward = [
+            Action(FORWARD, name, durations.forward(name, self._own(name, ranks))) for name in names
         ]
-        if self.is_colocated:
+        backward = [  # autograd goes back the way that forward came
+            Action(BACKWARD, name, durations.backward(name, self._own(name, ranks)))
+            for name in names[:: -1 if is_shared else 1]
+            if durations.has_backward(name, self._own(name, ranks))
+        ]
+        if is_shared:
             exchanges = {
                 name: Action(EXCHANGE, name, durations.exchange(name), bridge=name)
-                for name in ranks.modules[:-1]
+                for name in names[:-1]
             }
             learning = [each.module for each in backward if each.module in exchanges]
             forward[-1:-1] = exchanges.values()
             backward[1:1] = [exchanges[name] for name in learning]
         actions = defaultdict(list, {FORWARD: forward, BACKWARD: backward})
-        for name in ranks.modules:
+        for name in names:
             for messages in self.messages[name, stage]:
                 for event, of_event in messages.items():
                     actions[event] += of_event

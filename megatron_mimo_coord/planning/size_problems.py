@@ -96,14 +96,18 @@ nor a multiple
 
 
 def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Problem]:
-    tp, pp = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+    try:
+        parallelism.layers_of_stages(sizes.num_layers)
+    except ValueError as error:
+        pp = "pipeline_model_parallel_size"
+        yield Problem(f"{name} has num_layers {error}", (name, pp))
+    tp = "tensor_model_parallel_size"
     expert_tp, ep = "expert_tensor_parallel_size", "expert_model_parallel_size"
     has_mlp = not all(map(sizes.has_experts, range(sizes.num_layers)))
     has_experts = sizes.num_moe_experts is not None
     tokens = "seq_length" if sizes.is_language else "tokens_per_image"
     shared = sizes.moe_shared_expert_intermediate_size
     for what, number, field in (
-        ("num_layers", sizes.num_layers, pp),
         ("num_attention_heads", sizes.num_attention_heads, tp),
         ("queries, keys and values of width", sizes.query_size + 2 * sizes.key_size, tp),
         ("ffn_hidden_size", has_mlp and sizes.ffn_hidden_size, tp),

@@ -20,9 +20,10 @@ from megatron_mimo_coord import ModuleParallelism
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     default_topology,
-    is_colocated,
+    overlap,
     pack,
     ranks_taken,
+    runs_encoders_first,
     stages_behind,
 )
 from megatron_mimo_coord.layout.problems import layout_problems
@@ -47,8 +48,13 @@ def costs(forward: float = 1.0, backward: float = 2.0, **more: Any) -> ModuleCos
 # -- against the real schedule ---------------------------------------------------------------------
 
 
-def draw_job(seed: int) -> tuple[dict[str, ModuleParallelism], dict[str, ModuleCosts], int, int]:
-    """Any layout that runs on at most 8 ranks: modules, costs, micro_batch_size, microbatches."""
+def draw_job(
+    seed: int, pipelined: bool = True
+) -> tuple[dict[str, ModuleParallelism], dict[str, ModuleCosts], int, int]:
+    """Any layout that runs on at most 8 ranks: modules, costs, micro_batch_size, microbatches.
+
+    With encoders on ranks of a pipelined language model too, if wanted.
+    """
     random = Random(seed)
     while True:
         names = random.choice([[], *[["vision"]] * 4, *[["audio", "vision"]] * 5])
@@ -60,9 +66,12 @@ def draw_job(seed: int) -> tuple[dict[str, ModuleParallelism], dict[str, ModuleC
             pp = depth if together and name != LANGUAGE else random.choice([1, 1, 2, 3, 4])
             offset = 0 if colocated or (together and name != LANGUAGE) else None
             sizes = {"tp": random.choice([1, 1, 2]), "dp": random.choice([1, 1, 2, 3, 4])}
-            modules[name] = parallel(**sizes, pp=1 if colocated else pp, rank_offset=offset)
+            pp = 1 if colocated and not (pipelined and name == LANGUAGE) else pp
+            modules[name] = parallel(**sizes, pp=pp, rank_offset=offset)
         grids = pack(modules)
         size = ranks_taken(grids.values())
+        if not pipelined and runs_encoders_first(grids):
+            continue
         if size <= MAX_RANKS and not layout_problems(grids, default_topology(grids), size):
             break
     whole = {}
@@ -81,11 +90,21 @@ def draw_job(seed: int) -> tuple[dict[str, ModuleParallelism], dict[str, ModuleC
     return modules, whole, 12, random.choice([1, 2, 3, 5, 8])
 
 
+def hosts(modules: dict[str, ModuleParallelism], name: str) -> list[int]:
+    """Stages of the language model on whose ranks an encoder lies."""
+    grids = pack(modules)
+    language = grids[LANGUAGE]
+    length = language.size // language.dim("pp")
+    stages = [language.ranks[stage * length :][:length] for stage in range(language.dim("pp"))]
+    on = [stage for stage, ranks in enumerate(stages) if overlap(grids[name].ranks, ranks)]
+    return on if name != LANGUAGE else []
+
+
 def seconds_of_stages(
     modules: dict[str, ModuleParallelism], whole: dict[str, ModuleCosts], samples: int
 ) -> dict[str, list[tuple[float, float]]]:
     """(forward, backward) of each stage, by the words of the issue."""
-    shared = is_colocated(pack(modules).values())
+    shared = any(hosts(modules, name) for name in modules)
     learns = [name for name in modules if name != LANGUAGE and not whole[name].frozen]
     result = {}
     for name, module in modules.items():
@@ -111,7 +130,7 @@ def seconds_of_stages(
 @pytest.mark.parametrize("seed", DRAWN)
 def test_the_real_schedule_does_the_same_in_the_same_order(seed):
     """What it takes is what ``examples/predict_and_measure.py`` measures."""
-    modules, whole, samples, num_microbatches = draw_job(seed)
+    modules, whole, samples, num_microbatches = draw_job(seed, pipelined=False)
     sizes = {"micro_batch_size": samples, "num_microbatches": num_microbatches}
     simulated = simulate_step(modules, whole, **sizes)
     grids = pack(modules)
@@ -187,17 +206,18 @@ def test_every_second_of_a_stage_is_accounted_for(job):
     assert list(timeline.stages) == [
         (name, stage)
         for name, module in modules.items()
-        for stage in range(module.pipeline_model_parallel_size)
+        for stage in hosts(modules, name) or range(module.pipeline_model_parallel_size)
     ]
     for (name, stage), shares in timeline.stages.items():
         assert min(shares.busy, shares.waiting, shares.idle) >= 0
         assert shares.busy + shares.waiting + shares.idle == pytest.approx(1)
-        expected = num_microbatches * sum(work[name][stage])
+        own = 0 if hosts(modules, name) else stage
+        expected = num_microbatches * sum(work[name][own])
         assert shares.busy * timeline.seconds == pytest.approx(expected)
         spans = [span for span in timeline.spans if (span.module, span.stage) == (name, stage)]
         assert all(0 <= span.start <= span.end <= timeline.seconds for span in spans)
         assert all(left.end <= right.start for left, right in pairwise(spans))
-        for kind, unit in zip(("forward", "backward"), work[name][stage], strict=True):
+        for kind, unit in zip(("forward", "backward"), work[name][own], strict=True):
             computed = [span.microbatch for span in spans if span.kind == kind]
             assert computed == (list(range(num_microbatches)) if unit else [])
     for kind, step in (("forward", 1), ("backward", -1)):  # no stage before the one it waits for
@@ -291,6 +311,62 @@ def test_colocated_modules_exchange_tokens_where_dp_differs():
     assert simulated(4) - simulated(1) == pytest.approx(3 * 10 / 10 * 2 * 2)
 
 
+ENCODER = costs(1, 2, output_bytes_per_sample=10, gradient_bytes=20, optimizer_seconds=4)
+STAGES = costs(2, 4, gradient_bytes=60, optimizer_seconds=2)
+
+
+def phases(**options: Any) -> Timeline:
+    """Vision DP 4 on the four ranks of a language model of PP 2 and DP 2; 2 microbatches of 4."""
+    modules = {
+        "vision": parallel(dp=4, rank_offset=0),
+        LANGUAGE: parallel(pp=2, dp=2, rank_offset=0),
+    }
+    links = Cluster(node_bytes_per_second=10)
+    whole = {"vision": ENCODER, LANGUAGE: STAGES}
+    sizes = {"micro_batch_size": 4, "num_microbatches": 2}
+    return simulate_step(modules, whole, **sizes, cluster=links, **options)
+
+
+def test_encoders_on_ranks_of_a_pipeline_run_before_and_after_it():
+    timeline = phases()
+    # Two samples in turn on each rank; the first stage's ranks then get two microbatches of two
+    # messages of 10 bytes. Two microbatches of 2 samples on two stages of 1 + 2 s a sample.
+    tokens, pipeline = 2 * 2 * 10 / 10, (2 + 1) * 2 * (1 + 2)
+    at = [0, 2, 2 + tokens]
+    spans = {
+        (span.module, span.stage, span.kind, span.microbatch): (span.start, span.end)
+        for span in timeline.spans
+    }
+    for stage in range(2):
+        assert spans["vision", stage, "forward", 1] == (1, 2)
+    assert spans[LANGUAGE, 0, "forward", 0][0] == at[2]
+    over = at[2] + pipeline
+    assert spans[LANGUAGE, 0, "backward", 1][1] == over
+    back = over + tokens  # as many bytes
+    for stage in range(2):
+        assert spans["vision", stage, "backward", 0] == (back, back + 2)
+        assert spans["vision", stage, "backward", 1] == (back + 2, back + 4)
+    # The language model's sum of 30 bytes over 2 ranks takes 3 s, and the encoders compute 4 s.
+    assert spans[LANGUAGE, 0, "reduce_gradients", None] == (back + 4, back + 4)
+    reduced = back + 4 + 2 * 3 * 20 / 4 / 10
+    assert timeline.seconds == pytest.approx(reduced + 1 + 4)
+    assert phases(encoder_microbatches=1).seconds == pytest.approx(timeline.seconds + 1)
+    assert phases(encoder_microbatches=0).seconds == pytest.approx(timeline.seconds + 2)
+
+
+def test_an_encoder_inside_the_first_stage_runs_with_each_microbatch():
+    modules = {"vision": parallel(rank_offset=0), LANGUAGE: parallel(pp=2, rank_offset=0)}
+    whole = {"vision": costs(1, 2), LANGUAGE: costs(2, 4)}
+    sizes = {"micro_batch_size": 1, "num_microbatches": 3}
+    inside = simulate_step(modules, whole, **sizes, encoders_first=False)
+    # The first stage computes 2 + 4 s a microbatch, and waits from 4 to 5 for its first gradient.
+    assert inside.seconds == 3 * (2 + 4) + 1
+    assert inside.stages[LANGUAGE, 1].busy == pytest.approx(3 * 3 / inside.seconds)
+    apart = {"vision": parallel(dp=2, rank_offset=0), LANGUAGE: parallel(pp=2, rank_offset=0)}
+    with pytest.raises(ValueError, match="ranks behind the 1 of the language model's first stage"):
+        simulate_step(apart, whole, micro_batch_size=2, num_microbatches=1, encoders_first=False)
+
+
 def test_what_is_asked_for_wrongly_is_told_at_once():
     modules = {"vision": parallel(dp=3), LANGUAGE: parallel(dp=2, pp=2)}
     with pytest.raises(ValueError) as error:
@@ -305,6 +381,10 @@ def test_what_is_asked_for_wrongly_is_told_at_once():
     assert "micro_batch_size 8 is not divisible by the DP 3" in message
     assert "there are no costs of module vision (costs of: language)" in message
     assert "module language: layers_per_stage (1, 2, 3) is for 3 pipeline stages" in message
+    last = {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1}
+    unequal = {LANGUAGE: ModuleParallelism(**last)}
+    with pytest.raises(ValueError, match="stages of unequal numbers of layers, but its costs"):
+        simulate_step(unequal, {LANGUAGE: costs()}, micro_batch_size=1, num_microbatches=1)
 
 
 def test_a_large_step_looks_at_each_event_a_few_times_at_most(monkeypatch):
