@@ -17,7 +17,7 @@ copies of their own, as unfused ones in 16 bits do, are not in it.
 from collections.abc import Mapping
 from functools import cache
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
@@ -73,15 +73,27 @@ def stage_activations(
         362560.0
     """
     tokens = sizes.tokens(samples, at_most=True) / parallelism.context_parallel_size
-    alike = evolve(
-        parallelism,
-        context_parallel_size=1,
-        data_parallel_size=parallelism.expert_tensor_parallel_size,
-        expert_model_parallel_size=1,
-        rank_offset=None,
-    )
+    expert_tp, _, _, stages = parallelism.expert_shape
+    first = parallelism.num_layers_in_first_pipeline_stage
+    last = parallelism.num_layers_in_last_pipeline_stage
+    alike = _alike(parallelism.tensor_model_parallel_size, expert_tp, stages, first, last)
     saved, working = _of_a_token(sizes, alike, stage)
     return Activations(tokens * saved, tokens * working)
+
+
+@cache
+def _alike(
+    tp: int, expert_tp: int, stages: int, first: int | None, last: int | None
+) -> ModuleParallelism:
+    """A layout of which a rank keeps as much of a token, whatever its replicas."""
+    return ModuleParallelism(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=stages,
+        data_parallel_size=expert_tp,
+        expert_tensor_parallel_size=expert_tp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
 
 
 @cache
@@ -191,7 +203,7 @@ def _recomputed(
     """(what stays, what comes back while one layer is recomputed) of a stage, for a token."""
     full = [sum(layer.values()) for layer in layers]
     backward = max(layer[MLP] + layer[ACTIVATED] for layer in layers)  # gradients of one layer
-    if sizes.recompute_granularity is None:
+    if not sizes.recomputed:
         return sum(full), backward
     if sizes.recompute_granularity == "selective":
         dropped = {part for module in sizes.recompute_modules for part in DROPPED[module]}

@@ -1,20 +1,27 @@
 """The layouts of a request that fit and that no other beats, ranked by the formula.
 
-Each begins with a choice for the language model, a microbatch, and whether the encoders share its
-ranks; the encoders' choices follow from it. Of encoders that go with one language model only those
-are looked at that are faster than all on fewer GPUs (on shared ranks: with less memory).
+Each begins with a choice for the language model, a microbatch, and whether and how the encoders
+share its ranks; the encoders' choices follow from it. Of encoders that go with one language model
+only those are looked at that are faster than all on fewer GPUs (on shared ranks: with less memory).
 """
 
 from bisect import insort
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from math import inf
 from operator import add
 
 from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
-from megatron_mimo_coord.planning.choices import Choice, Request, choices, side_by_side
+from megatron_mimo_coord.planning.choices import (
+    Choice,
+    Request,
+    choices,
+    recomputations,
+    side_by_side,
+)
 from megatron_mimo_coord.planning.formula import pipeline_seconds, turn_seconds
 from megatron_mimo_coord.planning.memory import stage_memory
 
@@ -34,21 +41,23 @@ class Candidate:
         gpus: that it takes.
         choices: for the language model, and then for each encoder.
         samples: of a microbatch, over all ranks.
-        colocated: whether all modules are on the same ranks.
+        shared: whether encoders are on ranks of the language model.
+        encoder_microbatches: as in :func:`simulate_step`.
     """
 
     seconds: float
     gpus: int
     choices: tuple[Choice, ...]
     samples: int
-    colocated: bool
+    shared: bool
+    encoder_microbatches: int | None = None
 
     @property
     def modules(self) -> dict[str, ModuleParallelism] | None:
         """Each module with its first rank; None if no order keeps TP groups inside a node."""
         language, *encoders = self.choices
         modules = {choice.name: choice.parallelism for choice in (*encoders, language)}
-        if self.colocated:
+        if self.shared:
             return {name: evolve(module, rank_offset=0) for name, module in modules.items()}
         return side_by_side(modules)
 
@@ -59,7 +68,9 @@ class Candidates:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.choices = {name: choices(request, name) for name in request.sizes}
+        self.ways = cache(self.ways)  # type: ignore[method-assign]
         self.held = cache(self.held)  # type: ignore[method-assign]
+        self._bridged = cache(self._bridged)  # type: ignore[method-assign]
 
     def __iter__(self) -> Iterator[Candidate]:
         for root in self._roots():
@@ -79,33 +90,49 @@ class Candidates:
         found: list[Candidate] = []
         for root in sorted(self._roots(), key=rank):
             if len(found) >= count and rank(root) > rank(found[count - 1]):
-                break  # the encoders only add to it
+                break  # the encoders, and what is recomputed, only add to it
             for candidate in self._with_encoders(root):
                 insort(found, candidate, key=rank)
         return found[:count]
 
     def _roots(self) -> Iterator[Candidate]:
-        """The language model alone, in each layout that fits, with each microbatch."""
+        """The language model alone, in each layout, with each microbatch; perhaps it fits."""
         for samples in self.request.microbatches:
             number = self.request.global_batch_size // samples
             for language in self.choices[LANGUAGE]:
-                if not self._fits(language, samples):
-                    continue
-                alone = pipeline_seconds(language, None, samples, number)
-                yield Candidate(alone, language.gpus, (language,), samples, colocated=False)
-                if self.request.encoders and language.stages == 1:
-                    turn = turn_seconds(language, language, samples, number)
-                    yield Candidate(turn, language.gpus, (language,), samples, colocated=True)
+                if samples % language.replicas == 0:
+                    seconds = pipeline_seconds(language, None, samples, number)
+                    root = Candidate(seconds, language.gpus, (language,), samples, shared=False)
+                    yield root
+                    if self.request.encoders:
+                        yield evolve(root, shared=True)
 
     def _with_encoders(self, root: Candidate) -> Iterator[Candidate]:
-        (language,) = root.choices
-        taken = self.held(language, root.samples) if root.colocated else root.gpus
-        found: list[Combination] = [(root.seconds, taken, root.choices)]
-        for name in self.request.encoders:
-            found = self._combinations(root, found, list(self._options(root, name)))
+        """With as little recomputation as fits."""
+        number = self.request.global_batch_size // root.samples
+        is_first = root.shared and root.choices[0].stages > 1
+        for kept, language in product(
+            [None, 0] if is_first else [None], self.ways(root.choices[0])
+        ):
+            waiting = number if is_first else 0
+            held = self.held(language, root.samples, waiting=waiting)
+            if held > self.request.memory_bytes:
+                continue
+            seconds = pipeline_seconds(language, None, root.samples, number)
+            root = evolve(root, seconds=seconds, choices=(language,), encoder_microbatches=kept)
+            taken = held if root.shared else root.gpus
+            found: list[Combination] = [(seconds, taken, root.choices)]
+            for name in self.request.encoders:
+                found = self._combinations(root, found, list(self._options(root, name)))
+            if found:
+                yield from self._candidates(root, found)
+                return
+
+    def _candidates(self, root: Candidate, found: list[Combination]) -> Iterator[Candidate]:
+        """Combinations that are slower on fewer nodes."""
         least, rented = 0.0, inf
         for seconds, taken, chosen in found:
-            gpus = root.gpus if root.colocated else int(taken)
+            gpus = root.gpus if root.shared else int(taken)
             allocated = self.request.allocated(gpus)
             if seconds > least * (1 + ALIKE) or allocated < rented:
                 yield evolve(root, seconds=seconds, gpus=gpus, choices=chosen)
@@ -115,23 +142,47 @@ class Candidates:
         """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
         (language,), samples = root.choices, root.samples
         number = self.request.global_batch_size // samples
-        for encoder in self.choices[name]:
-            replicas = encoder.replicas, language.replicas
-            if max(replicas) % min(replicas) or samples % encoder.replicas:
-                continue
-            if not root.colocated and self._fits(encoder, samples, language.stages):
-                seconds = pipeline_seconds(language, encoder, samples, number)
-                yield seconds, encoder.gpus, (encoder,)
-            elif root.colocated and (encoder.gpus, encoder.stages) == (language.gpus, 1):
-                seconds = turn_seconds(encoder, language, samples, number)
-                yield seconds, self.held(encoder, samples), (encoder,)
+        repeated = root.encoder_microbatches is not None
+        kept = 1 if repeated or language.stages == 1 else number
+        of_stage, fastest = language.gpus // language.stages, inf
+        for encoder in self._bridged(name, samples, language.replicas):
+            if root.shared and encoder.gpus <= language.gpus:
+                if encoder.stages == 1 and encoder.gpus % of_stage == 0:
+                    for way in self.ways(encoder):
+                        seconds = turn_seconds(way, language, samples, number, repeated)
+                        yield seconds, self.held(way, samples, kept - 1), (way,)
+            elif not root.shared and encoder.gpus + language.gpus <= self.request.gpus:
+                if pipeline_seconds(language, encoder, samples, number) >= fastest:
+                    continue  # those with fewer GPUs are as fast
+                for way in self.ways(encoder):
+                    if self.held(way, samples, language.stages) <= self.request.memory_bytes:
+                        seconds = pipeline_seconds(language, way, samples, number)
+                        yield seconds, way.gpus, (way,)
+                        fastest = min(fastest, seconds)
+                        break
+
+    def ways(self, choice: Choice) -> list[Choice]:
+        """A choice with more and more recomputed."""
+        request, name = self.request, choice.name
+        more = recomputations(request.sizes[name])[1:]
+        others = (Choice.of(request, name, sizes, choice.parallelism) for sizes in more)
+        return [choice, *filter(None, others)]
+
+    def _bridged(self, name: str, samples: int, replicas: int) -> list[Choice]:
+        """The choices of an encoder that share a microbatch, and feed so many replicas."""
+        return [
+            choice
+            for choice in self.choices[name]
+            if samples % choice.replicas == 0
+            and max(replicas, choice.replicas) % min(replicas, choice.replicas) == 0
+        ]
 
     def _combinations(
         self, root: Candidate, found: list[Combination], options: list[Combination]
     ) -> list[Combination]:
         """Choices for one more module, the fastest first; each next is slower and takes less."""
-        combine: Callable[[float, float], float] = add if root.colocated else max
-        most = self.request.memory_bytes if root.colocated else self.request.gpus
+        combine: Callable[[float, float], float] = add if root.shared else max
+        most = self.request.memory_bytes if root.shared else self.request.gpus
         combined = (
             (combine(seconds, more), taken + takes, chosen + choice)
             for seconds, taken, chosen in found
@@ -145,29 +196,25 @@ class Candidates:
                 kept.append(combination)
         return kept
 
-    def _fits(self, choice: Choice, samples: int, behind: int = 0) -> bool:
-        """Whether a microbatch can be dealt out, and held."""
-        return samples % choice.replicas == 0 and (
-            self.held(choice, samples, behind) <= self.request.memory_bytes
-        )
-
-    def held(self, choice: Choice, samples: int, behind: int = 0) -> float:
+    def held(self, choice: Choice, samples: int, behind: int = 0, waiting: int = 0) -> float:
         """Bytes on the fullest rank of the first and the last stage.
 
         Args:
             choice: for a module.
             samples: of a microbatch, over all ranks.
-            behind: stages of the language model that follow.
+            behind: stages of the language model that follow, or microbatches that are held besides.
+            waiting: microbatches whose images' tokens wait on the first stage.
         """
         number = self.request.global_batch_size // samples
         return max(
             stage_memory(
                 choice.name,
-                self.request.sizes,
+                {**self.request.sizes, choice.name: choice.sizes},
                 {choice.name: choice.parallelism},
                 stage,
                 micro_batch_size=samples,
                 in_flight=min(number, behind + choice.stages - stage),
+                waiting=waiting or None,
             ).total
             for stage in {0, choice.stages - 1}
         )

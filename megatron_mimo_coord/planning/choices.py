@@ -8,6 +8,7 @@ from attrs import Factory, evolve, field, frozen
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
+from megatron_mimo_coord.planning.estimates import forward_flops
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
@@ -22,7 +23,7 @@ class Request:
         gpus_per_node: ranks that share a node.
         global_batch_size: samples in a step.
         memory_bytes: of a GPU, for one rank.
-        costs: what a module costs in a layout.
+        costs: what a module of some sizes costs in a layout.
         cluster: the links between ranks.
         micro_batch_size: the only microbatch to consider, over all ranks; None for every one.
     """
@@ -32,7 +33,7 @@ class Request:
     gpus_per_node: int
     global_batch_size: int
     memory_bytes: float
-    costs: Callable[[str, ModuleParallelism], ModuleCosts]
+    costs: Callable[[str, ModuleSizes, ModuleParallelism], ModuleCosts]
     cluster: Cluster
     micro_batch_size: int | None = None
 
@@ -65,7 +66,8 @@ class Choice:
 
     Args:
         name: of the module.
-        parallelism: its sizes.
+        sizes: with what it recomputes.
+        parallelism: its parallel sizes.
         costs: of the module in this layout.
         cluster: the links between ranks.
         work: of a sample of the batch on each stage, forward and back.
@@ -76,6 +78,7 @@ class Choice:
     """
 
     name: str
+    sizes: ModuleSizes
     parallelism: ModuleParallelism
     costs: ModuleCosts
     cluster: Cluster
@@ -89,9 +92,14 @@ class Choice:
     slowest: float = field(default=Factory(lambda self: max(self.work), True))
 
     @classmethod
-    def of(cls, request: Request, name: str, parallelism: ModuleParallelism) -> "Choice | None":
-        """What a choice costs; None if the costs are of another number of stages."""
-        costs, stages = request.costs(name, parallelism), parallelism.pipeline_model_parallel_size
+    def of(
+        cls, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
+    ) -> "Choice | None":
+        """What a choice costs; None if the costs are of other stages."""
+        costs = request.costs(name, sizes, parallelism)
+        stages = parallelism.pipeline_model_parallel_size
+        if costs.layers_per_stage is None and parallelism.has_unequal_stages:
+            return None
         if costs.layers_per_stage is not None and len(costs.layers_per_stage) != stages:
             return None
         others = dict.fromkeys(request.encoders if name == LANGUAGE else (), ModuleParallelism())
@@ -100,6 +108,7 @@ class Choice:
         alone = Durations(modules, pack(modules), {name: costs}, request.cluster, 1, is_distributed)
         return cls(
             name,
+            sizes,
             parallelism,
             costs,
             request.cluster,
@@ -135,24 +144,64 @@ def divisors(number: int) -> list[int]:
 def choices(request: Request, name: str) -> list[Choice]:
     """Every way to lay out a module whose costs are known, those on fewer GPUs first.
 
-    TP divides the GPUs of a node, PP the layers, DP the global batch. CP is 1, as bridges need.
-    Experts are whole or shared like the rest of a layer: expert TP is 1 or TP.
+    TP divides the GPUs of a node, PP the layers, DP the global batch; a language model may also
+    have stages of unequal numbers of layers. CP is 1, as bridges need. Experts are whole or shared
+    like the rest of a layer: expert TP is 1 or TP.
     """
-    every = (Choice.of(request, name, each) for each in _parallelisms(request, name))
+    sizes = request.sizes[name]
+    every = (Choice.of(request, name, sizes, each) for each in _parallelisms(request, name))
     return sorted(filter(None, every), key=lambda choice: choice.gpus)
+
+
+def recomputations(sizes: ModuleSizes) -> list[ModuleSizes]:
+    """A module with nothing recomputed, what costs little, MLPs too, and everything.
+
+    Only as it is, if its sizes say what to recompute or it has no backward.
+
+    Example:
+        >>> words = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
+        >>> [each.recomputed for each in recomputations(words)]
+        ['', 'layernorm', 'layernorm, mlp', 'full']
+    """
+    if sizes.recompute_granularity is not None or (sizes.frozen and not sizes.is_language):
+        return [sizes]
+    cheap = ["layernorm"]
+    if not sizes.has_flash_attention:
+        cheap.insert(0, "core_attn")
+    if sizes.num_moe_experts:
+        cheap.append("moe_act")
+    kinds = {sizes.has_experts(layer) for layer in range(sizes.num_layers)}
+    dear = [*cheap, *(["mlp"] if False in kinds else []), *(["moe"] if True in kinds else [])]
+    selective = (
+        evolve(sizes, recompute_granularity="selective", recompute_modules=tuple(modules))
+        for modules in (cheap, dear)
+    )
+    full = evolve(
+        sizes,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    return [sizes, *selective, full]
+
+
+MOST_UNEQUAL = 16
+"""Stages of a pipeline of which the search makes some shorter than others."""
 
 
 def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
     sizes = request.sizes[name]
+    pipelines = [{"pipeline_model_parallel_size": pp} for pp in divisors(sizes.num_layers)]
+    if name == LANGUAGE:
+        pipelines += _unequal_stages(sizes, min(MOST_UNEQUAL, request.gpus, sizes.num_layers))
     for tp in divisors(request.gpus_per_node):
-        for pp in divisors(sizes.num_layers):
-            alone = ModuleParallelism(
-                tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
-            )
-            if tp * pp > request.gpus or sharding_problems(name, sizes, alone):
+        for pipeline in pipelines:
+            ranks = tp * pipeline["pipeline_model_parallel_size"]
+            alone = ModuleParallelism(tensor_model_parallel_size=tp, **pipeline)
+            if ranks > request.gpus or sharding_problems(name, sizes, alone):
                 continue
             for dp in divisors(request.global_batch_size):
-                if tp * pp * dp > request.gpus:
+                if ranks * dp > request.gpus:
                     break
                 for expert_tp, ep in _expert_sizes(sizes, tp, dp):
                     yield evolve(
@@ -161,6 +210,31 @@ def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
                         expert_model_parallel_size=ep,
                         expert_tensor_parallel_size=expert_tp,
                     )
+
+
+def _unequal_stages(sizes: ModuleSizes, most: int) -> Iterator[dict[str, int]]:
+    """For each PP the numbers of layers with the least work on the slowest stage, if unequal."""
+    flops, total = forward_flops(sizes, sizes.hidden_size), sizes.num_layers
+    a_layer = flops.layers / total
+    for pp in range(2, most + 1):
+        ways = [
+            (first, (total - first - last) // (pp - 2) if pp > 2 else 0, last)
+            for first in range(1, total)
+            for last in range(1, total - first + (pp == 2))
+            if ((total - first - last) % (pp - 2) == 0 if pp > 2 else first + last == total)
+        ]
+        slowest = {
+            way: max(way[0] + flops.before / a_layer, way[1], way[2] + flops.after / a_layer)
+            for way in ways
+            if pp == 2 or way[1] > 0
+        }
+        first, middle, last = min(slowest, key=lambda way: (slowest[way], -way[2]))
+        if len({first, middle or first, last}) > 1:
+            yield {
+                "pipeline_model_parallel_size": pp,
+                "num_layers_in_first_pipeline_stage": first,
+                "num_layers_in_last_pipeline_stage": last,
+            }
 
 
 def _expert_sizes(sizes: ModuleSizes, tp: int, dp: int) -> Iterator[tuple[int, int]]:

@@ -1,26 +1,25 @@
 """Where no layout fits: which comes closest, what it lacks, and how many GPUs would do."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import inf
 
 from attrs import evolve
 
 from megatron_mimo_coord.layout import ModuleParallelism
-from megatron_mimo_coord.planning.candidates import Candidates
+from megatron_mimo_coord.planning.candidates import Candidate, Candidates
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import PARTS
-from megatron_mimo_coord.planning.search import Proposal, cost
+from megatron_mimo_coord.planning.search import Proposal, costed
 
 MOST_NODES = 2**13  # that are looked at for how many would do
 MOST_STEPS = 4_000  # of a percent, from the memory that there is to what a layout needs
 GB = 1e9
 
 
-def _first(request: Request) -> tuple[dict[str, ModuleParallelism], int] | None:
-    """Some layout that fits, if any does, and its microbatch; its step is not simulated."""
-    every = ((candidate.modules, candidate.samples) for candidate in Candidates(request))
-    return next(((modules, samples) for modules, samples in every if modules), None)
+def _first(request: Request) -> Candidate | None:
+    """Some layout that fits, if any does; its step is not simulated."""
+    return next((each for each in Candidates(request) if each.modules), None)
 
 
 def closest(request: Request) -> tuple[Proposal | None, list[str]]:
@@ -34,9 +33,9 @@ def closest(request: Request) -> tuple[Proposal | None, list[str]]:
 
     percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(_first(with_more(each))))
     if found := _first(with_more(percents)):
-        layout = cost(request, *found)
+        layout = costed(request, found)
         return layout, [
-            f"closest is {in_words(*found)}",
+            f"closest is {in_words(found)}",
             *shortages(layout),
             *_what_would_do(request),
         ]
@@ -57,17 +56,18 @@ def _what_would_do(request: Request) -> Iterator[str]:
     nodes = range(1, MOST_NODES)
     fewest = bisect_left(nodes, True, key=lambda each: bool(_first(on(each)))) + 1
     if fit := _first(on(fewest)):
-        yield f"{on(fewest).gpus} GPUs would do: {in_words(*fit)}"
+        yield f"{on(fewest).gpus} GPUs would do: {in_words(fit)}"
         return
     everywhere = Candidates(evolve(request, memory_bytes=inf, gpus=on(MOST_NODES).gpus))
-    for name, found in everywhere.choices.items():
+    for name, every in everywhere.choices.items():
+        found = [everywhere.ways(choice)[-1] for choice in every]
         samples = {choice: request.micro_batch_size or choice.replicas for choice in found}
         dealt = (choice for choice in found if samples[choice] % choice.replicas == 0)
         least = min((everywhere.held(each, samples[each]) for each in dealt), default=0.0)
         if least > request.memory_bytes:
             yield (
                 f"{name} fits on no number of GPUs: its fullest rank holds {least / GB:.1f} GB at "
-                f"least; recompute activations, use the distributed optimizer, or rent GPUs with "
+                f"least; use the distributed optimizer, or rent GPUs with "
                 f"more memory"
             )
 
@@ -99,7 +99,7 @@ def shortages(layout: Proposal) -> Iterator[str]:
 def _stages_with_costs(request: Request) -> Iterator[str]:
     """The modules whose PP measured costs prescribe."""
     for name in request.sizes:
-        layers = request.costs(name, ModuleParallelism()).layers_per_stage
+        layers = request.costs(name, request.sizes[name], ModuleParallelism()).layers_per_stage
         if layers is not None and len(layers) > 1:
             yield (
                 f"the costs of {name} are of {len(layers)} stages, so that its PP must be "
@@ -107,10 +107,11 @@ def _stages_with_costs(request: Request) -> Iterator[str]:
             )
 
 
-def in_words(modules: Mapping[str, ModuleParallelism], micro_batch_size: int) -> str:
+def in_words(candidate: Candidate) -> str:
     """A layout and its microbatch, in a line."""
-    sizes = ", ".join(
-        f"{name} TP {module.shape[0]} x PP {module.shape[3]} x DP {module.shape[2]}"
-        for name, module in modules.items()
-    )
-    return f"{sizes}, with a microbatch of {micro_batch_size}"
+    parts = []
+    for choice in (*candidate.choices[1:], candidate.choices[0]):
+        tp, _, dp, pp = choice.parallelism.shape
+        again = f" recomputing {choice.sizes.recomputed}" if choice.sizes.recomputed else ""
+        parts.append(f"{choice.name} TP {tp} x PP {pp} x DP {dp}{again}")
+    return f"{', '.join(parts)}, with a microbatch of {candidate.samples}"

@@ -45,16 +45,25 @@ def pipeline_seconds(
     return step + end + max(encoder.optimizer, language.optimizer)
 
 
-def turn_seconds(choice: Choice, language: Choice, samples: int, microbatches: int) -> float:
-    """What one of the modules on the same ranks adds to a step."""
-    seconds = microbatches * samples * choice.whole + choice.reduction + choice.optimizer
-    parts = max(choice.replicas, language.replicas)
-    peers = parts // min(choice.replicas, language.replicas)
-    if peers > 1:  # they exchange tokens
-        message = choice.costs.output_bytes_per_sample * samples / parts
-        exchange = (peers - 1) * choice.cluster.message_seconds((0, choice.gpus - 1), message)
-        seconds += (2 if choice.has_backward else 1) * microbatches * exchange
-    return seconds
+def turn_seconds(
+    encoder: Choice, language: Choice, samples: int, microbatches: int, repeated: bool
+) -> float:
+    """What an encoder on ranks of the language model adds to a step.
+
+    Args:
+        encoder: the encoder.
+        language: the language model.
+        samples: of a microbatch, over all ranks.
+        microbatches: in a step.
+        repeated: whether its forwards run once more before its backwards.
+    """
+    work = encoder.whole
+    if repeated and encoder.has_backward:
+        work += encoder.costs.forward_seconds(encoder.parallelism, 0, 1)
+    exchange = sum(bridge_seconds(encoder, language, samples))
+    if encoder.gpus == language.gpus and encoder.replicas == language.replicas:
+        exchange = 0.0  # each rank has its own tokens
+    return microbatches * (samples * work + exchange) + encoder.reduction + encoder.optimizer
 
 
 def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[float, float]:

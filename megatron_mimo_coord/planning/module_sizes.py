@@ -84,6 +84,8 @@ class ModuleSizes:
             recompute_num_layers, recompute_modules, deallocate_pipeline_outputs, params_dtype: as
             in ``TransformerConfig``; a dtype is ``"bf16"``, ``"fp16"`` or ``"fp32"``.
             ``sequence_parallel`` counts where TP is above 1, as Megatron's trainers have it.
+            ``recompute_granularity`` may be ``"none"``, too: nothing is recomputed, and no search
+            tries to.
         vocab_size: words of a language model, with padding; tensor parallelism must divide it.
             None for an encoder.
         seq_length: tokens of a sample, of a language model. None for an encoder.
@@ -135,7 +137,7 @@ class ModuleSizes:
     moe_ffn_hidden_size: int = _counted(lambda self: self.ffn_hidden_size)
     moe_router_topk: int = _count(2)
     moe_shared_expert_intermediate_size: int | None = _count(None)
-    recompute_granularity: str | None = _one_of("full", "selective", None, default=None)
+    recompute_granularity: str | None = _one_of("full", "selective", "none", None, default=None)
     recompute_method: str | None = _one_of("uniform", "block", None, default=None)
     recompute_num_layers: int | None = _count(None)
     recompute_modules: Sequence[str] = field(
@@ -168,6 +170,13 @@ class ModuleSizes:
     def is_language(self) -> bool:
         """Whether the module has a vocabulary, which only the language model has."""
         return self.vocab_size is not None
+
+    @property
+    def recomputed(self) -> str:
+        """What is computed again for the backward pass, in a word or two."""
+        if self.recompute_granularity == "selective":
+            return ", ".join(self.recompute_modules)
+        return "full" if self.recompute_granularity == "full" else ""
 
     @property
     def query_size(self) -> int:

@@ -20,7 +20,7 @@ from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.plan_inputs import Inputs
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows
-from megatron_mimo_coord.planning.search import Proposal, cost, propose
+from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
 from megatron_mimo_coord.planning.terminal import (
     Parser,
     answer,
@@ -84,8 +84,7 @@ def plan(options: argparse.Namespace) -> None:
     nearest, problems = None, inputs.problems
     head = f"{options.model} cannot be planned:"
     if inputs.request and inputs.modules:
-        assert inputs.request.micro_batch_size, "the layout's batch is known"
-        proposals = [cost(inputs.request, inputs.modules, inputs.request.micro_batch_size)]
+        proposals = [cheapest(inputs.request, inputs.modules)]
     elif inputs.request:
         proposals = propose(inputs.request, options.count, per_gpu=options.per_gpu)
         if not proposals:

@@ -179,7 +179,7 @@ def _costs(
     options: argparse.Namespace,
     cluster: Cluster,
     measured: Mapping[str, Mapping[str, Any]],
-) -> Callable[[str, ModuleParallelism], ModuleCosts]:
+) -> Callable[[str, ModuleSizes, ModuleParallelism], ModuleCosts]:
     """What a module costs in a layout: as measured, and as estimated where nothing was measured."""
     accelerator = Accelerator(
         flops_per_second=options.flops * TERA,
@@ -187,8 +187,8 @@ def _costs(
     )
     width = sizes[LANGUAGE].hidden_size
 
-    def of(name: str, parallelism: ModuleParallelism) -> ModuleCosts:
-        estimated = estimated_costs(sizes[name], parallelism, width, accelerator, cluster)
+    def of(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> ModuleCosts:
+        estimated = estimated_costs(sizes, parallelism, width, accelerator, cluster)
         return evolve(estimated, **measured.get(name, {}))
 
     return of

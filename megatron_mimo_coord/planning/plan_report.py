@@ -5,8 +5,10 @@ from typing import Any
 
 from attrs import asdict
 
+from megatron_mimo_coord.layout import runs_encoders_first
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import PARTS, StageMemory
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.search import Proposal
 
 GB = 1e9
@@ -46,7 +48,7 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
                 f"{each.samples_per_second:.4g}",
                 f"{each.samples_per_second / each.allocated:.4g}",
                 str(each.allocated),
-                "shared" if each.is_colocated else "own",
+                "shared" if each.is_shared else "own",
                 str(each.allocated - each.gpus),
                 *(f"{each.ranks_idle(name):.0%}" for name in names),
                 f"{each.headroom / GB:.1f}",
@@ -85,12 +87,15 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
         "allocated_gpus": proposal.allocated,
         "empty_gpus": proposal.allocated - proposal.gpus,
         "colocated": proposal.is_colocated,
+        "encoders_first": runs_encoders_first(proposal.grids),
+        "encoder_microbatches": proposal.encoder_microbatches,
         "micro_batch_size": proposal.micro_batch_size,
         "num_microbatches": proposal.num_microbatches,
         "headroom_bytes": proposal.headroom,
         "modules": {
             name: {
                 **asdict(module),
+                **_recompute(proposal.sizes[name]),
                 "idle": proposal.idle(name),
                 "waiting": proposal.waiting(name),
                 "ranks_idle": proposal.ranks_idle(name),
@@ -108,3 +113,14 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
             for name, module in proposal.modules.items()
         },
     }
+
+
+RECOMPUTE = ("granularity", "method", "num_layers", "modules")
+
+
+def _recompute(sizes: ModuleSizes) -> dict[str, Any]:
+    """What to set in a module's ``TransformerConfig``."""
+    found = {f"recompute_{name}": getattr(sizes, f"recompute_{name}") for name in RECOMPUTE}
+    if sizes.recompute_granularity != "selective":
+        del found["recompute_modules"]
+    return found

@@ -6,7 +6,7 @@ few hundred are simulated, and the best of these listed.
 """
 
 from collections.abc import Mapping
-from itertools import batched
+from itertools import batched, product
 from typing import Any
 
 from attrs import evolve, frozen
@@ -18,10 +18,13 @@ from megatron_mimo_coord.layout import (
     is_colocated,
     pack,
     ranks_taken,
+    runs_encoders_first,
 )
-from megatron_mimo_coord.planning.candidates import ALIKE, Candidates
-from megatron_mimo_coord.planning.choices import Request
+from megatron_mimo_coord.planning.candidates import ALIKE, Candidate, Candidates
+from megatron_mimo_coord.planning.choices import Request, recomputations
 from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
+from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Timeline
 
@@ -36,17 +39,21 @@ class Proposal:
 
     Args:
         request: what it was sought for.
+        sizes: of each module, with what it recomputes.
         modules: parallel sizes of each module, each with its first rank.
         micro_batch_size: samples in a microbatch over all ranks.
         timeline: of a simulated step.
         memory: of a rank of each (module, stage).
+        encoder_microbatches: as in :func:`simulate_step`.
     """
 
     request: Request
+    sizes: Mapping[str, ModuleSizes]
     modules: Mapping[str, ModuleParallelism]
     micro_batch_size: int
     timeline: Timeline
     memory: Mapping[tuple[str, int], StageMemory]
+    encoder_microbatches: int | None = None
 
     @property
     def grids(self) -> dict[str, ModuleGrid]:
@@ -57,6 +64,11 @@ class Proposal:
     def is_colocated(self) -> bool:
         """Whether several modules share all ranks."""
         return len(self.modules) > 1 and is_colocated(self.grids.values())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether encoders are on ranks of the language model."""
+        return bool(sharing(self.grids))
 
     @property
     def num_microbatches(self) -> int:
@@ -98,9 +110,13 @@ class Proposal:
 
     def ranks_idle(self, module: str) -> float:
         """Share of a step in which a rank of a module computes nothing, for this or another."""
-        here = self.grids[module].ranks
-        sharing = [name for name, grid in self.grids.items() if grid.ranks == here]
-        return max(0.0, 1 - sum(self._mean(name, "busy") for name in sharing))
+        stages = self.timeline.stages
+        idle = [
+            1 - sum(stages[name, stage].busy for name in names)
+            for names, stage in modules_by_stage(self.grids)
+            if module in names
+        ]
+        return max(0.0, sum(idle) / len(idle))
 
     def _mean(self, module: str, share: str) -> float:
         """A share of the step, of all stages of a module."""
@@ -110,26 +126,64 @@ class Proposal:
 
 
 def cost(
-    request: Request, modules: Mapping[str, ModuleParallelism], micro_batch_size: int
+    request: Request,
+    modules: Mapping[str, ModuleParallelism],
+    micro_batch_size: int,
+    sizes: Mapping[str, ModuleSizes] | None = None,
+    **how: Any,
 ) -> Proposal:
     """What one layout costs, whether it fits or not.
+
+    Args:
+        request: what the layout is for.
+        modules: parallel sizes of each module.
+        micro_batch_size: samples in a microbatch over all ranks.
+        sizes: of each module, with what it recomputes; None for those of the request.
+        how: ``encoders_first`` and ``encoder_microbatches``, as in :func:`simulate_step`.
 
     Raises:
         ValueError: the layout cannot run.
     """
-    batch: dict[str, Any] = {
-        "micro_batch_size": micro_batch_size,
-        "num_microbatches": request.global_batch_size // micro_batch_size,
-    }
+    sizes = request.sizes if sizes is None else sizes
+    number = request.global_batch_size // micro_batch_size
+    batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "num_microbatches": number}
     timeline = simulate_step(
         modules,
-        {name: request.costs(name, module) for name, module in modules.items()},
+        {name: request.costs(name, sizes[name], module) for name, module in modules.items()},
         **batch,
+        **how,
         cluster=request.cluster,
         distributed_optimizer=request.distributed_optimizer,
     )
-    memory = layout_memory(modules, request.sizes, **batch)
-    return Proposal(request, modules, micro_batch_size, timeline, memory)
+    memory = layout_memory(modules, sizes, **batch, **how)
+    kept = how.get("encoder_microbatches")
+    return Proposal(request, sizes, modules, micro_batch_size, timeline, memory, kept)
+
+
+def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: Any) -> Proposal:
+    """What one layout costs with the shortest step that fits; if none does, with the least memory.
+
+    What is recomputed is chosen where the sizes do not say it.
+    """
+    assert request.micro_batch_size, "the batch is known"
+    ways = [recomputations(request.sizes[name]) for name in modules]
+    first = runs_encoders_first(pack(modules)) and "encoder_microbatches" not in how
+    every = [
+        cost(
+            request,
+            modules,
+            request.micro_batch_size,
+            dict(zip(modules, way, strict=True)),
+            **how,
+            **kept,
+        )
+        for way in product(*ways)
+        for kept in ([{}, {"encoder_microbatches": 0}] if first else [{}])
+    ]
+    fitting = [each for each in every if each.headroom >= 0]
+    if fitting:
+        return min(fitting, key=lambda each: each.timeline.seconds)
+    return max(every, key=lambda each: each.headroom)
 
 
 def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
@@ -157,14 +211,22 @@ def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list
             least = cost_of(some[0].seconds, some[0].gpus)
             if least > MARGIN * rank(kept[-1])[0]:
                 break
-        costed = [cost(request, each.modules, each.samples) for each in some if each.modules]
-        found += [proposal for proposal in costed if proposal.headroom >= 0]
+        simulated = [costed(request, each) for each in some if each.modules]
+        found += [proposal for proposal in simulated if proposal.headroom >= 0]
         found.sort(key=rank)
         kept = []
         for proposal in found:
             if len(kept) < count and not any(_are_alike(proposal, each) for each in kept):
                 kept.append(proposal)
     return kept
+
+
+def costed(request: Request, candidate: Candidate) -> Proposal:
+    """What a candidate costs."""
+    sizes = {choice.name: choice.sizes for choice in candidate.choices}
+    modules, kept = candidate.modules, candidate.encoder_microbatches
+    assert modules, "it can be placed"
+    return cost(request, modules, candidate.samples, sizes, encoder_microbatches=kept)
 
 
 def _are_alike(one: Proposal, other: Proposal) -> bool:
@@ -176,7 +238,7 @@ def _are_alike(one: Proposal, other: Proposal) -> bool:
         (
             evolve(each.modules[LANGUAGE], rank_offset=0),
             each.micro_batch_size,
-            each.is_colocated,
+            each.is_shared,
             each.allocated,
         )
         for each in (one, other)

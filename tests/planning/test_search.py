@@ -14,8 +14,8 @@ from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleParallelism,
     default_topology,
-    is_colocated,
     pack,
+    runs_encoders_first,
 )
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems
@@ -29,7 +29,12 @@ from megatron_mimo_coord.planning.search import propose
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 VISION = ModuleSizes(
-    num_layers=2, hidden_size=16, num_attention_heads=2, tokens_per_image=4, patch_size=12
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    tokens_per_image=4,
+    patch_size=12,
+    recompute_granularity="none",
 )
 WORDS = ModuleSizes(
     num_layers=4,
@@ -38,6 +43,7 @@ WORDS = ModuleSizes(
     vocab_size=64,
     seq_length=16,
     use_distributed_optimizer=True,
+    recompute_granularity="none",
 )
 
 times = st.sampled_from([0.0, 0.001, 0.01, 0.013, 0.1])
@@ -84,13 +90,16 @@ def requests(draw: st.DrawFn) -> Request:
         gpus_per_node=draw(st.sampled_from([2, 4])),
         global_batch_size=draw(st.sampled_from([4, 6])),
         memory_bytes=draw(st.sampled_from([1e9, 2.0e6, 0.8e6])),
-        costs=lambda name, _: known[name],
+        costs=lambda name, *_: known[name],
         cluster=draw(clusters),
     )
 
 
-def every_layout(request: Request) -> Iterator[tuple[dict[str, ModuleParallelism], int]]:
-    """Every layout that runs and fits, found by trying all numbers."""
+Found = tuple[dict[str, ModuleParallelism], int, int | None]
+
+
+def every_layout(request: Request) -> Iterator[Found]:
+    """Every layout that runs and fits, with microbatch and encoder_microbatches, by brute force."""
     gpus, batch = request.gpus, request.global_batch_size
     numbers = range(1, gpus + 1)
     every = [
@@ -101,7 +110,7 @@ def every_layout(request: Request) -> Iterator[tuple[dict[str, ModuleParallelism
     for chosen in product(every, repeat=len(request.sizes)):
         modules = dict(zip(request.sizes, chosen, strict=True))
         ranks = [module.size for module in chosen]
-        if sum(ranks) > gpus and len(set(ranks)) > 1:
+        if sum(ranks) > gpus and max(ranks) != ranks[-1]:
             continue
         if any(sharding_problems(name, request.sizes[name], modules[name]) for name in modules):
             continue
@@ -109,16 +118,21 @@ def every_layout(request: Request) -> Iterator[tuple[dict[str, ModuleParallelism
         placed = [_placed(modules, order) for order in permutations(larger_first)]
         whole = (each for each in placed if _keeps_tp_whole(each))
         together = {name: evolve(module, rank_offset=0) for name, module in modules.items()}
-        for layout in filter(None, (next(whole, None), together if len(modules) > 1 else None)):
+        stage = ranks[-1] // chosen[-1].pipeline_model_parallel_size
+        may_share = len(modules) > 1 and all(
+            size <= ranks[-1] and size % stage == 0 for size in ranks[:-1]
+        )
+        for layout in filter(None, (next(whole, None), together if may_share else None)):
             grids = pack(layout)
             ranks = max(grid.ranks.stop for grid in grids.values())
             if ranks > gpus or layout_problems(grids, default_topology(grids), ranks):
                 continue
             for samples in range(1, batch + 1):
-                if not batch_problems(grids.values(), batch, samples) and _fits(
-                    request, layout, samples
-                ):
-                    yield layout, samples
+                if batch_problems(grids.values(), batch, samples):
+                    continue
+                for kept in [None, 0] if runs_encoders_first(grids) else [None]:
+                    if fullest(request, layout, samples, kept) <= request.memory_bytes:
+                        yield layout, samples, kept
 
 
 def _placed(modules, order):
@@ -134,14 +148,11 @@ def _keeps_tp_whole(layout):
     )
 
 
-def _fits(request, layout, samples):
-    return fullest(request, layout, samples) <= request.memory_bytes
-
-
-def seconds(request, layout, samples):
+def seconds(request, layout, samples, kept=None):
     return simulate_step(
         layout,
-        {name: request.costs(name, module) for name, module in layout.items()},
+        {name: request.costs(name, None, module) for name, module in layout.items()},
+        encoder_microbatches=kept,
         micro_batch_size=samples,
         num_microbatches=request.global_batch_size // samples,
         cluster=request.cluster,
@@ -160,12 +171,12 @@ def rank(request, layout, took):
 @given(requests())
 def test_the_best_is_the_best_of_all_layouts(request):
     ranked = [
-        rank(request, layout, seconds(request, layout, samples))
-        for layout, samples in every_layout(request)
+        rank(request, layout, seconds(request, layout, *how))
+        for layout, *how in every_layout(request)
     ]
     for index, per_gpu in enumerate((False, True)):
         found = [
-            rank(request, each.modules, seconds(request, each.modules, each.micro_batch_size))
+            rank(request, each.modules, seconds(request, each.modules, *batch(each)))
             for each in propose(request, 4, per_gpu=per_gpu)
         ]
         assert bool(found) == bool(ranked)
@@ -174,9 +185,14 @@ def test_the_best_is_the_best_of_all_layouts(request):
             assert found[0][index] == pytest.approx(min(each[index] for each in ranked))
 
 
+def batch(proposal):
+    return proposal.micro_batch_size, proposal.encoder_microbatches
+
+
 def of_language(layout):
     """What the language model of a layout is like, wherever it lies."""
-    shared = len(layout) > 1 and is_colocated(pack(layout).values())
+    offsets = {module.rank_offset for module in layout.values()}
+    shared = len(layout) > 1 and offsets == {0}
     return evolve(layout[LANGUAGE], rank_offset=None), shared
 
 
@@ -184,13 +200,13 @@ def of_language(layout):
 @given(requests())
 def test_each_language_layout_is_listed_with_its_best_encoders_once(request):
     least: dict[tuple, float] = {}
-    for layout, samples in every_layout(request):
+    for layout, *how in every_layout(request):
         key = of_language(layout)
-        least[key] = min(least.get(key, inf), seconds(request, layout, samples))
+        least[key] = min(least.get(key, inf), seconds(request, layout, *how))
     found: dict[tuple, list[tuple[float, tuple[int, int]]]] = {}
     for each in propose(request, 1000):
         assert each.headroom >= 0
-        assert _fits(request, each.modules, each.micro_batch_size)
+        assert fullest(request, each.modules, *batch(each)) <= request.memory_bytes
         listed = found.setdefault(of_language(each.modules), [])
         listed.append((each.timeline.seconds, (each.micro_batch_size, each.allocated)))
     assert found.keys() == least.keys()
@@ -207,16 +223,16 @@ def test_the_formula_ranks_by_about_what_is_simulated(request):
     assume(
         len(request.sizes) < 3
     )  # with several encoders, a first stage also waits for each in turn
-    assume(not all(request.costs(name, parallel()).frozen for name in request.sizes))
+    assume(not all(request.costs(name, None, parallel()).frozen for name in request.sizes))
 
-    def twice(name, module):
-        known = request.costs(name, module)
+    def twice(name, sizes, module):
+        known = request.costs(name, sizes, module)
         return evolve(known, backward_seconds_per_sample=2 * known.forward_seconds_per_sample)
 
     free = evolve(request, cluster=Cluster(), costs=twice)
     for candidate in Candidates(free):
         if layout := candidate.modules:
-            took = seconds(free, layout, candidate.samples)
+            took = seconds(free, layout, candidate.samples, candidate.encoder_microbatches)
             assert candidate.seconds == pytest.approx(took, rel=0.3), layout
 
 
@@ -228,18 +244,19 @@ def test_frozen_stages_that_receive_are_ranked_with_their_backward():
         gpus_per_node=4,
         global_batch_size=4,
         memory_bytes=1e9,
-        costs=lambda name, _: known,
+        costs=lambda *_: known,
         cluster=Cluster(),
     )
     # Half of a forward pass a stage, and half of a backward pass where something asks for it.
     for name, work in (("vision", [0.5, 1.0]), (LANGUAGE, [1.0, 1.0])):
-        assert Choice.of(request, name, parallel(pp=2)).work == work
+        assert Choice.of(request, name, request.sizes[name], parallel(pp=2)).work == work
 
 
-def fullest(request, layout, samples):
+def fullest(request, layout, samples, kept=None):
     memory = layout_memory(
         layout,
         request.sizes,
+        encoder_microbatches=kept,
         micro_batch_size=samples,
         num_microbatches=request.global_batch_size // samples,
     )
@@ -254,7 +271,7 @@ def test_the_closest_has_the_least_memory_of_all_layouts(request):
     short = evolve(request, memory_bytes=least / 2)
     assert not propose(short, 1)
     found, reasons = closest(short)
-    held = fullest(request, found.modules, found.micro_batch_size)
+    held = fullest(request, found.modules, *batch(found))
     assert least <= held <= 1.02 * least
     assert found.headroom == pytest.approx(least / 2 - held)
     assert reasons[0].startswith("closest is ")
@@ -292,13 +309,13 @@ def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most)
         gpus_per_node=8,
         global_batch_size=batch,
         memory_bytes=memory_bytes,
-        costs=lambda name, module: estimated_costs(
-            sizes[name], module, 4096, Accelerator(), cluster
-        ),
+        costs=lambda _, sizes, module: estimated_costs(sizes, module, 4096, Accelerator(), cluster),
         cluster=cluster,
     )
     simulated = []
     real = search.cost
-    monkeypatch.setattr(search, "cost", lambda *args: simulated.append(args) or real(*args))
+    monkeypatch.setattr(
+        search, "cost", lambda *args, **how: simulated.append(args) or real(*args, **how)
+    )
     assert len(propose(request, 10)) == 10
     assert 10 <= len(simulated) <= most
