@@ -8,7 +8,6 @@ only those are looked at that are faster than all on fewer GPUs (on shared ranks
 from bisect import insort
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import product
 from math import inf
 from operator import add
 
@@ -109,24 +108,24 @@ class Candidates:
 
     def _with_encoders(self, root: Candidate) -> Iterator[Candidate]:
         """With as little recomputation as fits."""
+        (base,) = root.choices
+        is_first = root.shared and base.stages > 1
         number = self.request.global_batch_size // root.samples
-        is_first = root.shared and root.choices[0].stages > 1
-        for kept, language in product(
-            [None, 0] if is_first else [None], self.ways(root.choices[0])
-        ):
-            waiting = number if is_first else 0
-            held = self.held(language, root.samples, waiting=waiting)
-            if held > self.request.memory_bytes:
-                continue
-            seconds = pipeline_seconds(language, None, root.samples, number)
-            root = evolve(root, seconds=seconds, choices=(language,), encoder_microbatches=kept)
-            taken = held if root.shared else root.gpus
-            found: list[Combination] = [(seconds, taken, root.choices)]
-            for name in self.request.encoders:
-                found = self._combinations(root, found, list(self._options(root, name)))
-            if found:
-                yield from self._candidates(root, found)
-                return
+        for kept in [None, 0] if is_first else [None]:
+            for language in self.ways(base):
+                held = self.held(language, root.samples, waiting=number if is_first else 0)
+                if held > self.request.memory_bytes:
+                    continue
+                seconds = pipeline_seconds(language, None, root.samples, number)
+                root = evolve(root, choices=(language,), encoder_microbatches=kept)
+                found: list[Combination] = [
+                    (seconds, held if root.shared else root.gpus, root.choices)
+                ]
+                for name in self.request.encoders:
+                    found = self._combinations(root, found, list(self._options(root, name)))
+                if found:
+                    yield from self._candidates(root, found)
+                    break
 
     def _candidates(self, root: Candidate, found: list[Combination]) -> Iterator[Candidate]:
         """Combinations that are slower on fewer nodes."""

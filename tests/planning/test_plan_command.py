@@ -171,7 +171,7 @@ def test_layouts_are_listed_as_json_lists_them(ask):
         assert float(row[8]) == pytest.approx(told["step_seconds"], rel=1e-3)
         assert row[11:14] == [
             str(told["allocated_gpus"]),
-            "shared" if told["colocated"] else "own",
+            "shared" if told["colocated"] or told["encoders_first"] else "own",
             str(told["empty_gpus"]),
         ]
         idle = [float(cell.rstrip("%")) / 100 for cell in row[14:16]]
@@ -192,8 +192,8 @@ def test_json_says_the_same(ask):
             busy = [stage["busy"] for stage in module["stages"]]
             idle = 1 - sum(busy) / len(busy)
             assert idle == pytest.approx(module["idle"] + module["waiting"])
-            if proposal["colocated"]:
-                assert module["ranks_idle"] < 0.2 < idle
+            if proposal["colocated"] or proposal["encoders_first"]:
+                assert module["ranks_idle"] < idle
             else:
                 assert module["ranks_idle"] == pytest.approx(idle)
             for stage in module["stages"]:
@@ -455,7 +455,7 @@ def test_a_layout_without_room_in_memory(ask):
 
 def test_a_last_node_may_be_rented_in_part(ask):
     options = ("--gpus", "6", "--gpus-per-node", "4", "--global-batch-size", "12", "--json")
-    found = json.loads(ask(MODEL, *options, "--count", "100")[1])["proposals"]
+    found = json.loads(ask(MODEL, *options, "--count", "30")[1])["proposals"]
     allocated = {proposal["gpus"]: proposal["allocated_gpus"] for proposal in found}
     assert allocated == {gpus: 4 if gpus <= 4 else 6 for gpus in allocated}
     assert {4, 6} <= set(allocated.values())

@@ -167,7 +167,7 @@ def rank(request, layout, took):
     return took, took * min(nodes * request.gpus_per_node, request.gpus)
 
 
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(requests())
 def test_the_best_is_the_best_of_all_layouts(request):
     ranked = [
@@ -196,7 +196,7 @@ def of_language(layout):
     return evolve(layout[LANGUAGE], rank_offset=None), shared
 
 
-@settings(max_examples=20, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 @given(requests())
 def test_each_language_layout_is_listed_with_its_best_encoders_once(request):
     least: dict[tuple, float] = {}
@@ -216,7 +216,7 @@ def test_each_language_layout_is_listed_with_its_best_encoders_once(request):
             assert kind != its or other > one * 1.01, "a row for each that takes longer"
 
 
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(requests())
 def test_the_formula_ranks_by_about_what_is_simulated(request):
     """Without messages, a backward pass twice as long as a forward pass; frozen modules too."""
@@ -263,7 +263,7 @@ def fullest(request, layout, samples, kept=None):
     return max(rank_totals(pack(layout), memory).values())
 
 
-@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 @given(requests())
 def test_the_closest_has_the_least_memory_of_all_layouts(request):
     everything = every_layout(evolve(request, memory_bytes=inf))
