@@ -19,7 +19,7 @@ from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.plan_inputs import Inputs
-from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows
+from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows, settings
 from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
 from megatron_mimo_coord.planning.terminal import (
     Parser,
@@ -107,10 +107,10 @@ def plan(options: argparse.Namespace) -> None:
 
 def show(inputs: Inputs, proposals: Sequence[Proposal]) -> None:
     """Numbers in the terminal."""
-    is_given = bool(inputs.modules)
+    is_given, said = bool(inputs.modules), settings(proposals)
     print_parts(
         [headline(proposals[0].request, len(proposals), is_given)],
-        table(rows(proposals), numbers=True),
+        [*table(rows(proposals), numbers=True), *(["", *said] if said else [])],
         table(
             memory_rows(proposals[0]),
             f"memory of a GPU in GB{'' if is_given else ', layout 1'}",

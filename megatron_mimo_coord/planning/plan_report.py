@@ -57,6 +57,28 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     return table
 
 
+def settings(proposals: Sequence[Proposal]) -> list[str]:
+    """What each layout needs set besides its sizes, a line each."""
+    lines = []
+    for index, each in enumerate(proposals, 1):
+        said = [
+            f"{name} recomputes {'all layers' if sizes.recomputed == 'full' else sizes.recomputed}"
+            for name, sizes in each.sizes.items()
+            if sizes.recomputed
+        ]
+        for name, module in each.modules.items():
+            if module.has_unequal_stages:
+                layers = module.layers_of_stages(each.sizes[name].num_layers)
+                said.append(f"{name} has stages of {', '.join(map(str, layers))} layers")
+        if runs_encoders_first(each.grids):
+            kept = each.encoder_microbatches
+            said.append("encoders before and after the pipeline")
+            said += [] if kept is None else [f"encoder_microbatches = {kept}"]
+        if said:
+            lines.append(f"layout {index}: {'; '.join(said)}")
+    return lines
+
+
 def memory_rows(proposal: Proposal) -> list[list[str]]:
     """A row for each stage, below a row of titles; stages that hold the same share a row."""
     table = [["", "stage", "in\nflight", *PARTS, "total"]]
