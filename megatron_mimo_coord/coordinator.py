@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
+from megatron_mimo_coord.bridges.empty_batches import EmptyBatches
 from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
 from megatron_mimo_coord.bridges.token_counts import (
     TokenCounts,
@@ -73,6 +74,7 @@ from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoi
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
 from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.groups import ExtraGroups
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +159,14 @@ class MultiModuleCoordinator:
             fan_in_ratios(job.grids, job.infra.topology),
             encoder_places(job.grids, job.rank),
             self._pending_assignments,
+            self._changes,
+        )
+        EmptyBatches.watch(
+            job.model,
+            job.ddps,
+            job.grids,
+            job.meeting,
+            ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE]),
             self._changes,
         )
         self._communicators: list[PipelineCommunicator] = []

@@ -53,11 +53,13 @@ class StockCase(Case):
         configs: settings of each module's ``TransformerConfig``.
         multiple: what the number of tokens of a sample is a multiple of.
         max_sequence: how many the language model takes; as many as there are if 0.
+        meets: whether the encoders meet their replicas in their forward.
     """
 
     configs: Mapping[str, Mapping[str, Any]] = field(factory=dict)
     multiple: int = 4
     max_sequence: int = 0
+    meets: bool = False
 
     @property
     def sequence(self) -> int:
@@ -140,7 +142,8 @@ class StockCase(Case):
             },
         )
         config = self._config(name, groups, ENCODER_HIDDEN)
-        encoder = ModuleSpec(Encoder, {"config": config, "pg_collection": groups})
+        kind = MeetingEncoder if self.meets else Encoder
+        encoder = ModuleSpec(kind, {"config": config, "pg_collection": groups})
         return ModuleSpec(
             VisionModalitySubmodules,
             {"pg_collection": groups},
@@ -215,6 +218,20 @@ class Encoder(MegatronModule):
                 hidden_PNH, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return hidden_PNH.transpose(0, 1).contiguous()
+
+
+class MeetingEncoder(Encoder):
+    """One that takes the mean of all replicas' images away."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config, pg_collection)
+        self.pg_collection = pg_collection
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        total, number = images.sum(0), torch.tensor(len(images), device=images.device)
+        for each in (total, number):
+            dist.all_reduce(each, group=self.pg_collection.dp)
+        return super().forward(images - total / number)
 
 
 # -- what the ranks hold ---------------------------------------------------------------------------

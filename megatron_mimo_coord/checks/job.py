@@ -22,6 +22,7 @@ from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.empty_batches import meets_replicas
 from megatron_mimo_coord.megatron.mimo_model import unsupported
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
@@ -40,6 +41,7 @@ class Job:
         ddps: the DDP of each module on this rank, in the order of ``grids``.
         per_token: whether the loss is divided by the number of tokens.
         gradient_scaling_factors: c_m of every module of the job, without the 1/N of a step.
+        meeting: of every module, whether its replicas meet in its forward.
     """
 
     rank: int
@@ -49,6 +51,7 @@ class Job:
     ddps: Mapping[str, DistributedDataParallel]
     per_token: bool
     gradient_scaling_factors: Mapping[str, float]
+    meeting: Mapping[str, bool]
 
     @classmethod
     def agree(cls, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> "Job":
@@ -63,8 +66,9 @@ class Job:
         read: dict[str, Any] = {}
         flags = exchange_flags(partial(_read, infra, model, read))
         check_replicas(list(read["grids"]), read["ddps"], read["infra"].pg_collections)
-        factors = _factors(read["grids"], read["per_token"], flags)
-        return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors)
+        sums, meeting = (_flagged(read["grids"], flags, topic) for topic in (SUMS, MEETS))
+        factors = _factors(read["grids"], read["per_token"], sums)
+        return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors, meeting=meeting)
 
 
 @told_of_missing_names()
@@ -100,25 +104,41 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
         },
         modules={name: ddp_facts(ModuleDdp(ddp)) for name, ddp in ddps.items()},
         problems=problems,
-        flags=sum(_bit(grids, name) for name, ddp in ddps.items() if ModuleDdp(ddp).delivers_sum),
+        flags=sum(
+            _bit(grids, name, SUMS) * ModuleDdp(ddp).delivers_sum
+            + _bit(grids, name, MEETS) * meets_replicas(ddp, grids[name].replica(dist.get_rank()))
+            for name, ddp in ddps.items()
+        ),
     )
 
 
 def _factors(
-    grids: Mapping[str, ModuleGrid], per_token: bool, flags: list[int]
+    grids: Mapping[str, ModuleGrid], per_token: bool, sums: Mapping[str, bool]
 ) -> dict[str, float]:
-    """Each module's factor; the flags of the ranks tell how the DDPs there deliver."""
+    """Each module's factor, by how its DDP delivers."""
     return {
         name: gradient_scaling_factor(
             grid.replicas,
             grids[LANGUAGE].replicas,
-            ddp_sums=bool(flags[grid.rank_offset] & _bit(grids, name)),
+            ddp_sums=sums[name],
             per_token=per_token,
         )
         for name, grid in grids.items()
     }
 
 
-def _bit(grids: Mapping[str, ModuleGrid], name: str) -> int:
-    """The flag by which a rank tells others that its DDP of a module delivers sums."""
-    return 1 << sorted(grids).index(name)
+SUMS, MEETS = 0, 1
+"""What a rank tells the others of each of its modules: its DDP delivers sums, its replicas meet."""
+
+
+def _flagged(grids: Mapping[str, ModuleGrid], flags: list[int], topic: int) -> dict[str, bool]:
+    """Of each module, what the flags of its first rank say."""
+    return {
+        name: bool(flags[grid.rank_offset] & _bit(grids, name, topic))
+        for name, grid in grids.items()
+    }
+
+
+def _bit(grids: Mapping[str, ModuleGrid], name: str, topic: int) -> int:
+    """The flag by which a rank tells others about a module."""
+    return 1 << (2 * sorted(grids).index(name) + topic)

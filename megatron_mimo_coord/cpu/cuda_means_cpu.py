@@ -119,6 +119,8 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
             "reduce_scatter_tensor",
             _averaging_reduce_scatter(distributed_c10d.reduce_scatter_tensor),
         )
+        yield module, "all_gather", _uneven_all_gather(distributed_c10d.all_gather)
+        yield module, "reduce_scatter", _uneven_reduce_scatter(distributed_c10d.reduce_scatter)
     for what, (owner, name) in gpu_only.places().items():
         yield owner, name, _INSTEAD[what]
 
@@ -196,3 +198,54 @@ def _averaging_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..
         return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
 
     return averaging
+
+
+def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Gloo wants one size on all ranks: send as many rows as the largest has."""
+
+    def gathering(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        most = _most_rows(tensor_list)
+        if most is None or async_op:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = [tensor.new_empty((most, *tensor.shape[1:])) for _ in tensor_list]
+        all_gather(padded, _padded(tensor, most), group=group)
+        for part, rows in zip(tensor_list, padded, strict=True):
+            part.copy_(rows[: len(part)])
+        return None
+
+    return gathering
+
+
+def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    def scattering(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        most = _most_rows(input_list)
+        if most is None or async_op:
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        padded = output.new_empty((most, *output.shape[1:]))
+        reduce_scatter(padded, [_padded(part, most) for part in input_list], op=op, group=group)
+        output.copy_(padded[: len(output)])
+        return None
+
+    return scattering
+
+
+def _most_rows(parts: list[torch.Tensor]) -> int | None:
+    """Rows of the largest part; None if all have as many, as gloo wants."""
+    rows = {len(part) if part.ndim else 0 for part in parts}
+    return max(rows) if len(rows) > 1 else None
+
+
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    padding = tensor.new_zeros((rows - len(tensor), *tensor.shape[1:]))
+    return torch.cat([tensor, padding])

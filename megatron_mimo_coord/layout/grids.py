@@ -102,6 +102,20 @@ class ModuleGrid:
             stride *= size
         return rank
 
+    def replica(self, rank: int) -> set[int]:
+        """The ranks that hold the whole module together with one of its ranks.
+
+        Example:
+            >>> sorted(ModuleGrid("vision", (2, 2), ("tp", "dp")).replica(3))
+            [2, 3]
+        """
+        place = {dim: self.coordinate(rank, dim) for dim in ("dp", "cp")}
+        return {
+            other
+            for other in self.ranks
+            if all(self.coordinate(other, dim) == index for dim, index in place.items())
+        }
+
     def is_on_last_stage(self, rank: int) -> bool:
         """Whether a global rank, in the grid or not, runs the module's last pipeline stage."""
         return rank in self.ranks and self.coordinate(rank, "pp") == self.dim("pp") - 1

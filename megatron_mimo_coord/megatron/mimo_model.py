@@ -1,11 +1,12 @@
 """What ``MimoModel`` is given in a forward, and what it cannot run.
 
-Leans on ``input_ids`` being the first argument of its forward, on ``mimo_config`` holding the spec
-of the language model, and on ``mtp_num_layers`` of a config. Without the first nobody reads a text;
-without the others what cannot run fails on some ranks, while the others wait.
+Leans on ``input_ids`` and ``modality_inputs`` being the first and the sixth argument of a forward,
+on ``mimo_config`` holding the spec of the language model, and on ``mtp_num_layers`` of a config.
+Without the first two nobody reads a text, or sees that there is no image; without the others what
+cannot run fails on some ranks, while the others wait.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.core.models.mimo import MimoModel
@@ -14,6 +15,26 @@ from megatron.core.models.mimo import MimoModel
 def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The text of a forward, None if there is none."""
     return kwargs.get("input_ids", args[0] if args else None)
+
+
+_MODALITY_INPUTS = 5
+
+
+def change_modality_inputs(
+    change: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook before a forward that gives it other inputs of modalities."""
+
+    def hook(
+        _: MimoModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        before, behind = args[:_MODALITY_INPUTS], args[_MODALITY_INPUTS + 1 :]
+        if len(args) > _MODALITY_INPUTS:
+            return (*before, change(args[_MODALITY_INPUTS] or {}), *behind), kwargs
+        changed = change(kwargs.get("modality_inputs") or {})
+        return args, {**kwargs, "modality_inputs": changed}
+
+    return hook
 
 
 def unsupported(model: MimoModel) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 from attrs import evolve
-from layouts import LAYOUTS, LOSSES, SOME_RANKS_WITHOUT, VARYING, parallel
+from layouts import LAYOUTS, LOSSES, OVERLAP, SHARDED, SOME_RANKS_WITHOUT, VARYING, parallel
 from ranks import world
 from stock import RECOMPUTE, StockCase, mixture
 
@@ -23,7 +23,48 @@ ALL_IN_ONE = {"vision": (((0, 0, 5, 0), (0, 0, 0, 0)), ((0, 0, 0, 1), (3, 0, 0, 
 UNKIND = {"images": ALL_IN_ONE, "lengths": (0, 1, 6, 2)}
 """Samples without text, of one token, and cut off; all images in one sample."""
 
+EXPERTS = {"expert_model_parallel_size": 2}
+WITHOUT = {"vision": (((1, 1, 0, 0), (1,)), ((0,), (0, 0, 2, 0)))}
+"""One replica of an encoder has no image, or the other, or both."""
+
 CASES = {
+    "experts, a replica without images": StockCase(
+        modules={"vision": parallel(dp=2, **EXPERTS), "language": parallel()},
+        configs={"vision": mixture()},
+        images=WITHOUT,
+        ddp={**OVERLAP, **SHARDED, "overlap_param_gather": True},
+        evaluate=True,
+        steps=3,
+    ),
+    "recomputed experts with auxiliary losses, a replica without images": StockCase(
+        modules={
+            "vision": parallel(dp=2, rank_offset=0, **EXPERTS),
+            "language": parallel(tp=2, rank_offset=0),
+        },
+        configs={
+            "vision": mixture(
+                moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"],
+                moe_aux_loss_coeff=[1.0, 0.5],
+                moe_z_loss_coeff=0.1,
+                **RECOMPUTE,
+            )
+        },
+        images={"vision": (((1, 1, 0, 0),),)},
+        per_token={"vision": True, "language": True},
+        steps=2,
+    ),
+    "shared experts, a replica without images": StockCase(
+        modules={"vision": parallel(dp=2, expert_tensor_parallel_size=2), "language": parallel()},
+        configs={"vision": mixture()},
+        images=WITHOUT,
+        steps=2,
+    ),
+    "replicas that meet, one without images": StockCase(
+        modules={"vision": parallel(dp=2), "language": parallel()},
+        meets=True,
+        images=WITHOUT,
+        steps=2,
+    ),
     "fan-in": StockCase(modules=FAN_IN, steps=2, per_token={"language": True}),
     "fan-out": StockCase(modules=FAN_OUT, steps=2, ddp={"use_distributed_optimizer": True}),
     "sequence-parallel language model": StockCase(

@@ -1,0 +1,104 @@
+"""Encoders whose replicas meet in their forward, such as over experts: all run it, or none.
+
+A replica without images would leave the others waiting. It encodes an empty batch instead: it takes
+part in every collective, forward and backward, hands on no token, and its gradients are zero. What
+such a batch looks like it hears from a replica that has images, host from host.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo import MimoModel
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.empty_batches import run_empty_batches
+from megatron_mimo_coord.megatron.mimo_model import change_modality_inputs
+from megatron_mimo_coord.world.groups import ExtraGroups
+
+
+class EmptyBatches:
+    """Feeds encoders on this rank that would be fed nothing while their replicas run.
+
+    Args:
+        groups: for each encoder, its replicas' hosts.
+    """
+
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
+        self._groups = groups
+
+    @classmethod
+    def watch(
+        cls,
+        model: MimoModel,
+        modules: Mapping[str, torch.nn.Module],
+        grids: Mapping[str, ModuleGrid],
+        meeting: Mapping[str, bool],
+        groups: ExtraGroups,
+        changes: Changes,
+    ) -> None:
+        """Look at what a model's encoders are given. Collective over the world.
+
+        Args:
+            model: the model.
+            modules: those on this rank.
+            grids: of all modules.
+            meeting: of each module, whether its replicas meet in its forward.
+            groups: where to get groups of hosts.
+            changes: where is recorded what is changed in the model.
+        """
+        here = {}
+        for name in filter(LANGUAGE.__ne__, filter(meeting.get, grids)):
+            for ranks in _replicas(grids[name]):
+                hosts = groups.hosts(ranks)
+                if hosts is not None:
+                    here[name] = hosts
+            if name in modules:
+                run_empty_batches(modules[name], changes)
+        if here:
+            fill = change_modality_inputs(cls(here)._fill)
+            changes.on_close(model.register_forward_pre_hook(fill, with_kwargs=True).remove)
+
+    def _fill(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of each encoder, of those with none an empty batch if replicas have some."""
+        filled = dict(inputs)
+        for name, group in self._groups.items():
+            mine = filled.get(name)
+            theirs: list[Any] = [None] * group.size()
+            dist.all_gather_object(theirs, _map(mine, _empty) if mine else None, group=group)
+            like = next(filter(None, theirs), None)
+            if not mine and like is not None:
+                filled[name] = _map(like, _on_this_device)
+        return filled
+
+
+def _replicas(grid: ModuleGrid) -> list[list[int]]:
+    """Ranks of the first stage that differ in their replica alone."""
+    lines: dict[tuple[int, ...], list[int]] = {}
+    for rank in grid.ranks:
+        if grid.coordinate(rank, "pp") == 0:
+            lines.setdefault((grid.coordinate(rank, "tp"),), []).append(rank)
+    return list(lines.values())
+
+
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A nested structure with other tensors."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map(each, change) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map(each, change) for each in value)
+    return value
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    """Its dtype and shape but for the first dim, in what can be sent, whatever its device."""
+    shape = (0, *tensor.shape[1:]) if tensor.ndim else ()
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def _on_this_device(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=torch.cuda.current_device())
