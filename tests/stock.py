@@ -225,12 +225,12 @@ class MeetingEncoder(Encoder):
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config, pg_collection)
-        self.pg_collection = pg_collection
+        self.dp_group = pg_collection.dp
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         total, number = images.sum(0), torch.tensor(len(images), device=images.device)
         for each in (total, number):
-            dist.all_reduce(each, group=self.pg_collection.dp)
+            dist.all_reduce(each, group=self.dp_group)
         return super().forward(images - total / number)
 
 

@@ -1,8 +1,8 @@
 """Modules that meet their replicas in a forward, and how they run a batch of nothing.
 
 A mixture sends tokens to experts on other ranks; a normalization may be over all replicas; whoever
-holds a process group may use it. Leans on experts being shared out over ``tp_ep_group`` of a
-dispatcher, on a router's ``tp_dp_cp_group``, ``gating`` and methods that add its auxiliary losses,
+keeps a process group as an attribute uses it. Leans on experts being shared out over a dispatcher's
+``tp_ep_group``, on a router's ``tp_dp_cp_group``, ``gating`` and methods that add auxiliary losses,
 and on ``forward`` of an attention. Without these a rank without an image leaves others waiting.
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_tokens_per_expert_and_token_count
@@ -46,11 +45,7 @@ def _groups(module: Any) -> Iterator[dist.ProcessGroup | None]:
     elif isinstance(module, SyncBatchNorm):
         yield module.process_group
     elif not type(module).__module__.startswith("megatron."):
-        for held in vars(module).values():
-            if isinstance(held, dist.ProcessGroup):
-                yield held
-            elif isinstance(held, ProcessGroupCollection):
-                yield held.dp_cp
+        yield from (held for held in vars(module).values() if isinstance(held, dist.ProcessGroup))
 
 
 def run_empty_batches(module: torch.nn.Module, changes: Changes) -> None:
