@@ -161,14 +161,6 @@ class MultiModuleCoordinator:
             self._pending_assignments,
             self._changes,
         )
-        EmptyBatches.watch(
-            job.model,
-            job.ddps,
-            job.grids,
-            job.meeting,
-            ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE]),
-            self._changes,
-        )
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         hand_over_no_views(job.model, self._changes)
@@ -183,6 +175,15 @@ class MultiModuleCoordinator:
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
         self._turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
+        EmptyBatches.watch(
+            job.model,
+            job.ddps,
+            job.grids,
+            job.meeting,
+            lambda: not self._turns.language,
+            ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE]),
+            self._changes,
+        )
         self._encoders_first = EncodersFirst(
             job.model,
             self._turns,

@@ -24,10 +24,14 @@ class EmptyBatches:
 
     Args:
         groups: for each encoder, its replicas' hosts.
+        encoders_run: whether a forward of the model runs them.
     """
 
-    def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
+    def __init__(
+        self, groups: Mapping[str, dist.ProcessGroup], encoders_run: Callable[[], bool]
+    ) -> None:
         self._groups = groups
+        self._encoders_run = encoders_run
 
     @classmethod
     def watch(
@@ -36,6 +40,7 @@ class EmptyBatches:
         modules: Mapping[str, torch.nn.Module],
         grids: Mapping[str, ModuleGrid],
         meeting: Mapping[str, bool],
+        encoders_run: Callable[[], bool],
         groups: ExtraGroups,
         changes: Changes,
     ) -> None:
@@ -46,6 +51,7 @@ class EmptyBatches:
             modules: those on this rank.
             grids: of all modules.
             meeting: of each module, whether its replicas meet in its forward.
+            encoders_run: whether a forward of the model runs encoders.
             groups: where to get groups of hosts.
             changes: where is recorded what is changed in the model.
         """
@@ -58,13 +64,13 @@ class EmptyBatches:
             if name in modules:
                 run_empty_batches(modules[name], changes)
         if here:
-            fill = change_modality_inputs(cls(here)._fill)
+            fill = change_modality_inputs(cls(here, encoders_run)._fill)
             changes.on_close(model.register_forward_pre_hook(fill, with_kwargs=True).remove)
 
     def _fill(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of each encoder, of those with none an empty batch if replicas have some."""
         filled = dict(inputs)
-        for name, group in self._groups.items():
+        for name, group in self._groups.items() if self._encoders_run() else ():
             mine = filled.get(name)
             theirs: list[Any] = [None] * group.size()
             dist.all_gather_object(theirs, _map(mine, _empty) if mine else None, group=group)
