@@ -11,6 +11,7 @@ from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated
 from megatron_mimo_coord.metrics.clocks import Clock
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
+    DATA,
     FORWARD,
     OPTIMIZER,
     RECV_BACKWARD,
@@ -28,12 +29,13 @@ FINALIZE = "finalize"
 
 TO_PREVIOUS = (RECV_FORWARD, SEND_BACKWARD, SEND_BACKWARD_RECV_FORWARD)
 TO_NEXT = (SEND_FORWARD, RECV_BACKWARD, SEND_FORWARD_RECV_BACKWARD)
-KINDS = (FORWARD, BACKWARD, *TO_PREVIOUS, *TO_NEXT, REDUCE, FINALIZE, OPTIMIZER)
+KINDS = (FORWARD, BACKWARD, DATA, *TO_PREVIOUS, *TO_NEXT, REDUCE, FINALIZE, OPTIMIZER)
 
-# What the schedule computes once a method of the communicator has returned.
+# What the schedule does once a method of the communicator has returned: a forward step first reads
+# its batch.
 _NEXT = {
-    RECV_FORWARD: FORWARD,
-    SEND_BACKWARD_RECV_FORWARD: FORWARD,
+    RECV_FORWARD: DATA,
+    SEND_BACKWARD_RECV_FORWARD: DATA,
     RECV_BACKWARD: BACKWARD,
     SEND_FORWARD_RECV_BACKWARD: BACKWARD,
 }
@@ -105,17 +107,23 @@ class SpanRecorder:
         microbatch = self._counts[_DIRECTION[kind], module] - sent
         self._marked.append((kind, module, microbatch, start, self._clock.mark()))
         if kind in _NEXT:
-            order = -1 if _NEXT[kind] == BACKWARD else 0
-            self.compute(_NEXT[kind], self._place.modules[order])
+            # Autograd begins with what comes last; encoders alone go backward one by one.
+            is_reversed = _NEXT[kind] == BACKWARD and LANGUAGE in self._place.modules
+            self.compute(_NEXT[kind], self._place.modules[-1 if is_reversed else 0])
 
     def compute(self, kind: str, module: str) -> None:
-        """From here on the rank computes ``FORWARD`` or ``BACKWARD`` of a module."""
+        """From here on the rank is in ``FORWARD`` or ``BACKWARD`` of a module, or in ``DATA``."""
         if self._computing is not None and self._computing[:2] == (kind, module):
             return
         self.stop_computing()
         microbatch = self._counts[kind, module]
         self._counts[kind, module] += 1
         self._computing = kind, module, microbatch, self._clock.mark()
+
+    def calls_model(self) -> None:
+        """The forward step has read its batch."""
+        if self._computing is not None and self._computing[0] == DATA:
+            self.compute(FORWARD, self._place.modules[0])
 
     def stop_computing(self) -> None:
         """Forward or backward is over."""

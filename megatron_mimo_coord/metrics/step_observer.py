@@ -71,7 +71,7 @@ class StepObserver:
         profiler_ranges.observers.append(self._range)
         changes.on_close(partial(profiler_ranges.observers.remove, self._range))
         changes.on_close(
-            self._model.register_forward_pre_hook(self._remember_shape, with_kwargs=True).remove
+            self._model.register_forward_pre_hook(self._begin_forward, with_kwargs=True).remove
         )
         if len(self._place.modules) > 1 or not self._communicators:
             for name, module in self._ddps.items():
@@ -119,7 +119,11 @@ class StepObserver:
             yield
             return
         if kind.startswith("send_forward") and tensors:
-            self._sent[self._place.modules[0]] += _nbytes(tensors[0])
+            sent = tensors[0]
+            if not isinstance(sent, Mapping):
+                sent = {self._place.modules[0]: sent}
+            for name, output in sent.items():
+                self._sent[name] += _nbytes(output)
         with self._recorder.message(kind):
             yield
 
@@ -132,9 +136,11 @@ class StepObserver:
             return self._once(FINALIZE, self._place.modules[0])
         return self._once(REDUCE, name) if name in self._ddps else nullcontext()
 
-    def _remember_shape(
+    def _begin_forward(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if self._recorder is not None:
+            self._recorder.calls_model()
         input_ids = input_ids_of(args, kwargs)
         if input_ids is not None:
             self._input_shape = tuple(input_ids.shape[:2])

@@ -11,6 +11,7 @@ from megatron_mimo_coord.layout.description import aligned
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     COMPUTING,
+    DATA,
     FORWARD,
     Span,
     StageShares,
@@ -27,6 +28,7 @@ class StepSummary:
     Args:
         seconds: how long a step took, the median of those recorded.
         modules: what part of a step the ranks of each module spent on what, on average.
+        data: part of a step in which the ranks of each module, idle, read their batch.
         imbalance: for each encoder with several data-parallel ranks, largest work of one divided by
             the mean.
         samples_per_second: over all ranks.
@@ -39,6 +41,7 @@ class StepSummary:
 
     seconds: float
     modules: Mapping[str, StageShares]
+    data: Mapping[str, float]
     imbalance: Mapping[str, float]
     samples_per_second: float
     tokens_per_second: float
@@ -73,6 +76,7 @@ class StepSummary:
         return cls(
             seconds=seconds,
             modules={name: _shares(steps, grid) for name, grid in grids.items()},
+            data={name: _data(steps, grid) for name, grid in grids.items()},
             imbalance={
                 name: data_parallel_imbalance(steps, grid)
                 for name, grid in grids.items()
@@ -87,14 +91,15 @@ class StepSummary:
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
-            ("module", "busy", "waiting on a bridge", "idle", "imbalance")
+            ("module", "busy", "waiting on a bridge", "data", "idle else", "imbalance")
         ]
         for name, shares in self.modules.items():
-            imbalance = self.imbalance.get(name)
+            imbalance, data = self.imbalance.get(name), self.data[name]
+            parts = shares.busy, shares.waiting, data, shares.idle - data
             rows.append(
                 (
                     name,
-                    *(f"{share:.0%}" for share in (shares.busy, shares.waiting, shares.idle)),
+                    *(f"{part:.0%}" for part in parts),
                     f"{imbalance:.2f}" if imbalance else "",
                 )
             )
@@ -124,6 +129,16 @@ def _shares(steps: Sequence[Step], grid: ModuleGrid) -> StageShares:
             busy.append(_sum(span for span in spans if span.kind in COMPUTING) / seconds)
             waiting.append(_sum(span for span in spans if span.bridge) / seconds)
     return StageShares(mean(busy), mean(waiting), 1 - mean(busy) - mean(waiting))
+
+
+def _data(steps: Sequence[Step], grid: ModuleGrid) -> float:
+    """What part of a step the ranks of a module read batches."""
+    return mean(
+        _sum(span for span in step[rank] if (span.module, span.kind) == (grid.name, DATA))
+        / step_seconds(step)
+        for step in steps
+        for rank in grid.ranks
+    )
 
 
 def data_parallel_imbalance(steps: Sequence[Step], grid: ModuleGrid) -> float:

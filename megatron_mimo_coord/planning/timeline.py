@@ -5,7 +5,7 @@ from functools import cached_property
 
 from attrs import field, frozen
 
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, BACKWARD, DATA = "forward", "backward", "data"
 RECV_FORWARD, SEND_FORWARD = "recv_forward", "send_forward"
 RECV_BACKWARD, SEND_BACKWARD = "recv_backward", "send_backward"
 SEND_FORWARD_RECV_BACKWARD = "send_forward_recv_backward"
@@ -24,8 +24,8 @@ class Span:
 
     Args:
         kind: what it does: ``forward``, ``backward``, ``reduce_gradients``, ``optimizer``,
-            ``exchange`` (tokens between colocated modules), or the method of Megatron's
-            communicator that it is in.
+            ``exchange`` (tokens between colocated modules), ``data`` (a measured forward step until
+            it calls the model), or the method of Megatron's communicator that it is in.
         module: name of the module.
         stage: index of the pipeline stage.
         start: seconds since the step began.

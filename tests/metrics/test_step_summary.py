@@ -40,7 +40,7 @@ def step(scale: float) -> dict:
             *("vision", 0),
             *(("forward", 0, 3, 0, None), ("forward", 3, 6, 1, None)),
             *(("backward", 6, 7, 0, None), ("backward", 7, 8, 1, None)),
-            ("optimizer", 9, 10, None, None),
+            *(("data", 8, 8.4, 2, None), ("optimizer", 9, 10, None, None)),
         ),
         2: spans(
             *("language", 0),
@@ -86,8 +86,9 @@ def test_the_summary_by_hand():
     assert (summary.used_gpus, summary.allocated_gpus) == (4, 6)
     lines = [line.split() for line in str(summary).splitlines()]
     assert lines[0] == ["10", "s", "a", "step"]
-    assert ["vision", "82%", "2%", "15%", "1.14"] in lines
-    assert ["language", "40%", "10%", "50%"] in lines
+    assert summary.data == {"vision": pytest.approx(0.4 / 20), "language": 0}
+    assert ["vision", "82%", "2%", "2%", "13%", "1.14"] in lines
+    assert ["language", "40%", "10%", "0%", "50%"] in lines
     assert [
         "1.6",
         "samples/s:",

@@ -2,20 +2,33 @@
 
 import json
 import tomllib
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from time import sleep
 from typing import Any
 
 import pytest
 from cases import PATCHES, Case, _data, built, optimizer_of, run_schedule
-from layouts import COLOCATED, LAYOUTS, SHARDED, layout_name
+from layouts import COLOCATED, LAYOUTS, SHARDED, layout_name, parallel
 from ranks import world
 
 from megatron_mimo_coord.gradients import profiler_ranges
 from megatron_mimo_coord.planning import ModuleCosts
 
 STEPS, MICROBATCHES = 2, 3
-SECONDS = 0.01  # that each forward of an encoder sleeps
+SECONDS = 0.01  # that each forward of an encoder sleeps, and each batch until it is there
+TOGETHER = {
+    "vision": parallel(dp=2, rank_offset=0),
+    "audio": parallel(dp=2, rank_offset=0),
+    "language": parallel(rank_offset=2),
+}
+
+
+def _slow(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        sleep(SECONDS)
+        yield batch
 
 
 def _record(case: Case, folder: str) -> dict[str, Any]:
@@ -36,7 +49,7 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
                 ddp.zero_grad_buffer()
         else:
             coordinator.zero_grad_buffer()
-        run_schedule(case, model, coordinator, communicator, _data(case, step))
+        run_schedule(case, model, coordinator, communicator, _slow(_data(case, step)))
         optimizer.step()
         run_schedule(case, model, coordinator, communicator, _data(case, step), forward_only=True)
     assert before == [vars(owner).keys() for owner in owners], "nothing is left behind"
@@ -60,7 +73,7 @@ def _record(case: Case, folder: str) -> dict[str, Any]:
     [
         LAYOUTS["fan-in, pipeline"],
         COLOCATED,
-        {**LAYOUTS["two encoders"]},
+        TOGETHER,
     ],
     ids=layout_name,
 )
@@ -85,12 +98,19 @@ def test_every_rank_is_recorded(layout, tmp_path):
             least = SECONDS * 1e6 if kind == "forward" and module != "language" else 0
             durations = [event["dur"] for event in here]
             assert least < min(durations) and max(durations) < 30e6, "microseconds"
+    read = [event for event in spans if event["cat"] == "data"]
+    assert len(read) == STEPS * MICROBATCHES * case.world_size
+    assert min(event["dur"] for event in read) > 0.99e6 * SECONDS
     for rank in {event["tid"] for event in spans}:
         on_rank = [e for e in spans if e["tid"] == rank and e["cat"] != "finalize"]
         on_rank.sort(key=lambda event: event["ts"])
         ends = [event["ts"] + event["dur"] for event in on_rank]
         overlaps = [e for e, end in zip(on_rank[1:], ends, strict=False) if e["ts"] < end - 1]
         assert not overlaps, "a rank does one thing at a time"
+        for event, following in pairwise(on_rank):
+            if event["cat"] == "data":
+                number = event["args"]["microbatch"]
+                assert (following["cat"], following["args"]["microbatch"]) == ("forward", number)
     assert first["samples"] == pytest.approx(MICROBATCHES * case.micro_batch_size)
     assert first["gpus"] == (case.world_size, 8)
     assert all(
@@ -110,7 +130,8 @@ def test_every_rank_is_recorded(layout, tmp_path):
         assert 4 * weights <= each.gradient_bytes < 8 * weights, "fp32, padded for its shards"
     if layout != COLOCATED:
         hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
-        assert costs["vision"].output_bytes_per_sample == PATCHES * hidden * itemsize
+        for name in costs.keys() - {"language"}:
+            assert costs[name].output_bytes_per_sample == PATCHES * hidden * itemsize, name
 
 
 def _cut_short(case: Case, zeroes: bool, folder: str) -> list[str]:
