@@ -35,9 +35,6 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_pipelining_without_interleaving,
-)
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_model_config
 from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
@@ -191,8 +188,8 @@ class Trainer:
         num_microbatches: int,
         reading: bool = False,
     ) -> list[Any]:
-        """Megatron's schedule, which calls the coordinator where gradients are concerned."""
-        return forward_backward_pipelining_without_interleaving(
+        """Megatron's schedule, on every layout; encoders on its ranks run before and after it."""
+        return self.coordinator.forward_backward_func(
             forward_step_func=forward_step,
             data_iterator=batches,
             model=[self.model],

@@ -445,6 +445,9 @@ class MultiModuleCoordinator:
         their tokens to the ranks that read their samples. A microbatch without a call is dealt out
         in consecutive slices. Plain arithmetic, no communication.
 
+        Where encoders run before the language model, later microbatches of a step go to ranks that
+        were given less of the earlier ones: the step as a whole is dealt out evenly.
+
         What an :meth:`evaluation` runs is assigned inside it: a loader that calls this ahead of the
         forward is made there.
 
@@ -472,7 +475,9 @@ class MultiModuleCoordinator:
         if before is not None:
             return before
         grid = encoder_grid(self._grids, module_name)
-        assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids)
+        of_step = self._encoders_first.is_running or runs_encoders_first(self._grids)
+        carried = self._pending_assignments.carried.get(module_name) if of_step else None
+        assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids, carried)
         self._pending_assignments.put(assignment)
         self._encoders_first.assigned(assignment)
         return assignment

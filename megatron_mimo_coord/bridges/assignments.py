@@ -1,12 +1,12 @@
 """Assignments of images that were made and whose microbatch has not run yet, in order."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from megatron_mimo_coord.bridges.sample_check import SampleCheck
+from megatron_mimo_coord.bridges.sample_check import SampleCheck, without
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 
@@ -20,6 +20,10 @@ class PendingAssignments:
     A trainer puts them in, the bridge takes one out a microbatch. An encoder that no bridge on this
     rank asks for has no queue, and what is put in for it is dropped; a rank that holds the encoder
     must not run then.
+
+    Attributes:
+        passes: how often the schedule has begun.
+        carried: what each data-parallel rank of an encoder was given since the last step, at cost.
     """
 
     def __init__(self) -> None:
@@ -28,6 +32,7 @@ class PendingAssignments:
         self._not_taken: ImageAssignment | None = None
         self._set_aside: dict[str, int] = {}
         self.passes = 0
+        self.carried: dict[str, list[float]] = {}
 
     def watch(self, model: torch.nn.Module, changes: Changes) -> None:
         """Look at each microbatch that a model runs."""
@@ -45,6 +50,18 @@ class PendingAssignments:
     def begin_pass(self) -> None:
         """The schedule begins: messages count microbatches from 0."""
         self.passes += 1
+
+    def end_pass(self, gone: Sequence[ImageAssignment]) -> None:
+        """What is assigned from now on is of another step.
+
+        Args:
+            gone: assignments of this one, which an exception may have cut short.
+        """
+        self.carried.clear()
+        for check in self._checks.values():
+            check.withdraw(gone)
+        for name, queue in self._queues.items():
+            self._queues[name] = without(queue, gone)
 
     def begin_forward(self) -> None:
         """The model runs the next microbatch.
@@ -69,8 +86,11 @@ class PendingAssignments:
         Raises:
             RuntimeError: none was taken out for very long.
         """
-        if assignment.module in self._checks:
-            self._checks[assignment.module].given(assignment)
+        name, loads = assignment.module, assignment.loads
+        before = self.carried.get(name, [0.0] * len(loads))
+        self.carried[name] = [sum(both) for both in zip(before, loads, strict=True)]
+        if name in self._checks:
+            self._checks[name].given(assignment)
         queue = self._queues.get(assignment.module)
         if queue is None:
             if assignment.dp_rank is not None and assignment.data_parallel_size > 1:
@@ -96,10 +116,11 @@ class PendingAssignments:
             queue.clear()
         self._set_aside = {name: len(queue) for name, queue in waiting.items() if queue}
         before = {name: check.set_aside() for name, check in self._checks.items()}
+        carried, self.carried = self.carried, {}
         try:
             yield
         finally:
-            self._set_aside = {}
+            self._set_aside, self.carried = {}, carried
             for name, given in before.items():
                 self._checks[name].put_back(given)
             for name, queue in self._queues.items():

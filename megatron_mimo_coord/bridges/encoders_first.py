@@ -52,6 +52,13 @@ class _Step:
     Args:
         num_microbatches: its microbatches.
         keep: of how many the encoders' activations are kept.
+
+    Attributes:
+        outputs: of each encoder, what it made of each microbatch, until that is on its way.
+        texts: how many tokens of an encoder each text has, where its ranks have to know.
+        encoded: what the encoders' backward begins with.
+        assigned: what ``assign_images`` made in the first phase, and will return in the second.
+        taken: all assignments of the step.
     """
 
     num_microbatches: int
@@ -64,6 +71,7 @@ class _Step:
     assigned: dict[str, deque[ImageAssignment]] = field(
         init=False, factory=lambda: defaultdict(deque)
     )
+    taken: list[ImageAssignment] = field(init=False, factory=list)
 
 
 class _Batches:
@@ -180,6 +188,7 @@ class EncodersFirst:
             return losses
         finally:
             self._step = None
+            self._assignments.end_pass(step.taken)
 
     # -- images that are assigned ------------------------------------------------------------------
 
@@ -187,6 +196,7 @@ class EncodersFirst:
         """Images were assigned; if the encoders run, they will be once more."""
         if self._step is not None and self._turns.encoders:
             self._step.assigned[assignment.module].append(assignment)
+            self._step.taken.append(assignment)
 
     def assigned_before(self, encoder: str) -> ImageAssignment | None:
         """If the language model runs, how this microbatch's images were assigned."""
@@ -213,7 +223,9 @@ class EncodersFirst:
             )
         for name, output in outputs.items():
             tokens = output.detach().requires_grad_(output.requires_grad)
-            step.outputs[name].append(Output(tokens, self._assignments.take(name)))
+            assignment = self._assignments.take(name)
+            step.outputs[name].append(Output(tokens, assignment))
+            step.taken += [] if assignment is None else [assignment]
         input_ids = input_ids_of(*call)
         for name in asking:
             text = None

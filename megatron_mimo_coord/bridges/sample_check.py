@@ -5,7 +5,7 @@ compared with what this rank was given, at no collective and without the device.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
@@ -55,6 +55,10 @@ class SampleCheck:
         """Those microbatches run now."""
         self._arrived, self._given = None, given
 
+    def withdraw(self, gone: Sequence[ImageAssignment]) -> None:
+        """What was given for microbatches that will not run."""
+        self._given = without(self._given, gone)
+
     def given_none(self) -> None:
         """This rank sends on without an assignment: the one before it must have had none either."""
         if self._arrived is not None:
@@ -68,6 +72,13 @@ class SampleCheck:
         (here, rank, header), self._arrived = self._arrived, None
         sent, mine = (rank, header.digests), (here, digests)
         refuse_other_samples(self._encoder, header.microbatch, sent, mine)
+
+
+def without(
+    some: Iterable[ImageAssignment], gone: Sequence[ImageAssignment]
+) -> deque[ImageAssignment]:
+    """Those that are not gone; two microbatches may have equal ones."""
+    return deque(each for each in some if not any(each is other for other in gone))
 
 
 def refuse_other_samples(

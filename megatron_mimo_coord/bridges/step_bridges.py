@@ -6,7 +6,7 @@ gradients return in one batch when the last microbatch's backward has run. Nobod
 for a rank that has more to encode. What a rank has for itself is copied.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -162,7 +162,7 @@ class StepBridges:
         ranks = grids[LANGUAGE].ranks
         hosts, devices = groups.hosts(ranks), groups.devices(ranks)
         assert hosts is not None and devices is not None, "every rank holds the language model"
-        self._rank = rank
+        self._rank, self._devices = rank, devices
         self._outgoing: dict[str, StepOutgoing] = {}
         self.incoming: dict[str, StepIncoming] = {}
         self._peers: dict[str, HostMessages] = {}
@@ -234,13 +234,26 @@ class StepBridges:
             peers.finish()
 
     def _run(self, ops: Ops) -> None:
-        """One batch; what this rank sends to itself is copied, in order."""
-        others = [op for op in ops if op.peer != self._rank]
-        own = [op for op in ops if op.peer == self._rank]
-        sent = [op.tensor for op in own if op.op is dist.isend]
-        received = [op.tensor for op in own if op.op is not dist.isend]
-        works = dist.batch_isend_irecv(others) if others else ()
-        for buffer, tensor in zip(received, sent, strict=True):
+        """One batch of one message to each rank; what is for this rank itself is copied."""
+        sent: dict[int, list[torch.Tensor]] = defaultdict(list)
+        received: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for op in ops:
+            (sent if op.op is dist.isend else received)[op.peer].append(op.tensor)
+        own = zip(received.pop(self._rank, ()), sent.pop(self._rank, ()), strict=True)
+        messages = {peer: torch.cat([t.flatten() for t in each]) for peer, each in sent.items()}
+        buffers = {peer: each[0].new_empty(_elements(each)) for peer, each in received.items()}
+        batch = [dist.P2POp(dist.isend, t, peer, self._devices) for peer, t in messages.items()]
+        batch += [dist.P2POp(dist.irecv, t, peer, self._devices) for peer, t in buffers.items()]
+        works = dist.batch_isend_irecv(batch) if batch else ()
+        for buffer, tensor in own:
             buffer.copy_(tensor)
         for work in works:
             work.wait()
+        for peer, each in received.items():
+            pieces = buffers[peer].split([tensor.numel() for tensor in each])
+            for tensor, piece in zip(each, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+
+def _elements(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -127,6 +127,7 @@ def assign_images(
     tokens: Sequence[Sequence[int]],
     costs: Sequence[Sequence[float]] | None = None,
     sample_ids: Sequence[Any] | None = None,
+    carried: Sequence[float] | None = None,
 ) -> ImageAssignment:
     """Deal a microbatch's images out to the data-parallel ranks of an encoder, by cost.
 
@@ -147,6 +148,8 @@ def assign_images(
         costs: what encoding each image costs in any unit, nested alike; ``tokens`` if left out.
         sample_ids: a number or a string for each sample, by which ranks find out that their
             samples differ.
+        carried: what each data-parallel rank has already, of the step's earlier microbatches: who
+            has less gets more.
 
     Raises:
         ValueError: a number of tokens or a cost is not one, the nesting differs, or the samples do
@@ -177,7 +180,8 @@ def assign_images(
             f"of {dp}, samples without images as empty lists"
         )
     ends = list(accumulate(map(len, counts)))  # of each sample's images, and so of each slice's
-    owners = tuple(_deal_out(flat, ends[len(counts) // dp - 1 :: len(counts) // dp]))
+    slices = ends[len(counts) // dp - 1 :: len(counts) // dp]
+    owners = tuple(_deal_out(flat, slices, carried or [0.0] * dp))
     return ImageAssignment(
         grid.name,
         counts,
@@ -234,23 +238,24 @@ def _refuse_other_nesting(
 # -- the arithmetic: from costs and slices to owners -----------------------------------------------
 
 
-def _deal_out(costs: Sequence[float], ends: list[int]) -> list[int]:
+def _deal_out(costs: Sequence[float], ends: list[int], carried: Sequence[float]) -> list[int]:
     """Owner of each image.
 
     Args:
         costs: of each image, in the order of the microbatch.
         ends: for each rank, the end of its slice of the images.
+        carried: load of each rank beforehand.
     """
     slices: list[int] = []
     for rank, end in enumerate(ends):
         slices += [rank] * (end - len(slices))
     by_cost = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
     ordered, homes = [costs[image] for image in by_cost], [slices[image] for image in by_cost]
-    least = _least_possible(ordered, len(ends))
-    best = _Deal(ordered, homes, len(ends), least)
+    least = max(_least_possible(ordered, len(ends)), _filled(carried, sum(costs)))
+    best = _Deal(ordered, homes, carried, least)
     best.exchange(least * CLOSE)
     if best.largest > least * FAR:
-        anew = _Deal(ordered, homes, len(ends), -1)
+        anew = _Deal(ordered, homes, carried, -1)
         anew.exchange(least * CLOSE)
         best = min(best, anew, key=lambda deal: deal.largest)
     best.go_home()
@@ -276,20 +281,36 @@ def _least_possible(costs: list[float], ranks: int) -> float:
     return least
 
 
+def _filled(carried: Sequence[float], total: float) -> float:
+    """The largest load if a total of grains, however small, goes to ranks that have least.
+
+    Example:
+        >>> _filled([6, 0, 0], 4), _filled([3, 0, 0], 9)
+        (6, 4.0)
+    """
+    loads = sorted(carried)
+    total += sum(loads)
+    while total <= loads[-1] * len(loads) and len(loads) > 1:
+        total -= loads.pop()
+    return max(total / len(loads), *carried)
+
+
 class _Deal:
     """Longest first, an image stays in its slice up to a level; else it goes to who has least.
 
     Args:
         costs: of each image, from the largest on.
         homes: rank of each image's slice.
-        ranks: number of ranks.
+        carried: load of each rank beforehand.
         level: load up to which images stay; below 0 none does, which is Graham's rule.
     """
 
-    def __init__(self, costs: list[float], homes: list[int], ranks: int, level: float) -> None:
+    def __init__(
+        self, costs: list[float], homes: list[int], carried: Sequence[float], level: float
+    ) -> None:
         self.costs, self.homes, self.owners = costs, homes, list(homes)
-        self.loads = loads = [0.0] * ranks
-        heap = [(0.0, rank) for rank in range(ranks)]
+        self.loads = loads = list(carried)
+        heap = sorted((load, rank) for rank, load in enumerate(carried))
         for cost, images in groupby(range(len(costs)), costs.__getitem__):
             for image in [image for image in images if not self._stays(image, level)]:
                 while heap[0][0] < loads[rank := heap[0][1]]:  # loads only grow: bring up to date

@@ -1,6 +1,7 @@
 """Images dealt out by cost: complete, level, close to home, and the same everywhere."""
 
 import random
+import statistics
 import sys
 from itertools import product
 
@@ -52,6 +53,22 @@ def test_each_image_has_one_owner_and_keeps_its_order(case):
     for rank, part in enumerate(parts):
         assert part == assignment and list(part.local) == sorted(part.local)
         assert part.loads[rank] == pytest.approx(sum(costs[s][i] for s, i in part.local))
+
+
+def test_a_step_is_dealt_out_as_a_whole():
+    dice, ratios = random.Random(0), []
+    for _ in range(50):
+        dp, loads, largest = dice.choice([2, 4, 8]), None, 0.0
+        for _ in range(dice.choice([4, 8])):
+            counts = [min(16, int(dice.lognormvariate(0.6, 1.0))) for _ in range(2 * dp)]
+            costs = [[dice.choice([16, 64, 256]) for _ in range(n)] for n in sorted(counts)]
+            more = assigned(dp, costs, carried=loads).loads
+            loads = [sum(both) for both in zip(loads or [0] * dp, more, strict=True)]
+            largest = max([largest, *(cost for row in costs for cost in row)])
+        mean = sum(loads) / dp
+        assert max(loads) <= mean + (1 - 1 / dp) * largest
+        ratios.append(max(loads) / mean)
+    assert statistics.median(ratios) <= 1.01  # 1.05 with each microbatch by itself
 
 
 def test_ranks_of_one_replica_are_fed_alike_and_others_nothing():

@@ -1,0 +1,143 @@
+"""Encoders on ranks of a pipelined language model: what travels, what is kept, what is refused."""
+
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import cases
+import pytest
+import torch.distributed as dist
+from attrs import evolve
+from cases import Case
+from layouts import VARYING, parallel
+from ranks import world
+
+from megatron_mimo_coord.bridges.step_bridges import StepBridges
+from megatron_mimo_coord.cpu import no_host_sync
+
+SHARED = {
+    "vision": parallel(dp=4, rank_offset=0),
+    "language": parallel(pp=2, dp=2, rank_offset=0),
+}
+CASE = Case(modules=SHARED, images=VARYING, num_microbatches=4, assign=1)
+HIDDEN = 16
+
+
+class _InterruptError(Exception):
+    """Of a forward step."""
+
+
+def _counted(case: Case) -> dict[str, Any]:
+    """What a step did on this rank, the one after a step that was cut short in either phase."""
+    infra, model, coordinator = cases.built(case)
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    counts = {"batches": 0, "sent": 0, "received": 0, "fetched": 0, "forward": 0}
+    batch, data, step = dist.batch_isend_irecv, cases._data, cases._forward_step
+    calls: list[int] = []
+    stop_at = -1
+
+    def count_batch(ops: list[dist.P2POp]) -> Any:
+        assert len({(op.op, op.peer) for op in ops}) == len(ops), "one message to each peer"
+        counts["batches"] += 1
+        for op in ops:
+            counts["sent" if op.op is dist.isend else "received"] += op.tensor.numel() // HIDDEN
+        return batch(ops)
+
+    def fetch() -> Any:
+        for each in data(case, 0):
+            counts["fetched"] += 1
+            yield each
+
+    def forward_step(case: Case, coordinator: Any, batches: Any, model: Any) -> Any:
+        calls.append(0)
+        if len(calls) == stop_at:
+            raise _InterruptError
+        return step(case, coordinator, batches, model)
+
+    def run(forward_only: bool = False) -> Any:
+        if not forward_only:
+            coordinator.zero_grad_buffer()
+        batches = fetch()
+        return cases.run_schedule(case, model, coordinator, communicator, batches, forward_only)
+
+    def watched(name: str) -> Any:
+        original = getattr(StepBridges, name)
+
+        def call(*args: Any) -> Any:
+            with cases._replaced(dist, "batch_isend_irecv", count_batch), no_host_sync():
+                return original(*args)
+
+        return StepBridges, name, call
+
+    with ExitStack() as stack:
+        for owner, name, value in (watched("deliver"), watched("give_back")):
+            stack.enter_context(cases._replaced(owner, name, value))
+        stack.enter_context(cases._replaced(cases, "_forward_step", forward_step))
+        stop_at = 2
+        with suppress(_InterruptError):
+            run()
+        calls.clear()
+        stop_at = -1
+        for module in model.modality_submodules.values():
+            module.module.register_forward_hook(
+                lambda *_: counts.update(forward=counts["forward"] + 1)
+            )
+        counts |= dict.fromkeys(counts, 0)
+        run()
+        counts["calls"] = len(calls)
+        norms = {name: float(norm) for name, norm in coordinator.grad_norms().items()}
+    model.destroy()
+    infra.destroy()
+    return {**counts, "norms": norms, "norms alone": _norms_alone(case)}
+
+
+def _norms_alone(case: Case) -> dict[str, float]:
+    """Norms of each module's gradient in one process."""
+    oracle = cases.Oracle(case)
+    with cases.not_rehearsed():
+        oracle.backward(0)
+    norms = dict.fromkeys(case.modules, 0.0)
+    for name, parameter in oracle.parameters.items():
+        if parameter.grad is not None:
+            norms[name.split(".")[0]] += float(parameter.grad.norm()) ** 2
+    return {name: square**0.5 for name, square in norms.items()}
+
+
+def test_a_step_sends_each_token_once_and_reads_nothing_from_the_device():
+    ranks = world(4).run(_counted, CASE)
+    assert {each["calls"] for each in ranks} == {8} and {each["fetched"] for each in ranks} == {4}
+    # Two of four ranks hold the first stage; what the others encode goes there, and comes back.
+    assert all(each["batches"] <= 2 for each in ranks)
+    assert sum(each["sent"] for each in ranks) == sum(each["received"] for each in ranks)
+    for each in ranks:
+        assert each["norms"] == pytest.approx(each["norms alone"], rel=1e-5)
+
+
+def test_activations_of_so_many_microbatches_are_kept():
+    for keep, forwards in ((None, 4), (1, 7), (0, 8)):
+        case = evolve(CASE, encoder_microbatches=keep, images={}, assign=0)
+        assert {each["forward"] for each in world(4).run(_counted, case)} == {forwards}
+    frozen = evolve(CASE, frozen=("vision.",), encoder_microbatches=0, images={}, assign=0)
+    for each in world(4).run(_counted, frozen):
+        assert each["forward"] == 4 and each["batches"] <= 1
+
+
+def _with_megatrons_schedule(case: Case) -> None:
+    _, model, coordinator = cases.built(case)
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    coordinator.zero_grad_buffer()
+    schedule = cases.forward_backward_pipelining_without_interleaving
+    with cases._replaced(coordinator, "forward_backward_func", lambda **o: schedule(**_bare(o))):
+        cases.run_schedule(case, model, coordinator, communicator, cases._data(case, 0))
+
+
+def _bare(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if not name.startswith("encoder")}
+
+
+def test_megatrons_own_schedule_is_refused_on_every_rank():
+    answers, errors = world(4).try_run(_with_megatrons_schedule, CASE)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "RuntimeError" and "call coordinator.forward_backward_func(...)" in text
