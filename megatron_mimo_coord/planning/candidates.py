@@ -196,7 +196,7 @@ class Candidates:
         return kept
 
     def held(self, choice: Choice, samples: int, behind: int = 0, waiting: int = 0) -> float:
-        """Bytes on the fullest rank of the first and the last stage.
+        """Bytes on the fullest rank: of the first, the second or the last stage.
 
         Args:
             choice: for a module.
@@ -215,5 +215,5 @@ class Candidates:
                 in_flight=min(number, behind + choice.stages - stage),
                 waiting=waiting or None,
             ).total
-            for stage in {0, choice.stages - 1}
+            for stage in {0, min(1, choice.stages - 1), choice.stages - 1}
         )

@@ -70,7 +70,7 @@ class Choice:
         parallelism: its parallel sizes.
         costs: of the module in this layout.
         cluster: the links between ranks.
-        work: of a sample of the batch on each stage, forward and back.
+        work: of a sample of the batch on each stage, forward and back; images count as even.
         reduction: of the first stage's sum of gradients.
         optimizer: on the stage with the largest share.
         gpus, stages, replicas: ranks, PP and DP.
@@ -105,7 +105,8 @@ class Choice:
         others = dict.fromkeys(request.encoders if name == LANGUAGE else (), ModuleParallelism())
         modules = {name: parallelism, **others}
         is_distributed = request.distributed_optimizer
-        alone = Durations(modules, pack(modules), {name: costs}, request.cluster, 1, is_distributed)
+        even = {name: evolve(costs, images_per_sample_deviation=0.0)}
+        alone = Durations(modules, pack(modules), even, request.cluster, 1, is_distributed)
         return cls(
             name,
             sizes,

@@ -1,12 +1,16 @@
 """What a module costs, in seconds of computing and bytes of messages; what joins the ranks."""
 
 from collections.abc import Sequence
-from math import inf, isfinite
+from math import exp, inf, isfinite
+from statistics import NormalDist
 from typing import Any
 
 from attrs import field, frozen
 
 from megatron_mimo_coord.layout import ModuleParallelism, is_count, must_be
+
+EULER = 0.5772
+"""The mean of the largest of n is where 1 - exp(-EULER) / n of all are smaller, if n is large."""
 
 
 def is_number(value: Any, least: float = 0.0, most: float = inf) -> bool:
@@ -59,10 +63,12 @@ class ModuleCosts:
     by layers. A stage of a module with PP stages computes, for each microbatch,
 
         seconds per sample x (micro_batch_size / DP) x (its layers / all layers)
-            / (TP x tensor_parallel_efficiency) / (CP x context_parallel_efficiency) x imbalance
+            / (TP x tensor_parallel_efficiency) / (CP x context_parallel_efficiency)
+            x imbalance x unevenness
 
-    where an efficiency counts only if more than one rank shares the work, and the imbalance only
-    if DP is more than 1. The efficiency is the textbook's: speed-up divided by ranks.
+    where an efficiency counts only if more than one rank shares the work, the imbalance only if DP
+    is more than 1, and the unevenness is that of images, see :meth:`unevenness`. The efficiency is
+    the textbook's: speed-up divided by ranks.
 
     Args:
         forward_seconds_per_sample: forward pass of one sample of the batch, in seconds.
@@ -86,6 +92,9 @@ class ModuleCosts:
             begins with its forward.
         imbalance: largest work of a data-parallel rank, divided by the mean, 1 or more. For an
             encoder whose images are not assigned to ranks by their cost.
+        images_per_sample, images_per_sample_deviation: mean and standard deviation over samples, of
+            an encoder whose images are uneven; with 0 they are not.
+        images_assigned: whether ``assign_images`` deals them out; else ranks read equal slices.
         layers_per_stage: layers of each pipeline stage where they differ; any numbers that say
             how much of the work a stage has, so that an embedding can count as half a layer.
 
@@ -110,6 +119,9 @@ class ModuleCosts:
     activation_gradient_share: float = field(default=0.5, validator=_share)
     recompute: bool = field(default=False, validator=flag)
     imbalance: float = field(default=1.0, validator=_at_least_one)
+    images_per_sample: float = field(default=0.0, validator=_not_negative)
+    images_per_sample_deviation: float = field(default=0.0, validator=_not_negative)
+    images_assigned: bool = field(default=False, validator=flag)
     layers_per_stage: Sequence[float] | None = field(default=None, validator=_stage_layers)
 
     def stage_share(self, stages: int, stage: int) -> float:
@@ -133,18 +145,59 @@ class ModuleCosts:
             )
         return self.layers_per_stage[stage] / sum(self.layers_per_stage)
 
-    def forward_seconds(self, module: ModuleParallelism, stage: int, samples: float) -> float:
+    def unevenness(self, replicas: int, samples: float) -> float:
+        """Largest number of images of a data-parallel rank, divided by the mean: what is expected.
+
+        Of consecutive slices: the images of a rank as a gamma distribution, whose quantile that the
+        largest of so many ranks has is Wilson and Hilferty's (1931, doi 10.1073/pnas.17.12.684).
+        Assigned images are level but for half an image.
+
+        Args:
+            replicas: DP.
+            samples: over all ranks, whose images are dealt out together.
+
+        Example:
+            >>> def costs(assigned):
+            ...     return ModuleCosts(
+            ...         forward_seconds_per_sample=1, backward_seconds_per_sample=2,
+            ...         images_per_sample=2.6, images_per_sample_deviation=2.8,
+            ...         images_assigned=assigned,
+            ...     )
+            >>> [round(costs(assigned).unevenness(4, 16), 2) for assigned in (False, True)]
+            [1.57, 1.04]
+        """
+        mean, deviation = self.images_per_sample, self.images_per_sample_deviation
+        if replicas == 1 or not mean or not deviation:
+            return 1.0
+        shape = samples / replicas * (mean / deviation) ** 2
+        above = NormalDist().inv_cdf(1 - exp(-EULER) / replicas)
+        largest = max(0.0, 1 - 1 / (9 * shape) + above / (3 * shape**0.5)) ** 3
+        largest = min(max(largest, 1.0), replicas)
+        if not self.images_assigned:
+            return largest
+        return min(largest, 1 + (1 - 1 / replicas) / 2 / (samples / replicas * mean))
+
+    def forward_seconds(
+        self, module: ModuleParallelism, stage: int, samples: float, together: int = 1
+    ) -> float:
         """Seconds that the ranks of a stage compute forward for a microbatch of all ranks.
 
         Args:
             module: parallel sizes.
             stage: index of the pipeline stage.
             samples: ``micro_batch_size``, counted over all ranks.
+            together: microbatches after which ranks wait for each other.
         """
-        return self.forward_seconds_per_sample * self._work(module, stage, samples)
+        return self.forward_seconds_per_sample * self._work(module, stage, samples, together)
 
     def backward_seconds(
-        self, module: ModuleParallelism, stage: int, samples: float, *, receives: bool
+        self,
+        module: ModuleParallelism,
+        stage: int,
+        samples: float,
+        together: int = 1,
+        *,
+        receives: bool,
     ) -> float:
         """Seconds that the ranks of a stage compute backward for a microbatch of all ranks.
 
@@ -157,6 +210,7 @@ class ModuleCosts:
             module: parallel sizes.
             stage: index of the pipeline stage.
             samples: ``micro_batch_size``, counted over all ranks.
+            together: microbatches after which ranks wait for each other.
             receives: whether an input of the stage wants a gradient.
         """
         if self.frozen and not receives:
@@ -166,9 +220,9 @@ class ModuleCosts:
             seconds *= self.activation_gradient_share
         if self.recompute:
             seconds += self.forward_seconds_per_sample
-        return seconds * self._work(module, stage, samples)
+        return seconds * self._work(module, stage, samples, together)
 
-    def _work(self, module: ModuleParallelism, stage: int, samples: float) -> float:
+    def _work(self, module: ModuleParallelism, stage: int, samples: float, together: int) -> float:
         """Samples of the whole module on one rank that take as long as a stage takes."""
         tp, cp, dp, pp = module.shape
         work = samples / dp * self.stage_share(pp, stage)
@@ -176,7 +230,8 @@ class ModuleCosts:
             work /= tp * self.tensor_parallel_efficiency
         if cp > 1:
             work /= cp * self.context_parallel_efficiency
-        return work * (self.imbalance if dp > 1 else 1)
+        uneven = self.unevenness(dp, samples * together)
+        return work * uneven * (self.imbalance if dp > 1 else 1)
 
 
 @frozen(kw_only=True)

@@ -30,17 +30,18 @@ class Durations:
     micro_batch_size: int
     distributed_optimizer: bool
 
-    def forward(self, module: str, stage: int) -> float:
-        """Computing of a microbatch, forward."""
+    def forward(self, module: str, stage: int, together: int = 1) -> float:
+        """Computing of a microbatch forward; ranks wait for each other after some ``together``."""
         costs, sizes = self.costs[module], self.modules[module]
-        return costs.forward_seconds(sizes, stage, self.micro_batch_size)
+        return costs.forward_seconds(sizes, stage, self.micro_batch_size, together)
 
-    def backward(self, module: str, stage: int) -> float:
+    def backward(self, module: str, stage: int, together: int = 1) -> float:
         """Computing of a microbatch, backward."""
         return self.costs[module].backward_seconds(
             self.modules[module],
             stage,
             self.micro_batch_size,
+            together,
             receives=self._receives(module, stage),
         )
 

@@ -18,8 +18,9 @@ ASSUMPTIONS = (
     "a backward pass takes two forward passes; every shape computes at the same rate",
     "tensor-parallel ranks wait for four sums of hidden states a layer, experts' ranks for their "
     "tokens to come and go; nothing overlaps",
-    "every encoder rank gets as many images; embedding and output layer come on top of the first "
-    "and the last stage",
+    'assign_images deals images out, which vary by images_per_sample_deviation; "in slices" is the '
+    "step without it",
+    "embedding and output layer come on top of the first and the last stage",
 )
 """What an estimate rests on, for a user to read."""
 
@@ -120,7 +121,7 @@ def estimated_costs(
     Assumed are: a backward pass of two forwards; the accelerator's rate whatever the shapes;
     tensor-parallel ranks that wait for four sums of hidden states a layer (Shoeybi et al. 2019,
     arXiv 1909.08053), and experts' ranks for tokens that come and go; an optimizer that memory
-    bounds; images that each rank gets equally many of.
+    bounds; images that ``assign_images`` deals out.
 
     Args:
         sizes: of the module.
@@ -155,6 +156,9 @@ def estimated_costs(
         tensor_parallel_efficiency=efficiency,
         frozen=sizes.frozen,
         recompute=sizes.recompute_granularity == "full",
+        images_per_sample=0.0 if sizes.is_language else sizes.images_per_sample,
+        images_per_sample_deviation=sizes.images_per_sample_deviation,
+        images_assigned=True,
         layers_per_stage=shares if forward else None,  # without images there is no work
     )
 

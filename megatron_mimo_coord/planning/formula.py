@@ -32,11 +32,12 @@ def pipeline_seconds(
         return once + (microbatches - 1) * each + end
     ahead, back = bridge_seconds(encoder, language, samples)
     own_hop = encoder.hop(samples)
-    before = samples * encoder.whole + 2 * (encoder.stages - 1) * own_hop + ahead + back
+    uneven = samples * encoder.costs.unevenness(encoder.replicas, samples)
+    before = uneven * encoder.whole + 2 * (encoder.stages - 1) * own_hop + ahead + back
     each = max(
         each,
         first + max(ahead, back) + hop,
-        samples * encoder.slowest + own_hop + max(ahead, back),
+        uneven * encoder.slowest + own_hop + max(ahead, back),
     )
     step = once + before + (microbatches - 1) * each
     # The language model reduces while the encoder still runs backward, two thirds of its work.
@@ -63,6 +64,7 @@ def turn_seconds(
     exchange = sum(bridge_seconds(encoder, language, samples))
     if encoder.gpus == language.gpus and encoder.replicas == language.replicas:
         exchange = 0.0  # each rank has its own tokens
+    work *= encoder.costs.unevenness(encoder.replicas, samples * microbatches)
     return microbatches * (samples * work + exchange) + encoder.reduction + encoder.optimizer
 
 

@@ -95,6 +95,8 @@ class ModuleSizes:
         frozen: whether none of the module's parameters is trained.
         images_per_sample: images (clips, frames) of a sample on average, of an encoder.
         max_images_per_sample: of the microbatch that needs most memory; None for the average.
+        images_per_sample_deviation: standard deviation over samples; by default what the maximum is
+            above the average.
         tokens_per_image: tokens of an image inside the encoder; each image attends to itself.
         output_tokens_per_image: tokens that the language model gets of it; None for as many. If
             fewer, neighbours are concatenated before the projection.
@@ -160,6 +162,9 @@ class ModuleSizes:
     images_per_sample: float = _number(1.0)
     max_images_per_sample: float = _number(
         Factory(lambda self: self.images_per_sample, takes_self=True)
+    )
+    images_per_sample_deviation: float = _number(
+        Factory(lambda self: max(0.0, self.max_images_per_sample - self.images_per_sample), True)
     )
     tokens_per_image: int | None = _count(None)
     output_tokens_per_image: int | None = _count(None)

@@ -189,7 +189,10 @@ def _costs(
 
     def of(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> ModuleCosts:
         estimated = estimated_costs(sizes, parallelism, width, accelerator, cluster)
-        return evolve(estimated, **measured.get(name, {}))
+        told = measured.get(name, {})
+        if "imbalance" in told:  # as it was measured
+            estimated = evolve(estimated, images_per_sample_deviation=0.0)
+        return evolve(estimated, **told)
 
     return of
 

@@ -32,7 +32,9 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
         for module in proposal.modules.values()
     )
     sizes = "TP PP DP EP" if has_experts else "TP PP DP"
+    is_uneven = any(each.seconds_in_slices != each.timeline.seconds for each in proposals)
     titles = ["", *(f"{name}\n{sizes}" for name in names), "micro\nbatch", "step\nseconds"]
+    titles += ["in\nslices"] if is_uneven else []
     titles += ["samples\n/s", "per\nGPU", "GPUs", "ranks", "empty"]
     titles += [*(f"{name}\nidle" for name in names), "free\nGB"]
     table = [titles]
@@ -45,6 +47,7 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
         table.append(
             [
                 *(str(index), *shapes, str(each.micro_batch_size), f"{each.timeline.seconds:.4g}"),
+                *([f"{each.seconds_in_slices:.4g}"] if is_uneven else []),
                 f"{each.samples_per_second:.4g}",
                 f"{each.samples_per_second / each.allocated:.4g}",
                 str(each.allocated),
@@ -103,6 +106,7 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
     """A proposal in types that JSON knows: seconds, bytes and shares."""
     return {
         "step_seconds": proposal.timeline.seconds,
+        "step_seconds_in_slices": proposal.seconds_in_slices,
         "samples_per_second": proposal.samples_per_second,
         "samples_per_second_per_allocated_gpu": proposal.samples_per_second / proposal.allocated,
         "gpus": proposal.gpus,

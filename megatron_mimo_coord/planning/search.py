@@ -22,6 +22,7 @@ from megatron_mimo_coord.layout import (
 )
 from megatron_mimo_coord.planning.candidates import ALIKE, Candidate, Candidates
 from megatron_mimo_coord.planning.choices import Request, recomputations
+from megatron_mimo_coord.planning.costs import ModuleCosts
 from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
@@ -45,6 +46,7 @@ class Proposal:
         timeline: of a simulated step.
         memory: of a rank of each (module, stage).
         encoder_microbatches: as in :func:`simulate_step`.
+        seconds_in_slices: of a step without ``assign_images``.
     """
 
     request: Request
@@ -53,7 +55,8 @@ class Proposal:
     micro_batch_size: int
     timeline: Timeline
     memory: Mapping[tuple[str, int], StageMemory]
-    encoder_microbatches: int | None = None
+    encoder_microbatches: int | None
+    seconds_in_slices: float
 
     @property
     def grids(self) -> dict[str, ModuleGrid]:
@@ -147,17 +150,30 @@ def cost(
     sizes = request.sizes if sizes is None else sizes
     number = request.global_batch_size // micro_batch_size
     batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "num_microbatches": number}
-    timeline = simulate_step(
+    costs = {name: request.costs(name, sizes[name], module) for name, module in modules.items()}
+
+    def simulated(costs: Mapping[str, ModuleCosts]) -> Timeline:
+        return simulate_step(
+            modules,
+            costs,
+            **batch,
+            **how,
+            cluster=request.cluster,
+            distributed_optimizer=request.distributed_optimizer,
+        )
+
+    slices = {name: evolve(each, images_assigned=False) for name, each in costs.items()}
+    timeline = simulated(costs)
+    return Proposal(
+        request,
+        sizes,
         modules,
-        {name: request.costs(name, sizes[name], module) for name, module in modules.items()},
-        **batch,
-        **how,
-        cluster=request.cluster,
-        distributed_optimizer=request.distributed_optimizer,
+        micro_batch_size,
+        timeline,
+        layout_memory(modules, sizes, **batch, **how),
+        how.get("encoder_microbatches"),
+        timeline.seconds if slices == costs else simulated(slices).seconds,
     )
-    memory = layout_memory(modules, sizes, **batch, **how)
-    kept = how.get("encoder_microbatches")
-    return Proposal(request, sizes, modules, micro_batch_size, timeline, memory, kept)
 
 
 def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: Any) -> Proposal:
@@ -223,9 +239,10 @@ def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list
 
 def costed(request: Request, candidate: Candidate) -> Proposal:
     """What a candidate costs."""
-    sizes = {choice.name: choice.sizes for choice in candidate.choices}
+    chosen = {choice.name: choice.sizes for choice in candidate.choices}
     modules, kept = candidate.modules, candidate.encoder_microbatches
     assert modules, "it can be placed"
+    sizes = {name: chosen[name] for name in modules}
     return cost(request, modules, candidate.samples, sizes, encoder_microbatches=kept)
 
 

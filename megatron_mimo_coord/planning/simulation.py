@@ -236,17 +236,21 @@ class _Step:
                 {each: channel(times * durations.over_bridge(name, forward=way)) for each in hosts}
                 for way in (True, False)
             )
-            once = Action(FORWARD, name, durations.forward(name, 0))
-            again = durations.forward(name, 0) + durations.backward(name, 0)
+            forward, backward = (
+                of(name, 0, times) for of in (durations.forward, durations.backward)
+            )
+            once = Action(FORWARD, name, forward)
             for stage in hosts:
                 ahead[stage] += [once] * times
                 ahead[stage].append(Action(EXCHANGE, name, 0.0, (tokens[stage][0],), (), name))
                 if learns:
                     back = (gradients[stage][1],)
                     behind[stage].append(Action(EXCHANGE, name, 0.0, back, back, name))
-                    kept = Action(BACKWARD, name, durations.backward(name, 0))
-                    behind[stage] += [kept] * (times - self.num_repeated)
-                    behind[stage] += [Action(BACKWARD, name, again)] * self.num_repeated
+                    repeated = Action(BACKWARD, name, forward + backward)
+                    behind[stage] += [Action(BACKWARD, name, backward)] * (
+                        times - self.num_repeated
+                    )
+                    behind[stage] += [repeated] * self.num_repeated
             received = tuple(tokens[stage][1] for stage in hosts)
             arriving.append(Action(EXCHANGE, name, 0.0, received, received, name))
             sent = tuple(gradients[stage][0] for stage in hosts)

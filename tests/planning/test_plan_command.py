@@ -7,13 +7,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from attrs import NOTHING, fields_dict
+from attrs import NOTHING, evolve, fields_dict
 from cases import Case
 from layouts import parallel
 from ranks import world
 
 from megatron_mimo_coord import read_layout
-from megatron_mimo_coord.planning import layout_command
+from megatron_mimo_coord.planning import ModuleCosts, layout_command
 from megatron_mimo_coord.planning import plan_command as command
 from megatron_mimo_coord.planning.estimates import forward_flops
 from megatron_mimo_coord.planning.model_file import read_model
@@ -200,6 +200,40 @@ def test_json_says_the_same(ask):
                 parts = ("weights", "gradients", "optimizer", "activations", "working", "messages")
                 assert stage["total"] == pytest.approx(sum(stage[part] for part in parts))
                 assert stage["rank_total"] <= 76e9 - proposal["headroom_bytes"]
+
+
+def test_the_step_in_slices_is_longer_where_images_are_uneven(ask):
+    uneven = MODEL.replace("patch_size", "images_per_sample_deviation = 1.5\npatch_size")
+    layout = "global_batch_size = 32\nmicro_batch_size = 16\n[vision]\ndata_parallel_size = 4\n"
+    layout += "rank_offset = 0\n[language]\ndata_parallel_size = 4\nrank_offset = 0\n"
+    files = {"layout": layout, "costs": COSTS}
+    options = ("--layout", "layout.toml", "--costs", "costs.toml", "--json")
+    (even,) = json.loads(ask(MODEL, *options, **files)[1])["proposals"]
+    (found,) = json.loads(ask(uneven, *options, **files)[1])["proposals"]
+    assert even["step_seconds_in_slices"] == even["step_seconds"]
+    work = 32 * (0.5 + 1.5) / 4  # of each rank's encoder
+    known = ModuleCosts(
+        forward_seconds_per_sample=0, backward_seconds_per_sample=0,
+        images_per_sample=1, images_per_sample_deviation=1.5,
+    )  # fmt: skip
+    for assigned, key in ((True, "step_seconds"), (False, "step_seconds_in_slices")):
+        more = evolve(known, images_assigned=assigned).unevenness(4, 16) - 1
+        assert found[key] - even["step_seconds"] == pytest.approx(work * more, rel=1e-6)
+    shown = ask(uneven, *options[:-1], **files)[1]
+    assert f"{found['step_seconds_in_slices']:.4g}" in shown.split()
+
+
+def test_what_is_recomputed_is_part_of_the_answer(ask):
+    tight = (*ASKED, "--memory", "48MB", "--reserve", "1MB", "--count", "3")
+    found = json.loads(ask(MODEL, *tight, "--json")[1])["proposals"]
+    recomputed = {
+        each["modules"][name]["recompute_granularity"] for each in found for name in each["modules"]
+    }
+    assert recomputed & {"selective", "full"}
+    assert "language recomputes" in ask(MODEL, *tight)[1]
+    fixed = 'recompute_granularity = "none"\n' + MODEL
+    code, _, complaints = ask(fixed, *tight)
+    assert code == 2 and "no layout fits" in complaints
 
 
 def test_an_encoder_without_images(ask):

@@ -354,6 +354,26 @@ def test_encoders_on_ranks_of_a_pipeline_run_before_and_after_it():
     assert phases(encoder_microbatches=0).seconds == pytest.approx(timeline.seconds + 2)
 
 
+@pytest.mark.parametrize(("replicas", "samples"), [(2, 16), (4, 16), (8, 32), (64, 256)])
+def test_uneven_images_keep_the_largest_rank_busy(replicas, samples):
+    random, largest = Random(0), []
+    shape, mean, deviation = (2.7 / 2.5) ** 2, 2.7, 2.5
+    for _ in range(400):
+        images = [random.gammavariate(shape, mean / shape) for _ in range(samples)]
+        ranks = [sum(images[rank::replicas]) for rank in range(replicas)]
+        largest.append(max(ranks) / (samples * mean / replicas))
+    drawn = sum(largest) / len(largest)
+    uneven = costs(images_per_sample=mean, images_per_sample_deviation=deviation)
+    assert uneven.unevenness(replicas, samples) == pytest.approx(drawn, rel=0.04)
+    assigned = evolve(uneven, images_assigned=True)
+    assert 1 < assigned.unevenness(replicas, samples) < 1.06
+    vision = parallel(dp=replicas)
+    times = [each.forward_seconds(vision, 0, samples) for each in (uneven, assigned, costs())]
+    assert times[0] / times[2] == pytest.approx(uneven.unevenness(replicas, samples))
+    assert times[1] / times[2] == pytest.approx(assigned.unevenness(replicas, samples))
+    assert uneven.unevenness(replicas, samples * 10_000) < 1.02, "over many samples they even out"
+
+
 def test_an_encoder_inside_the_first_stage_runs_with_each_microbatch():
     modules = {"vision": parallel(rank_offset=0), LANGUAGE: parallel(pp=2, rank_offset=0)}
     whole = {"vision": costs(1, 2), LANGUAGE: costs(2, 4)}
