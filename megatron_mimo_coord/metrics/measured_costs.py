@@ -40,7 +40,7 @@ def measured_costs(
     """What each module costs, as if the whole of it ran on one rank.
 
     Seconds are medians over microbatches. Tensor-parallel ranks count as if they shared the work
-    without loss: state the efficiency of another TP yourself.
+    without loss; at which TP that was is told.
 
     Args:
         steps: the spans of every rank in each step.
@@ -72,6 +72,7 @@ def measured_costs(
             activation_bytes_per_sample=sent[False] / samples / max(stages - 1, 1),
             gradient_bytes=gradients,
             optimizer_seconds=_optimizer_seconds(steps, grid, sharded),
+            measured_tensor_parallel_size=grid.dim("tp"),
             frozen=is_frozen,
             imbalance=data_parallel_imbalance(steps, grid),
         )

@@ -48,6 +48,7 @@ _stage_layers = must_be(
     "a list with a number above 0 for each pipeline stage",
     "write (7, 8, 8, 7), say, or leave it out for equal stages",
 )
+_ranks = must_be(is_count, "a positive integer below 2**31", "give a number of ranks")
 _ranks_or_none = must_be(
     lambda value: value is None or is_count(value),
     "a positive integer below 2**31",
@@ -82,6 +83,8 @@ class ModuleCosts:
         optimizer_seconds: the optimizer's update of the whole module on one rank, in seconds.
         tensor_parallel_efficiency: speed-up by TP ranks divided by TP, above 0 and at most 1.
         context_parallel_efficiency: the same for CP.
+        measured_tensor_parallel_size: TP at which seconds were measured, times which they are here:
+            ``mimo-plan`` takes the sums over so many ranks out of them, and adds a layout's own.
         frozen: no weight learns: no gradients of weights, no reduction, no optimizer. Gradients of
             activations still flow wherever something before the stage asks for them: see
             :meth:`backward_seconds`.
@@ -115,6 +118,7 @@ class ModuleCosts:
     optimizer_seconds: float = field(default=0.0, validator=_not_negative)
     tensor_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
     context_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
+    measured_tensor_parallel_size: int = field(default=1, validator=_ranks)
     frozen: bool = field(default=False, validator=flag)
     activation_gradient_share: float = field(default=0.5, validator=_share)
     recompute: bool = field(default=False, validator=flag)

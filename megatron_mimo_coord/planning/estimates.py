@@ -2,12 +2,15 @@
 
 from functools import cache
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import num_parameters
+
+LEAST_COMPUTED = 0.5
+"""Part of measured seconds that ranks computed at least, however slow links are said to be."""
 
 OPTIMIZER_TRAFFIC = 28
 """Bytes that Adam reads and writes for each parameter: its gradient once, the parameter's master
@@ -142,7 +145,8 @@ def estimated_costs(
     message = hidden
     if sizes.sequence_parallel:
         message /= parallelism.tensor_model_parallel_size
-    efficiency = _efficiency(3 * forward, 4 * sizes.num_layers, hidden, parallelism, cluster)
+    waiting = tensor_parallel_seconds(sizes, tp, cluster)
+    efficiency = 3 * forward / tp / (3 * forward / tp + waiting) if forward else 1.0
     exchanged = _exchange(sizes, parallelism, cluster) * efficiency
     output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
     recomputed = _recomputed(sizes, flops) / accelerator.flops_per_second
@@ -163,19 +167,44 @@ def estimated_costs(
     )
 
 
-def _efficiency(
-    seconds: float,
-    sums: int,
-    summed_bytes: float,
-    parallelism: ModuleParallelism,
-    cluster: Cluster,
-) -> float:
-    """Part of their time that tensor-parallel ranks compute, the rest being sums over them."""
-    tp = parallelism.tensor_model_parallel_size
-    if tp == 1 or not seconds:
-        return 1.0
-    waiting = sums * cluster.reduction_seconds(range(tp), summed_bytes)
-    return seconds / tp / (seconds / tp + waiting)
+def tensor_parallel_seconds(sizes: ModuleSizes, tp: int, cluster: Cluster) -> float:
+    """Seconds in which tensor-parallel ranks sum hidden states for a sample, forward and back."""
+    hidden = sizes.tokens(1) * sizes.hidden_size * sizes.bytes_per_number
+    return 4 * sizes.num_layers * cluster.reduction_seconds(range(tp), hidden)
+
+
+def scaled(
+    measured: ModuleCosts, sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Cluster
+) -> ModuleCosts:
+    """Costs that were measured, for a layout with another TP.
+
+    What ranks computed is what was measured without the sums over its tensor-parallel ranks; those
+    of the layout come on top. At the TP of the measurement nothing changes.
+
+    Example:
+        >>> sizes = ModuleSizes(num_layers=1, hidden_size=2, num_attention_heads=1, vocab_size=2)
+        >>> costs = ModuleCosts(
+        ...     forward_seconds_per_sample=3, backward_seconds_per_sample=5,
+        ...     measured_tensor_parallel_size=2,
+        ... )
+        >>> links = Cluster(node_bytes_per_second=32)  # 4 sums of 8 bytes take 1 s over two ranks
+        >>> layout = ModuleParallelism()
+        >>> alone = scaled(costs, sizes, layout, links)
+        >>> alone.forward_seconds_per_sample, alone.backward_seconds_per_sample
+        (2.25, 3.75)
+    """
+    seconds = measured.forward_seconds_per_sample + measured.backward_seconds_per_sample
+    before, tp = measured.measured_tensor_parallel_size, parallelism.tensor_model_parallel_size
+    if before == tp or not seconds:
+        return measured
+    waited = before * tensor_parallel_seconds(sizes, before, cluster)
+    computed = max(seconds - waited, LEAST_COMPUTED * seconds)
+    factor = (computed + tp * tensor_parallel_seconds(sizes, tp, cluster)) / seconds
+    return evolve(
+        measured,
+        forward_seconds_per_sample=factor * measured.forward_seconds_per_sample,
+        backward_seconds_per_sample=factor * measured.backward_seconds_per_sample,
+    )
 
 
 def _exchange(sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Cluster) -> float:

@@ -1,7 +1,7 @@
 """What the planning command is given: files and options, and everything that is wrong with them."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from attrs import define, evolve, field
@@ -15,13 +15,17 @@ from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
 from megatron_mimo_coord.planning.estimates import ASSUMPTIONS as OF_COSTS
-from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs
+from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs, scaled
 from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
 from megatron_mimo_coord.planning.model_file import ModelFile
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.parameters import num_parameters
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
+OTHER_MODEL = 0.1
+"""By how much more than this bytes of gradients differ only if the model does."""
+
 SIZES = ("global_batch_size", "micro_batch_size")
 
 
@@ -65,7 +69,7 @@ class Inputs:
             cluster=cluster,
             micro_batch_size=files.job.get("micro_batch_size"),
         )
-        return cls([], request, modules, list(_assumptions(options, measured.keys(), request)))
+        return cls([], request, modules, list(_assumptions(options, measured, request)))
 
 
 class _Files:
@@ -189,23 +193,40 @@ def _costs(
 
     def of(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> ModuleCosts:
         estimated = estimated_costs(sizes, parallelism, width, accelerator, cluster)
-        told = measured.get(name, {})
+        told = dict(measured.get(name, {}))
+        if not told:
+            return estimated
         if "imbalance" in told:  # as it was measured
             estimated = evolve(estimated, images_per_sample_deviation=0.0)
-        return evolve(estimated, **told)
+        if "tensor_parallel_efficiency" in told:
+            return evolve(estimated, **told)
+        found = evolve(estimated, **told, tensor_parallel_efficiency=1.0)
+        return scaled(found, sizes, parallelism, cluster)
 
     return of
 
 
 def _assumptions(
-    options: argparse.Namespace, measured: Iterable[str], request: Request
+    options: argparse.Namespace, measured: Mapping[str, Mapping[str, Any]], request: Request
 ) -> Iterator[str]:
     """What the numbers rest on."""
-    if of_modules := [name for name in measured if name != CLUSTER]:
+    for name, told in measured.items():
+        if name == CLUSTER:
+            continue
         yield (
-            f"{', '.join(of_modules)} cost what {options.costs} says; what it leaves out is "
-            f"estimated from sizes"
+            f"{name} costs what {options.costs} says, measured at TP "
+            f"{told.get('measured_tensor_parallel_size', 1)}: sums over another TP are estimated "
+            f"from the links, and what it leaves out from sizes"
         )
+        sizes = request.sizes[name]
+        estimated = request.costs(name, sizes, ModuleParallelism()).gradient_bytes
+        number = num_parameters(sizes, ModuleParallelism(), request.sizes[LANGUAGE].hidden_size)
+        expected = number * (4 if sizes.grad_reduce_in_fp32 else sizes.bytes_per_number)
+        if estimated and abs(estimated / expected - 1) > OTHER_MODEL:
+            yield (
+                f"extrapolated: {options.costs} has {estimated / GIGA:.3g} GB of gradients for "
+                f"{name}, the model file {expected / GIGA:.3g} GB: it was measured on another model"
+            )
     bandwidth, cluster = options.memory_bandwidth, request.cluster
     yield f"a GPU achieves {options.flops:g} TFLOP/s and {bandwidth:g} GB/s of memory"
     yield (

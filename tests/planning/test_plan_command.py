@@ -298,6 +298,34 @@ def test_measured_costs_replace_estimates(ask):
     assert work <= best["step_seconds"] < 1.4 * work
 
 
+def test_costs_of_one_tp_are_scaled_to_another(ask):
+    """Four sums of 128 KiB a layer for each sample, over the links that options tell."""
+    costs = COSTS_BY_HAND.replace("[language]", "[language]\nmeasured_tensor_parallel_size = 2")
+    options = ("--layout", "layout.toml", "--costs", "costs.toml", "--gpus", "8", "--json")
+    links = ("--micro-batch-size", "12", "--global-batch-size", "12", "--node-bandwidth", "0.01")
+    costs = costs[: costs.index("[cluster]")] + "[cluster]\nnode_latency_seconds = 0\n"
+    sums = {tp: 4 * 4 * 2 * (tp - 1) / tp * 128 * 512 * 2 / 1e7 for tp in (1, 2, 4)}
+
+    def seconds(tp: int) -> float:
+        layout = f"[vision]\n[language]\ntensor_model_parallel_size = {tp}\n"
+        shown = ask(MODEL, *options, *links, layout=layout, costs=costs)[1]
+        shares = json.loads(shown)["proposals"][0]
+        (stage,) = shares["modules"]["language"]["stages"]
+        return stage["busy"] * shares["step_seconds"] / 12
+
+    computed = 3 - 2 * sums[2]
+    assert computed > 1.5
+    assert seconds(2) == pytest.approx(3 / 2, rel=1e-3), "as it was measured"
+    assert seconds(1) == pytest.approx(computed, rel=1e-3)
+    assert seconds(4) == pytest.approx(computed / 4 + sums[4], rel=1e-3)
+    shown = ask(MODEL, *options[:-1], *links, layout="[vision]\n[language]\n", costs=costs)[1]
+    assert "language costs what costs.toml says, measured at TP 2: sums over another TP" in shown
+    assert "another model" not in shown
+    other = costs.replace("[language]", "[language]\ngradient_bytes = 1e12")
+    shown = ask(MODEL, *options[:-1], *links, layout="[vision]\n[language]\n", costs=other)[1]
+    assert "extrapolated: costs.toml has 1e+03 GB of gradients for language" in shown
+
+
 def test_what_stands_in_the_costs_counts_even_if_it_is_the_default(ask):
     layout = "[vision]\n[language]\ntensor_model_parallel_size = 2\n"
     costs = COSTS + "optimizer_seconds = 0\ntensor_parallel_efficiency = 1.0\n"
