@@ -38,7 +38,11 @@ class EncoderShape:
 
 @frozen(kw_only=True)
 class LanguageShape:
-    """Sizes of the language model; ``experts`` makes its layers mixtures of experts."""
+    """Sizes of the language model; ``experts`` makes its layers mixtures of experts.
+
+    With context parallelism ``attention`` is the layers' core attention, such as Transformer
+    Engine's: Megatron's own for local layers refuses it.
+    """
 
     vocabulary: int
     sequence: int
@@ -47,6 +51,7 @@ class LanguageShape:
     heads: int = 4
     experts: int | None = None
     tied_embeddings: bool = False
+    attention: type[torch.nn.Module] | None = None
 
 
 @frozen(kw_only=True)
@@ -170,13 +175,14 @@ def build_bare_model(
     """The model without DDP; without ``grids``, all of it on this rank."""
     language = shape.language
     language_pg = groups[LANGUAGE]
+    layer_spec = get_gpt_layer_local_spec(num_experts=language.experts, moe_grouped_gemm=False)
+    if language.attention is not None:
+        layer_spec.submodules.self_attention.submodules.core_attention = language.attention
     language_spec = ModuleSpec(
         module=GPTModel,
         params={
             "config": _config(shape, LANGUAGE, language, language_pg),
-            "transformer_layer_spec": get_gpt_layer_local_spec(
-                num_experts=language.experts, moe_grouped_gemm=False
-            ),
+            "transformer_layer_spec": layer_spec,
             "vocab_size": language.vocabulary,
             "max_sequence_length": language.sequence,
             "pre_process": language_pg is None or language_pg.pp.rank() == 0,
@@ -248,6 +254,7 @@ def _config(
         hidden_size=sizes.hidden,
         num_attention_heads=sizes.heads,
         tensor_model_parallel_size=groups.tp.size() if groups else 1,
+        context_parallel_size=groups.cp.size() if groups else 1,
         pipeline_model_parallel_size=groups.pp.size() if groups else 1,
         calculate_per_token_loss=shape.per_token.get(name, False),
         hidden_dropout=0.0,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import vlm
 import weights
 from attrs import evolve, field, frozen
+from context_attention import ContextAttention, positions
 from megatron.core.models.mimo import MimoModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import (
@@ -158,7 +159,14 @@ class Case:
         for name in self.encoders:
             steps = self.images.get(name, (((1,),),))
             most += max(max(samples) for step in steps for samples in step)
-        return most * PATCHES + 6
+        language = self.modules[vlm.LANGUAGE]
+        parts = 2 * language.context_parallel_size * language.tensor_model_parallel_size
+        return most * PATCHES + 6 + (-most * PATCHES - 6) % (parts if self.shares_sequences else 1)
+
+    @property
+    def shares_sequences(self) -> bool:
+        """Whether the language model has context parallelism."""
+        return self.modules[vlm.LANGUAGE].context_parallel_size > 1
 
     def shape(self) -> vlm.ModelShape:
         """The model; its configs differ between modules where the case says so."""
@@ -185,6 +193,7 @@ class Case:
                 layers=self.layers,
                 tied_embeddings=self.tied_embeddings,
                 experts=self.experts,
+                attention=ContextAttention if self.shares_sequences else None,
             ),
             per_token=self.per_token,
             ddp={name: self._ddp_of(name) for name in self.modules},
@@ -535,6 +544,7 @@ class Oracle:
         """Gradient of the one loss of a step, by its definition; returns the loss."""
         case = self.case
         replicas = case.modules[vlm.LANGUAGE].data_parallel_size
+        cp = case.modules[vlm.LANGUAGE].context_parallel_size
         share = case.micro_batch_size // replicas
         total = number = torch.zeros(())
         mean = torch.zeros(())
@@ -553,9 +563,11 @@ class Oracle:
             total, number = total + losses.sum(), number + microbatch.mask.sum()
             for replica in range(replicas):
                 samples = slice(replica * share, (replica + 1) * share)
-                tokens_here = microbatch.mask[samples].sum().clamp(min=1)
-                mean = mean + losses[samples].sum() / tokens_here
-        mean = mean / (case.num_microbatches * replicas)
+                for rank in range(cp):
+                    here = positions(case.sequence, rank, cp)
+                    tokens_here = microbatch.mask[samples][:, here].sum().clamp(min=1)
+                    mean = mean + losses[samples][:, here].sum() / tokens_here
+        mean = mean / (case.num_microbatches * replicas * cp)
         loss = total / number.clamp(min=1) if case.per_token.get(vlm.LANGUAGE) else mean
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -130,6 +130,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         if self.current_rank in self._grids[source].ranks:
             self._send_over(Outgoing, source, ends=ends, **options)
         else:
+            options["sequence_peers"] = sequence_peers(self.module_to_grid_map[target])
             self._receive_over(source, ends=ends, **options)
 
     def _options(
@@ -231,6 +232,11 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         }
 
 
+def sequence_peers(grid: HyperCommGrid) -> dist.ProcessGroup | None:
+    """Ranks that read other positions of the same samples as this one, if there are any."""
+    return grid.get_pg("cp") if ModuleGrid.of("", grid).dim("cp") > 1 else None
+
+
 def build_communicator(
     infra: Infra,
     grids: Mapping[str, ModuleGrid],
@@ -275,6 +281,7 @@ def build_communicator(
             dist.get_rank(),
             ExtraGroups.shared(infra.module_to_grid_map[LANGUAGE]),
             next(model.language_model.parameters()).dtype,
+            sequence_peers(infra.module_to_grid_map[LANGUAGE]),
             assignments,
             checks_samples=encoders_first,
         )

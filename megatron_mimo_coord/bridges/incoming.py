@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 from attrs import define, evolve, field
 
 from megatron_mimo_coord.bridges.headers import Header
@@ -20,9 +21,12 @@ class Incoming(Link):
 
     Args:
         check: compares the samples with those that this rank was given.
+        sequence_peers: ranks that were sent the same and use other positions of it, as with
+            context parallelism: the gradient is the sum of theirs.
     """
 
     check: SampleCheck | None = None
+    sequence_peers: dist.ProcessGroup | None = None
     _dp: int = field(init=False)
     _lane: int = field(init=False)
     _turn: range = field(init=False)
@@ -134,6 +138,9 @@ class Incoming(Link):
             )
         whole = self._to_return.popleft()
         tensor = gradient.to(self.dtype)
+        if self.sequence_peers is not None and whole.parts:
+            tensor = tensor.contiguous()
+            dist.all_reduce(tensor, group=self.sequence_peers)
         ops: Ops = []
         for part in whole.parts:
             message = part.cut(tensor, self.dim)

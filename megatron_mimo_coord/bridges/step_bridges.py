@@ -142,6 +142,7 @@ class StepBridges:
         rank: this one.
         groups: where to get more groups.
         dtype: of the language model's weights, in which tokens travel.
+        sequence_peers: ranks that read other positions of the same samples, if there are any.
         assignments: the model's.
         checks_samples: whether assigned samples are compared with those that the language model's
             ranks are given.
@@ -156,6 +157,7 @@ class StepBridges:
         rank: int,
         groups: ExtraGroups,
         dtype: torch.dtype,
+        sequence_peers: dist.ProcessGroup | None,
         assignments: PendingAssignments,
         checks_samples: bool,
     ) -> None:
@@ -185,7 +187,9 @@ class StepBridges:
                 )
             if grids[LANGUAGE].coordinate(rank, "pp") == 0:
                 check = assignments.check(name) if checks_samples else None
-                self.incoming[name] = StepIncoming(**way, hosts=headers, check=check)
+                self.incoming[name] = StepIncoming(
+                    **way, hosts=headers, check=check, sequence_peers=sequence_peers
+                )
             groups.before_destroy(headers.finish)
             groups.before_destroy(peers.finish)
 

@@ -83,6 +83,13 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
         )
+    told = getattr(wrapped.config, "context_parallel_size", 1)
+    if told != grid.dim("cp"):
+        found.append(
+            f"module {name!r} has CP {grid.dim('cp')} in its grid, but its config says "
+            f"context_parallel_size={told}, by which Megatron shares out sequences: give both the "
+            f"same"
+        )
     found += _gather_problems(name, ddp.settings)
     found += weight_problems(name, wrapped)
     per_token = bool(model.config.calculate_per_token_loss)

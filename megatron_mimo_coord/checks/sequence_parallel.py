@@ -1,4 +1,4 @@
-"""What sequence parallelism wants of a module's weights, and of the lengths of texts."""
+"""What sharing sequences out wants of a module's weights, and of the lengths of texts."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import input_ids_of
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of, sequence_parts
 from megatron_mimo_coord.megatron.parameters import unmarked_weights
 
 CURE = (
@@ -43,18 +43,18 @@ def refuse_other_lengths(model: MimoModel, changes: Changes) -> None:
     """Have every rank refuse a text whose length the language model cannot share out.
 
     Args:
-        model: whose ``config`` is the language model's on every rank.
+        model: whose ``config`` is the language model's on every rank, and whose grids are all.
         changes: where is recorded what is hooked to it.
     """
-    parts = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    parts, why = sequence_parts(model)
 
     def check(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = input_ids_of(args, kwargs)
-        if torch.is_tensor(input_ids) and input_ids.shape[-1] % parts:
+        if torch.is_tensor(input_ids) and (length := input_ids.shape[-1]) % parts:
             raise ValueError(
-                f"texts have {input_ids.shape[-1]} tokens, which the {parts} tensor-parallel ranks "
-                f"of the sequence-parallel language model cannot share: pad them to a multiple of "
-                f"{parts}"
+                f"texts have {length} tokens, which {parts} ({why}) does not divide, and so the "
+                f"language model's ranks cannot share them: pad them to "
+                f"{-(-length // parts) * parts}, or any multiple of {parts}"
             )
 
     if parts > 1:

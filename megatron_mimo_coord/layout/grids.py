@@ -177,7 +177,7 @@ def is_colocated(grids: Iterable[ModuleGrid]) -> bool:
 
 
 def runs_encoders_first(grids: Mapping[str, ModuleGrid]) -> bool:
-    """Whether encoders share ranks with a language model otherwise than all with all, and PP 1.
+    """Whether encoders share ranks with a language model otherwise than all with all, PP and CP 1.
 
     A rank then runs its encoders before the language model's pipeline, and their backward after it.
 
@@ -189,7 +189,7 @@ def runs_encoders_first(grids: Mapping[str, ModuleGrid]) -> bool:
     """
     language = grids[LANGUAGE]
     encoders = [grid for name, grid in grids.items() if name != LANGUAGE]
-    if language.dim("pp") == 1 and is_colocated(grids.values()):
+    if language.dim("pp") == language.dim("cp") == 1 and is_colocated(grids.values()):
         return False
     return any(overlap(grid.ranks, language.ranks) for grid in encoders)
 

@@ -308,15 +308,16 @@ def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> list[P
 
 
 def _bridge_problems(source: ModuleGrid, target: ModuleGrid) -> list[Problem]:
-    problems = [
-        Problem(
-            f"module {grid} has CP {grid.dim('cp')}, but Megatron's bridge between an encoder and "
-            f"{LANGUAGE} needs CP 1 on both sides: set context_parallel_size to 1",
-            (grid.name, "context_parallel_size"),
+    problems = []
+    if source.dim("cp") > 1:
+        problems.append(
+            Problem(
+                f"module {source} has CP {source.dim('cp')}, but only the {LANGUAGE} model has "
+                f"sequences that ranks can share, and an encoder's CP must be 1: set its "
+                f"context_parallel_size to 1, and data_parallel_size higher",
+                (source.name, "context_parallel_size"),
+            )
         )
-        for grid in (source, target)
-        if grid.dim("cp") > 1
-    ]
     sizes = source.data_parallel_size, target.data_parallel_size
     if max(sizes) % min(sizes):
         problems.append(

@@ -1,15 +1,17 @@
 """What ``MimoModel`` is given in a forward, and what it cannot run.
 
 Leans on ``input_ids`` and ``modality_inputs`` being the first and the sixth argument of a forward,
-on ``mimo_config`` holding the spec of the language model, and on ``mtp_num_layers`` of a config.
-Without the first two nobody reads a text, or sees that there is no image; without the others what
-cannot run fails on some ranks, while the others wait.
+on ``mimo_config`` holding the spec of the language model and the grids, and on ``mtp_num_layers``
+of a config. Without the first two nobody reads a text, or sees that there is no image; without the
+others what cannot run fails on some ranks, while the others wait.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.core.models.mimo import MimoModel
+
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 
 
 def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -37,6 +39,25 @@ def change_modality_inputs(
     return hook
 
 
+def sequence_parts(model: MimoModel) -> tuple[int, str]:
+    """By what the tokens of a text must divide, and whose ranks share them.
+
+    Two chunks for each context-parallel rank, and with sequence parallelism each of these for the
+    tensor-parallel ranks. Of the grid, which every rank knows.
+    """
+    grids, config = model.mimo_config.module_to_grid_map, model.config
+    if not grids:
+        return 1, ""
+    grid = ModuleGrid.of(LANGUAGE, grids[LANGUAGE])
+    cp, tp = grid.dim("cp"), grid.dim("tp")
+    parts, words = 1, []
+    if cp > 1:
+        parts, words = 2 * cp, [f"2 x CP {cp}"]
+    if config.sequence_parallel and tp > 1:
+        parts, words = parts * tp, [*words, f"TP {tp} of sequence parallelism"]
+    return parts, " x ".join(words)
+
+
 def unsupported(model: MimoModel) -> list[str]:
     """A sentence for each setting of a language model that ``MimoModel`` cannot run.
 
@@ -50,10 +71,10 @@ def unsupported(model: MimoModel) -> list[str]:
             f"from: set mtp_num_layers=None and leave out mtp_block_spec"
         )
     length = model.mimo_config.language_model_spec.params.get("max_sequence_length", 0)
-    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    parts, why = sequence_parts(model)
     if length % parts:
         problems.append(
-            f"the language model's max_sequence_length is {length}, which its {parts} "
-            f"tensor-parallel ranks cannot share: make it, and pad texts to, a multiple of {parts}"
+            f"the language model's max_sequence_length is {length}, which {parts} ({why}) does not "
+            f"divide: make it {-(-length // parts) * parts}, and pad texts to a multiple of {parts}"
         )
     return problems

@@ -57,7 +57,7 @@ def test_multi_token_prediction():
 def test_lengths_that_tensor_parallel_ranks_cannot_share():
     case = StockCase(modules=LAYOUT, configs=SEQUENCE_PARALLEL, multiple=9)
     for text in _errors("test_sequence_parallel:_build", case, ""):
-        assert "max_sequence_length is 9, which its 2 tensor-parallel ranks cannot share" in text
+        assert "max_sequence_length is 9, which 2 (TP 2 of sequence parallelism) does not" in text
 
 
 def _train(case: StockCase) -> None:
@@ -78,4 +78,4 @@ def test_a_text_that_tensor_parallel_ranks_cannot_share():
     assert not answers
     for name, text in errors.values():
         assert name == "ValueError"
-        assert "texts have 9 tokens, which the 2 tensor-parallel ranks" in text
+        assert "texts have 9 tokens, which 2 (TP 2 of sequence parallelism) does not divide" in text

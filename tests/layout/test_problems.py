@@ -32,7 +32,7 @@ FAMILIES = {  # of problems, by a part of their sentence
     "overlap": "overlap in part",
     "shared": "share their ranks",
     "colocated pipeline": "without a pipeline",
-    "context parallelism": "needs CP 1",
+    "context parallelism": "CP must be 1",
     "bridge": "neither divides the other",
     "topology": "topology ",
     "a batch that does not divide": "is not divisible by the DP",
