@@ -203,7 +203,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -
     faulthandler.register(signal.SIGUSR1, open(f"{Path(store).parent}/stack-{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
     enable_cpu_ranks(rehearse)
-    _share_one_gloo_device()
+    share_one_gloo_device()
     if rehearse:
         _finalize_without_host_sync()
     dist.init_process_group(
@@ -229,7 +229,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -
             return  # as a trainer's rank ends: its peers must not wait for it
 
 
-def _share_one_gloo_device() -> None:
+def share_one_gloo_device() -> None:
     """Give all process groups one thread for their sockets; alone, each wakes up all the time."""
     import torch.distributed as dist
 
