@@ -7,7 +7,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_mimo_coord.training.checkpoint_folder import Manifest, checkpoint_path, whole_steps
+from megatron_mimo_coord.training.checkpoint_folder import (
+    Manifest,
+    checkpoint_path,
+    checkpoint_steps,
+)
 
 OPTIONS = (  # that a training must keep when it goes on: the others only change the way from there
     "seed",
@@ -28,7 +32,7 @@ def settings(options: Namespace) -> dict[str, Any]:
 
 def problems(folder: Path, options: Namespace) -> list[str]:
     """Why a training with these options cannot go on from the newest checkpoint in a folder."""
-    path = checkpoint_path(folder, whole_steps(folder)[-1])
+    path = checkpoint_path(folder, checkpoint_steps(folder)[-1])
     try:
         content = Manifest.read(path).content
         found = content["extra"]["settings"]

@@ -19,7 +19,7 @@ from megatron_mimo_coord.layout import (
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.layout.toml_file import LayoutFile
-from megatron_mimo_coord.training.checkpoint_folder import whole_steps
+from megatron_mimo_coord.training.checkpoint_folder import checkpoint_steps
 
 VISION = "vision"
 HEADS = 4  # of attention, in either module
@@ -343,7 +343,7 @@ def checkpoint_problems(options: argparse.Namespace) -> list[str]:
         problems.append("--save-interval has no meaning without --save; give that a folder")
     if save and save.exists() and not save.is_dir():
         problems.append(f"--save {save} is not a folder; give one that is, or a new name")
-    if save and not goes_on and whole_steps(save):
+    if save and not goes_on and checkpoint_steps(save):
         problems.append(
             f"--save {save} already has checkpoints; add --load {save} to go on from the newest, "
             f"or give another folder"
@@ -353,7 +353,7 @@ def checkpoint_problems(options: argparse.Namespace) -> list[str]:
             f"--max-restarts starts the same command again, which must then go on from its own "
             f"checkpoints: add --load {save}"
         )
-    if load and whole_steps(load):
+    if load and checkpoint_steps(load):
         problems += checkpoint.problems(load, options)
     elif load and not goes_on:
         problems.append(

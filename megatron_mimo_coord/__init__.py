@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     )
     from megatron_mimo_coord.layout import ModuleParallelism
     from megatron_mimo_coord.layout.toml_file import read_layout
+    from megatron_mimo_coord.training.checkpoint_folder import checkpoint_steps
     from megatron_mimo_coord.world.process_group import init_process_group
 
 __version__ = "0.3.0"
@@ -22,6 +23,7 @@ __all__ = [
     "MegatronMIMOInfra",
     "ModuleParallelism",
     "MultiModuleCoordinator",
+    "checkpoint_steps",
     "init_process_group",
     "is_current_rank_in_grid",
     "read_layout",
@@ -38,6 +40,7 @@ _HOMES = {
     "validate_data_loader_contract": "infra",
     "validate_no_stub_ranks": "infra",
     "ModuleParallelism": "layout",
+    "checkpoint_steps": "training.checkpoint_folder",
     "init_process_group": "world.process_group",
     "read_layout": "layout.toml_file",
 }

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.optimizer import MimoOptimizer
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey
 from megatron.core.process_groups_config import (
     MultiModuleProcessGroupCollection,
     ProcessGroupCollection,
@@ -79,7 +79,7 @@ from megatron_mimo_coord.world.groups import ExtraGroups
 logger = logging.getLogger(__name__)
 
 
-_TELL_ALL_RANKS = ("save_checkpoint", "load_checkpoint")
+_TELL_ALL_RANKS = ("save_checkpoint", "load_checkpoint", "load_weights")
 """Methods that begin with the outcome of the last save, on all ranks at once."""
 
 
@@ -332,26 +332,35 @@ class MultiModuleCoordinator:
         return hooks
 
     @_while_open
-    def build_optimizer(self, optimizer_config: OptimizerConfig) -> MimoOptimizer:
+    def build_optimizer(
+        self,
+        optimizer_config: OptimizerConfig,
+        config_overrides: Mapping[str | ParamKey, ParamGroupOverride] | None = None,
+    ) -> MimoOptimizer:
         """Make Megatron's ``MimoOptimizer``, also where ranks hold different numbers of modules.
 
         Collective: every rank calls it, once, before :meth:`attach`.
 
         Args:
             optimizer_config: settings of every module's optimizer.
+            config_overrides: other settings of a module, by its name, or of the parameters of all
+                modules that one of Megatron's ``ParamKey`` matches: ``max_lr``, ``min_lr``,
+                ``start_wd``, ``end_wd``, ``wd_mult``. Rates begin at ``max_lr``; the rest is read
+                by Megatron's ``OptimizerParamScheduler``. Megatron's own exemptions from weight
+                decay stay.
 
         Raises:
-            ValueError: ranks were given different settings, or they do not fit a module's DDP; on
-                every rank alike.
+            ValueError: ranks were given different settings, or they do not fit a module's DDP, or
+                each other; on every rank alike.
 
         Example:
-            >>> from megatron.core.optimizer import OptimizerConfig
+            >>> from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey
             >>> optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3))
             >>> coordinator.attach(model.config, optimizer)
             >>> optimizer.step()
             (True, 0.0, None)
         """
-        optimizer = build_optimizer(self._job, optimizer_config)
+        optimizer = build_optimizer(self._job, optimizer_config, config_overrides or {})
         self._gradients.optimizer_steps.watch(optimizer)
         return optimizer
 
@@ -648,6 +657,8 @@ class MultiModuleCoordinator:
         *,
         step: int,
         extra: Mapping[str, Any] | None = None,
+        rank_state: Mapping[str, Any] | None = None,
+        trainable_only: bool = False,
         keep: int = 2,
         background: bool = False,
     ) -> CheckpointSave:
@@ -664,8 +675,10 @@ class MultiModuleCoordinator:
             step: optimizer steps that were taken, more than at the save before. If nothing has
                 changed since that was saved or loaded, nothing is written.
             extra: what else the trainer needs, the same on every rank, such as a scheduler's
-                ``state_dict()``: dicts, lists, tuples, strings, numbers, booleans, None, tensors;
-                other mappings come back as dicts.
+                ``state_dict()``: dicts, lists, tuples, strings, bytes, numbers, booleans, None,
+                tensors; other mappings come back as dicts.
+            rank_state: the same of this rank alone, such as where its data loader is.
+            trainable_only: leave out the weights that are frozen; to be loaded over them.
             keep: how many checkpoints the folder keeps.
             background: return once the state is copied to host memory, and write meanwhile. It
                 takes host memory for the weights and optimizer state of this rank.
@@ -675,9 +688,9 @@ class MultiModuleCoordinator:
             that is written in the background is whole. A trainer that ends waits too.
 
         Raises:
-            ValueError: ranks were given different things, the folder is another training's or has
-                a later step, ``extra`` holds something else, a file could not be written, or the
-                save before in the background failed; on every rank.
+            ValueError: ranks were given different things, the folder is another training's, or has
+                a later step than this or than was loaded, ``extra`` holds something else, a file
+                could not be written, or the save before in the background failed; on every rank.
 
         Example:
             >>> saved = coordinator.save_checkpoint(folder, None, step=50, extra={"lr": 1e-3})
@@ -687,29 +700,56 @@ class MultiModuleCoordinator:
             LoadedCheckpoint(step=50, extra={'lr': 0.001})
         """
         return self._checkpoints.save(
-            folder, optimizer, step=step, extra=extra, keep=keep, background=background
+            folder,
+            optimizer,
+            step=step,
+            extra=extra,
+            rank_state=rank_state,
+            trainable_only=trainable_only,
+            keep=keep,
+            background=background,
         )
 
     @_while_open
     def load_checkpoint(
-        self, folder: Path | str, optimizer: MimoOptimizer | None
+        self,
+        folder: Path | str,
+        optimizer: MimoOptimizer | None,
+        *,
+        step: int | None = None,
+        strict: bool | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> LoadedCheckpoint:
-        """Go on from the newest checkpoint in a folder, of this layout or another. Collective.
+        """Go on from a checkpoint in a folder, of this layout or another. Collective.
 
         A trainer may always call it, after :meth:`attach` and before the first step: without a
         checkpoint it leaves everything as it is, logs a warning, and returns step 0. Random states
         are restored on the layout that they were saved on. Before anything is overwritten, all
         files are read and compared with the digests that were written with them.
 
+        What is trained, and in which precision, may have changed: the optimizer goes on with what
+        it had, begins anew with what it had not, and one line of the log says with how many
+        parameters of which module. Learning rates come from the checkpoint too, for those parameter
+        groups that it has.
+
         Args:
             folder: what :meth:`save_checkpoint` was given. Until the first checkpoint is there,
-                nothing else may be in it.
+                nothing else may be in it. Or what Megatron's ``dist_checkpointing`` wrote for a
+                ``MimoModel``, the folder with ``.metadata``: its weights are loaded.
             optimizer: what :meth:`build_optimizer` made; None loads the weights alone, also into
                 the fp32 copies of optimizers that :meth:`build_optimizer` made or :meth:`attach`
                 was given. Any other optimizer is to be made after loading.
+            step: of which step; the newest if left out. ``checkpoint_steps(folder)`` lists them.
+            strict: True refuses whatever is not as it was saved; False also loads into a model
+                that has more weights, or fewer, and names them in the log and in what it returns.
+            names: parts of names of weights here, and what stands for each in the checkpoint, such
+                as ``{".to_wrap.": "."}`` for adapters around layers.
 
         Returns:
-            ``step`` and ``extra``, as they were saved; 0 and ``{}`` if there is no checkpoint.
+            ``step`` and ``extra``, as they were saved; 0 and ``{}`` if there is no checkpoint. Its
+            ``rank_state`` is what this rank had given, None on another layout, where
+            ``rank_states`` is what all ranks had given; ``missing_keys`` and ``unexpected_keys``
+            are weights that the checkpoint, or the model, has not.
 
         Raises:
             ValueError: the checkpoint is damaged, of another model, of another series of
@@ -721,7 +761,36 @@ class MultiModuleCoordinator:
             >>> step, extra
             (0, {})
         """
-        return self._checkpoints.load(folder, optimizer)
+        return self._checkpoints.load(folder, optimizer, step=step, strict=strict, names=names)
+
+    @_while_open
+    def load_weights(
+        self,
+        module_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        strict: bool = True,
+        names: Mapping[str, str] | None = None,
+    ) -> LoadedCheckpoint:
+        """Load whole weights into one module, each rank its shards of them. Collective.
+
+        Args:
+            module_name: the module.
+            state_dict: whole tensors, the same names on every rank, as the module would have them
+                on one rank, each layer under its number in the whole model. Of each tensor only
+                what lies on this rank is read. An embedding may be as long as its vocabulary.
+            strict: whether a weight that one of both lacks is refused; else it is named in the log
+                and in ``missing_keys`` and ``unexpected_keys`` of what is returned.
+            names: parts of names of weights here, and what stands for each in ``state_dict``.
+
+        Raises:
+            ValueError: names or shapes differ, or ranks were given different ones; on every rank.
+
+        Example:
+            >>> coordinator.load_weights("vision", {}, strict=False).unexpected_keys
+            []
+        """
+        return self._checkpoints.load_module(module_name, state_dict, strict, names)
 
     def describe(self, micro_batch_size: int | None = None) -> str:
         """The layout as text, the same on every rank.

@@ -333,7 +333,9 @@ def train(
         infra.destroy()
 
 
-def optimizer_of(case: Case, coordinator: MultiModuleCoordinator, **settings: Any) -> Any:
+def optimizer_of(
+    case: Case, coordinator: MultiModuleCoordinator, overrides: Any = None, **settings: Any
+) -> Any:
     """Megatron's optimizer of a case's model."""
     config = {
         "optimizer": "adam",
@@ -344,7 +346,7 @@ def optimizer_of(case: Case, coordinator: MultiModuleCoordinator, **settings: An
         "bf16": bool(case.wrap),
         "use_distributed_optimizer": bool(case.ddp.get("use_distributed_optimizer")),
     }
-    return coordinator.build_optimizer(OptimizerConfig(**config | settings))
+    return coordinator.build_optimizer(OptimizerConfig(**config | settings), overrides)
 
 
 def megatrons_communicator(infra: Any, config: Any) -> MultiModulePipelineCommunicator:

@@ -7,7 +7,7 @@ alike, and the loss scales of fp16 drift apart.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any
 
@@ -16,7 +16,15 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import combine_param_group_overrides
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.megatron.changes import Changes
@@ -84,14 +92,58 @@ def _wait(found_inf: bool) -> None:
     """Instead of a scale's own ``update``, which follows once all modules are known."""
 
 
+def overrides_of_module(
+    name: str, config: OptimizerConfig, given: Mapping[str | ParamKey, ParamGroupOverride]
+) -> dict[ParamKey, ParamGroupOverride]:
+    """Which of a module's parameters have other settings than ``config``: Megatron's, and given.
+
+    Args:
+        name: the module.
+        config: the settings of all.
+        given: for the name of a module or a key, ``max_lr`` and the like.
+    """
+    standard = get_standard_config_overrides(config)
+    exempt = [key for key, override in standard.items() if "wd_mult" in override]
+    decays = ParamWithNamePredicate(
+        "decays", lambda param, at: not any(key.matches(param, at) for key in exempt)
+    )
+    found = dict(standard)
+    for key, override in given.items():
+        settings = dict(override)
+        if "max_lr" in settings:
+            settings["lr"] = settings["max_lr"]  # until a scheduler says otherwise
+        if isinstance(key, ParamKey):
+            found[key] = settings
+        elif key == name:
+            if "wd_mult" in settings:  # of what Megatron does not exempt from weight decay
+                found[ParamKey(with_name_predicate=decays)] = {"wd_mult": settings.pop("wd_mult")}
+            found[ParamKey(name="*")] = settings
+    return found
+
+
+def conflicting_overrides(
+    ddp: DistributedDataParallel, overrides: Mapping[ParamKey, ParamGroupOverride]
+) -> Iterator[str]:
+    """Of which parameters two overrides say different things."""
+    for name, param in ddp.named_parameters():
+        try:
+            combine_param_group_overrides(
+                [said for key, said in overrides.items() if key.matches(param, name)]
+            )
+        except ValueError as error:
+            yield f"{name.removeprefix('module.')}: {error}"
+
+
 def optimizer_of(
     ddp: DistributedDataParallel,
     pg_collection: ProcessGroupCollection | None,
     config: OptimizerConfig,
+    overrides: Mapping[ParamKey, ParamGroupOverride],
 ) -> Any:
     """Megatron's optimizer of one module. Collective over the world."""
     return get_megatron_optimizer(
         config=config,
+        config_overrides=dict(overrides),
         model_chunks=[ddp],
         pg_collection=pg_collection,
         use_gloo_process_groups=False,

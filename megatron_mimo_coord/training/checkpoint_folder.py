@@ -28,11 +28,11 @@ _claimed: dict[tuple[int, int], int] = {}
 """Folders that this process writes into, and the open files that say so to others."""
 
 
-def whole_steps(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
     """After which steps there are whole checkpoints, oldest first; none if there is no folder.
 
     Example:
-        >>> whole_steps(Path("nowhere"))
+        >>> checkpoint_steps(Path("nowhere"))
         []
     """
     names = (_NAME.fullmatch(path.name) for path in Path(folder).glob("step-*"))
@@ -209,7 +209,7 @@ def finish(path: Path, content: dict[str, Any], keep: int) -> Path:
     put_on_disk(path)
     whole = path.rename(path.with_name(path.name.partition(".")[0]))
     put_on_disk(whole.parent)
-    for step in whole_steps(whole.parent)[:-keep]:
+    for step in checkpoint_steps(whole.parent)[:-keep]:
         _delete(checkpoint_path(whole.parent, step))
     return whole
 

@@ -1,25 +1,39 @@
 """A checkpoint on its way into a model, which changes only when all is known to be well."""
 
 import json
+import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from megatron.core import __version__ as megatron_version
 
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
-from megatron_mimo_coord.training.checkpoint_save import FORMAT, random_states_name
+from megatron_mimo_coord.training.checkpoint_matching import Matches, Rules
+from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, random_states_name
 from megatron_mimo_coord.training.checkpoint_states import ModelState, OptimizerState
-from megatron_mimo_coord.training.checkpoint_tensors import ChunkReader, Index, wanted
+from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkReader, Index
 from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
 from megatron_mimo_coord.training.random_states import restore_random_states
 from megatron_mimo_coord.world.consistency import RankFacts
 from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.gather import all_gather_text
+
+logger = logging.getLogger(__name__)
+
+_EXTRA = "extra."
+_NO_SETTINGS: dict[str, Any] = {"groups": [], "steps": {}, "grad_scaler": {}}
+_MODULE = re.compile(r"(?:^|\.)(language_model|modality_submodules\.([^.]+))\.")
+_WRAPPERS = re.compile(r"((?:^|\.)(?:language_model|modality_submodules\.[^.]+)\.)(?:module\.)+")
 
 
 class CheckpointLoad:
@@ -29,12 +43,30 @@ class CheckpointLoad:
         job: the modules, and which of them are here.
         layout: where every module lies, in words.
         optimizer: the ``MimoOptimizer``, None for the weights alone.
+        strict: what may differ, as in ``Rules``.
+        names: parts of names here, and what stands for each in the checkpoint.
+
+    Attributes:
+        missing: weights here, on any rank, that the checkpoint lacks.
+        unexpected: its weights that no rank has.
+        is_same_layout: whether it was saved by these ranks.
+        rank_states: what this rank had given to save; on another layout, what each rank had.
     """
 
-    def __init__(self, job: Job, layout: Mapping[str, str], optimizer: Any) -> None:
+    def __init__(
+        self,
+        job: Job,
+        layout: Mapping[str, str],
+        optimizer: Any,
+        strict: bool | None,
+        names: Mapping[str, str],
+    ) -> None:
         self._job = job
         self._layout = layout
         self._optimizer = optimizer
+        self._rules = Rules(strict, names)
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
 
     def prepare(self, manifest: Manifest) -> RankFacts:
         """Compare what the checkpoint holds with what there is here."""
@@ -50,40 +82,77 @@ class CheckpointLoad:
                 f"it was written with megatron-core {content['megatron-core']}, and this is "
                 f"{megatron_version}: use one of the same series"
             )
-        self._index = Index(content["tensors"], content["objects"])
+        self._rules = evolve(self._rules, without_frozen=content.get("trainable_only", False))
+        index = Index(content["tensors"], content["objects"])
+        self._index = index.renamed(_bare) if content["format"] == 1 else index
         self._model = ModelState(self._job, stacked=content["format"] == 1)
         problems += self._model.problems()
-        self._states: list[OptimizerState] = []
-        if self._optimizer is not None:
-            self._states = OptimizerState.collect(self._optimizer, self._job.ddps)
-        self._chunks = [chunk for each in self._states for chunk in each.chunks(self._model)]
         for name, ddp in self._job.ddps.items():
             saved_sizes = content.get("sizes", {}).get(name, [])
             problems += size_problems(name, model_sizes(ddp.module), saved_sizes)
-        problems += wanted([*self._model.chunks(), *self._chunks], self._index)
+        problems += self._match([*self._model.chunks()])
         for key, _, _ in self._model.objects():
-            if key not in self._index.objects:
+            if self._rules.name_there(key) not in self._index.objects and not self._rules.may_lack(
+                is_frozen=False
+            ):
                 problems.append(f"the checkpoint has no {key}")
-        for state in self._states:
-            problems += state.problems(content["optimizer"].get(state.name))
+        if self._rules.strict:
+            for state in self._states:
+                problems += state.unknown_groups(self._settings(state.name))
         return RankFacts(path, {}, _shortened(problems))
 
-    def refuse_unknown_tensors(self, headline: str) -> None:
-        """Raise if the checkpoint holds tensors that no rank has. Collective."""
-        keys = [key for key in sorted(self._index.tensors) if not key.startswith("extra.")]
+    def _match(self, weights: list[Chunk]) -> list[str]:
+        """Find what there is for chunks of weights, and for those of the optimizer."""
+        self._states: list[OptimizerState] = []
+        if self._optimizer is not None:
+            self._states = OptimizerState.collect(self._optimizer, self._job.ddps)
+        self._matches = Matches.find(
+            weights,
+            [chunk for each in self._states for chunk in each.chunks(self._model)],
+            self._model.frozen_keys(),
+            self._index,
+            self._rules,
+        )
+        return self._matches.problems
+
+    def _settings(self, name: str) -> Mapping[str, Any]:
+        """What the checkpoint knows of a module's optimizer beside tensors."""
+        return self._manifest.content["optimizer"].get(name, _NO_SETTINGS)
+
+    def tell_differences(self, headline: str) -> None:
+        """Raise if the checkpoint holds tensors that no rank has; say what is not as it was.
+
+        Collective.
+        """
+        keys = [key for key in sorted(self._index.tensors) if not key.startswith(_EXTRA)]
         if self._optimizer is None:
             keys = [key for key in keys if not key.startswith("optimizer.")]
-        here = {chunk.key for chunk in (*self._model.chunks(), *self._chunks)}
-        known = torch.tensor([key in here for key in keys], dtype=torch.int32).to(world_device())
-        dist.all_reduce(known, op=dist.ReduceOp.MAX)
-        unknown = [key for key, flag in zip(keys, known.tolist(), strict=True) if not flag]
-        raise_problems(headline, _shortened([f"there is no {key} here" for key in unknown]))
+        known = [key in self._matches.known for key in keys]
+        flags = torch.tensor(known, dtype=torch.int32).to(world_device())
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        unknown = [key for key, flag in zip(keys, flags.tolist(), strict=True) if not flag]
+        if self._rules.strict is not False:
+            raise_problems(headline, _shortened([f"there is no {key} here" for key in unknown]))
+        matches = self._matches
+        said = json.dumps([sorted(matches.missing), sorted(matches.fresh)])
+        texts = map(json.loads, all_gather_text(said, device=world_device()))
+        missing, fresh = (sorted(set().union(*each)) for each in zip(*texts, strict=True))
+        self.missing = missing
+        self.unexpected = [key for key in unknown if not key.startswith("optimizer.")]
+        if self._job.rank == 0:
+            for what, found in {
+                "has no weights for": missing,
+                "has no optimizer state, which begins anew, for": fresh,
+                "has weights that are not here, for": self.unexpected,
+            }.items():
+                if found:
+                    logger.warning("%s %s %s", headline.partition(" cannot")[0], what, _by(found))
 
     def verify_files(self) -> RankFacts:
         """Read this rank's share of the files, and compare them with their digests."""
         found = folders.damages(self._manifest, self._job.rank, dist.get_world_size())
         if found:
-            steps = folders.whole_steps(self._manifest.path.parent)[:-1]
+            steps = folders.checkpoint_steps(self._manifest.path.parent)[:-1]
             advice = f"; to go on from step {steps[-1]}, delete this one" if steps else ""
             found = [f"{problem}{advice}" for problem in found]
         return RankFacts({}, {}, found)
@@ -92,23 +161,131 @@ class CheckpointLoad:
         """Overwrite model, optimizer and random states."""
         content, path = self._manifest.content, self._manifest.path
         self._reader = ChunkReader(path, self._index)
-        self._model.load(self._reader)
-        for chunk in self._chunks:
-            self._reader.fill(chunk)
+        self._fill()
         for state in self._states:
             state.hand_back()
-            state.load_settings(content["optimizer"][state.name])
-        if content["layout"] == self._layout and content["world_size"] == dist.get_world_size():
-            text = (path / random_states_name(self._job.rank)).read_text()
-            restore_random_states(json.loads(text))
+            state.load_settings(self._settings(state.name), self._model, self._matches.fresh)
+        world_size, ranks = content["world_size"], [self._job.rank]
+        self.is_same_layout = (content["layout"], world_size) == (
+            self._layout,
+            dist.get_world_size(),
+        )
+        if self.is_same_layout:
+            restore_random_states(self._rank_file(path, self._job.rank))
+        else:
+            ranks = [*range(world_size)] if content.get("has_rank_states") else []
+        self.rank_states = [decode(self._rank_file(path, r).get(RANK_STATE)) for r in ranks]
         return RankFacts({}, {})
+
+    def _fill(self) -> None:
+        with torch.no_grad():
+            for chunk in self._matches.begins:
+                chunk.data.zero_()
+        for chunk in self._matches.fills:
+            self._reader.fill(chunk)
+        there = {key: self._rules.name_there(key) for key, _, _ in self._model.objects()}
+        objects = {
+            here: self._reader.object(key)
+            for here, key in there.items()
+            if key in self._index.objects
+        }
+        self._model.load_filled(objects)
+
+    def _rank_file(self, path: Path, rank: int) -> Any:
+        return json.loads((path / random_states_name(rank)).read_text())
+
+    @property
+    def has_trainable_only(self) -> bool:
+        """Whether the checkpoint has only what was trained."""
+        return self._rules.without_frozen
 
     def extra(self) -> dict[str, Any]:
         """What the trainer had given to save."""
         content, tensors = self._manifest.content, self._index.tensors
-        count = sum(key.startswith("extra.") for key in tensors)
-        found = [self._reader.tensor(f"extra.{number}") for number in range(count)]
+        count = sum(key.startswith(_EXTRA) for key in tensors)
+        found = [self._reader.tensor(f"{_EXTRA}{number}") for number in range(count)]
         return dict(decode(content["extra"], found))
+
+    # -- what others wrote -------------------------------------------------------------------------
+
+    def prepare_megatrons(self, path: Path) -> RankFacts:
+        """Compare the weights of a ``MimoModel`` that ``dist_checkpointing`` saved with those here.
+
+        Its layers are of one tensor or one by one, as its trainer chose.
+        """
+        index = Index.of_megatron(path).renamed(_bare)
+        self._index = Index(
+            {key: found for key, found in index.tensors.items() if _MODULE.match(key)},
+            index.objects,
+        )
+        states = [ModelState(self._job, stacked) for stacked in (False, True)]
+        self._model = max(
+            states, key=lambda each: sum(c.key in self._index.tensors for c in each.chunks())
+        )
+        self._reader = ChunkReader(path, self._index)
+        return RankFacts(
+            {}, {}, _shortened([*self._model.problems(), *self._match([*self._model.chunks()])])
+        )
+
+    def prepare_module(self, name: str, tensors: Mapping[str, torch.Tensor]) -> RankFacts:
+        """Compare whole weights with those of a module."""
+        if name not in self._job.grids:
+            raise ValueError(f"there is no module {name!r}: there are {', '.join(self._job.grids)}")
+        prefix = "language_model." if name == LANGUAGE else f"modality_submodules.{name}."
+        whole = {prefix + key: each for key, each in _experts_joined(tensors).items()}
+        self._index = Index.of_tensors(whole)
+        self._model = ModelState(self._job)
+        problems = self._match(
+            [
+                evolve(chunk, key=self._model.names[chunk.key])
+                for chunk in self._model.chunks()
+                if chunk.key.startswith(prefix)
+            ]
+        )
+        self._reader = ChunkReader(Path(), self._index)
+        shapes = {key: list(each.shape) for key, each in sorted(tensors.items())}
+        return RankFacts({"module": name, "weights": str(shapes)}, {}, _shortened(problems))
+
+    def fill_weights(self) -> RankFacts:
+        """Overwrite the weights alone."""
+        self._fill()
+        return RankFacts({}, {})
+
+
+def _experts_joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With experts that are one by one as one tensor: [expert, ...]."""
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    joined = {}
+    for name, tensor in tensors.items():
+        before, local, after = name.partition(".local_experts.")
+        number, _, rest = after.partition(".")
+        if local and number.isdecimal():
+            experts.setdefault(f"{before}.{rest}", {})[int(number)] = tensor
+        else:
+            joined[name] = tensor
+    for name, each in experts.items():
+        joined[name] = torch.stack([each[number] for number in sorted(each)])
+    return joined
+
+
+def _bare(key: str) -> str:
+    """A key as in bare modules; of another trainer's model, without what is before its name."""
+    key = _WRAPPERS.sub(r"\1", key)
+    return re.sub(r"^(?:model\d*|module)\.(?=language_model\.|modality_submodules\.)", "", key)
+
+
+def _by(keys: list[str], most: int = 4) -> str:
+    """How many parameters of which module, and some of their names."""
+    modules: dict[str, list[str]] = {}
+    for key in keys:
+        found = _MODULE.search(key)
+        module = (found[2] or LANGUAGE) if found else "none"
+        modules.setdefault(module, []).append(key[found.end() :] if found else key)
+    return "; ".join(
+        f"{len(names)} parameters of module {module!r}: {', '.join(names[:most])}"
+        + (", ..." if len(names) > most else "")
+        for module, names in modules.items()
+    )
 
 
 def _series(version: str) -> str:

@@ -7,7 +7,6 @@ was written fits every layout, with the distributed optimizer or without.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.checkpoints import sharded_state_dict
 from megatron_mimo_coord.training.boxes import Box, boxes_of_range
-from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkReader
+from megatron_mimo_coord.training.checkpoint_tensors import Chunk
 from megatron_mimo_coord.training.plain_data import decode, encode
 
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # a resumed training may have others
@@ -49,13 +48,16 @@ class ModelState:
     Args:
         job: whose model's ``sharded_state_dict`` says where each weight lies in the whole model.
         stacked: whether equal layers are one tensor, as in checkpoints of format 1.
+
+    Attributes:
+        names: for the key of each tensor here, what the whole bare model's ``state_dict`` calls it.
     """
 
     def __init__(self, job: Job, stacked: bool = False) -> None:
         self._model = job.model
         self._job = job
         groups = job.infra.pg_collections
-        sharded = sharded_state_dict(job.model, groups, LANGUAGE, stacked)
+        sharded, self.names = sharded_state_dict(job.model, groups, LANGUAGE, stacked)
         self._weights = {
             id(each.data): each
             for each in nested_values(sharded)
@@ -108,6 +110,16 @@ class ModelState:
                     f"for it cannot be saved"
                 )
             yield part, part.data.storage_offset()
+
+    def frozen_keys(self) -> set[str]:
+        """Keys of the weights that are not trained."""
+        return {
+            shard.key
+            for ddp in self._job.ddps.values()
+            for param in ddp.module.parameters()
+            if not param.requires_grad and id(param) in self._weights
+            for shard, _ in self.shards(param)
+        }
 
     def problems(self) -> Iterator[str]:
         """Which parameters are tensor-parallel by their attributes, but replicas for Megatron."""
@@ -163,13 +175,11 @@ class ModelState:
                     groups = self._job.infra.pg_collections[module]
                     yield f"{name} of module {module!r}", param, groups
 
-    def load(self, reader: ChunkReader) -> None:
-        """Fill the model from a checkpoint that has all it needs."""
-        for chunk in self.chunks():
-            reader.fill(chunk)
+    def load_filled(self, objects: Mapping[str, Any]) -> None:
+        """Make the model that of its chunks, which were filled, and of some of its objects."""
         for each in nested_values(self._sharded):
             if isinstance(each, ShardedObject):
-                each.data = reader.object(each.unique_key)
+                each.data = objects.get(each.unique_key, each.data)
         state = dict_list_map_outplace(lambda each: each.data, self._sharded)
         merge(state, self._local)
         self._model.load_state_dict(apply_factory_merges(state, self._factories))
@@ -205,12 +215,14 @@ class Part:
         start: the first of its elements that are kept here, in memory order.
         stop: behind the last.
         tensors: what is kept for them, by name, each with ``stop - start`` elements.
+        state: all that the optimizer keeps, its number of updates too.
     """
 
     param: torch.nn.Parameter
     start: int
     stop: int
     tensors: Mapping[str, torch.Tensor]
+    state: dict[str, Any]
 
 
 class OptimizerState:
@@ -255,34 +267,35 @@ class OptimizerState:
 
     # -- what is no tensor -------------------------------------------------------------------------
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, model: ModelState) -> dict[str, Any]:
         """Learning rates and the like, numbers of updates, the loss scale. JSON."""
-        scalars: dict[str, Any] = {}
         scale: Any = {}
         for optimizer in self._optimizers:
-            for _, name, value in islice(_scalars(optimizer), 1):  # all are alike
-                scalars[name] = encode(value)
             if getattr(optimizer, "grad_scaler", None):
                 state = optimizer.grad_scaler.state_dict()
                 scale = {name: float(value) for name, value in state.items()}
+        steps = {key: float(state["step"]) for key, state in self._counted(model)}
         groups = [_encoded(group) for group in self._groups()]
-        return {"groups": groups, "scalars": scalars, "grad_scaler": scale}
+        return {"groups": groups, "steps": steps, "grad_scaler": scale}
 
-    def problems(self, saved: Mapping[str, Any] | None) -> Iterator[str]:
-        """Why this optimizer cannot go on from the settings of a checkpoint."""
-        if saved is None:
-            yield f"the checkpoint has no optimizer of module {self.name!r}"
-            return
+    def unknown_groups(self, saved: Mapping[str, Any]) -> Iterator[str]:
+        """Parameter groups here whose settings a checkpoint does not have."""
         for group in self._groups():
             here = _encoded(group)
-            if group["params"] and _matching(here, saved["groups"]) is None:
+            if _matching(here, saved["groups"]) is None:
                 yield (
                     f"the optimizer of module {self.name!r} has the parameter group "
                     f"{_identity(here)}, but the checkpoint {list(map(_identity, saved['groups']))}"
                 )
 
-    def load_settings(self, saved: Mapping[str, Any]) -> None:
-        """Go on with the settings of a checkpoint."""
+    def load_settings(self, saved: Mapping[str, Any], model: ModelState, fresh: set[str]) -> None:
+        """Go on with the settings of a checkpoint.
+
+        Args:
+            saved: what :meth:`settings` said, of all ranks.
+            model: the weights.
+            fresh: keys of those whose state begins anew.
+        """
         for group in self._groups():
             found = _matching(_encoded(group), saved["groups"]) or {}
             group |= {
@@ -290,10 +303,14 @@ class OptimizerState:
                 for name, value in found.items()
                 if name not in _identifier_keys()
             }
+        for key, state in self._counted(model):
+            steps = saved["steps"] if "steps" in saved else saved["scalars"].get("step", {})
+            if key in fresh:
+                state["step"] = _like(state["step"], 0)
+            elif key in steps or "steps" not in saved:
+                number = steps[key] if key in steps else decode(steps)
+                state["step"] = _like(state["step"], number)
         for optimizer in self._optimizers:
-            for state, name, value in list(_scalars(optimizer)):
-                if name in saved["scalars"]:
-                    state[name] = _like(value, decode(saved["scalars"][name]))
             if getattr(optimizer, "grad_scaler", None) and saved["grad_scaler"]:
                 state = optimizer.grad_scaler.state_dict()
                 found = {name: saved["grad_scaler"][name] for name in state}
@@ -301,9 +318,17 @@ class OptimizerState:
                     {name: _like(value, found[name]) for name, value in state.items()}
                 )
 
+    def _counted(self, model: ModelState) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(key, state) of the weights of which an optimizer counts the updates."""
+        for _, part in self._parts:
+            if "step" in part.state:
+                for shard, _ in model.shards(part.param):
+                    yield shard.key, part.state
+
     def _groups(self) -> Iterator[dict[str, Any]]:
+        """Those that have parameters here."""
         for optimizer in self._optimizers:
-            yield from optimizer.optimizer.param_groups
+            yield from (group for group in optimizer.optimizer.param_groups if group["params"])
 
 
 def merge_settings(ranks: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -312,7 +337,7 @@ def merge_settings(ranks: list[Mapping[str, Any]]) -> dict[str, Any]:
     A rank that keeps no state, or has no parameter of a group, knows less than others.
     """
     groups: dict[str, Any] = {}
-    merged: dict[str, Any] = {"scalars": {}, "grad_scaler": {}}
+    merged: dict[str, Any] = {"steps": {}, "grad_scaler": {}}
     for settings in ranks:
         for group in settings["groups"]:
             groups.setdefault(str(_identity(group)), group)
@@ -370,26 +395,33 @@ def _parts(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[Part]:
         for param in optimizer.model_param_group_index_map:
             found = dict(optimizer._get_main_param_and_optimizer_states(param))
             here = optimizer._get_model_param_range_map(param)["param"]
-            yield _part(param, here.start, here.end, found.pop("param"), found)
+            main = found.pop("param")
+            state = optimizer.optimizer.state.get(main, {})
+            yield _part(param, here.start, here.end, main, found, state)
         return
     inner = optimizer.optimizer
     for param in params:
         main = getattr(param, "main_param", param)
         if main in inner.state:
-            yield _part(param, 0, param.numel(), main, inner.state[main])
+            yield _part(param, 0, param.numel(), main, inner.state[main], inner.state[main])
 
 
 def _part(
-    param: torch.nn.Parameter, start: int, stop: int, main: torch.Tensor, state: Mapping[str, Any]
+    param: torch.nn.Parameter,
+    start: int,
+    stop: int,
+    main: torch.Tensor,
+    kept: Mapping[str, Any],
+    state: dict[str, Any],
 ) -> Part:
     tensors = {
         name: value
-        for name, value in state.items()
+        for name, value in kept.items()
         if torch.is_tensor(value) and value.numel() == stop - start and name != "step"
     }
     if main.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
         tensors["fp32_param"] = main
-    return Part(param, start, stop, tensors)
+    return Part(param, start, stop, tensors, state)
 
 
 def _chunks_of_part(part: Part, shard: ShardedTensor, begin: int, sharded: bool) -> Iterator[Chunk]:
@@ -413,6 +445,7 @@ def _chunks_of_part(part: Part, shard: ShardedTensor, begin: int, sharded: bool)
                 data=tensor.detach().view(-1)[at : at + box.volume],
                 writes=writes,
                 padded_for=_padded_for(shard),
+                weight=shard.key,
             )
         at += box.volume
 
@@ -433,13 +466,6 @@ def _padded_for(shard: ShardedTensor) -> int:
 def _box(shard: ShardedTensor) -> Box:
     size = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
     return Box(shard.global_offset, size)
-
-
-def _scalars(optimizer: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """(state, name, value) of the numbers of updates that an optimizer keeps for a parameter."""
-    for state in optimizer.optimizer.state.values():
-        if "step" in state:
-            yield state, "step", state["step"]
 
 
 def _like(old: Any, value: Any) -> Any:

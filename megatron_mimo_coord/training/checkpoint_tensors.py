@@ -8,12 +8,11 @@ into memory and copies the elements that it wants. Nothing is unpickled.
 
 import hashlib
 import io
-import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_mimo_coord.training.boxes import Box
 
 _ALIGNMENT = 64  # of the elements in a file, so that they can be used where they are mapped
-_MAX_PADDING = 1024  # most rows for each tensor-parallel rank that a vocabulary is padded by
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before the lengths of its name and extra field
 
 Entry = dict[str, Any]
@@ -50,6 +48,7 @@ class Chunk:
         writes: whether this rank writes it; others hold the same.
         padded_for: TP, of a tensor whose first dim is padded to a multiple of it, as embeddings
             are: it may have another size on another TP. What the file lacks becomes zero.
+        weight: of what an optimizer keeps for one, the key of the weight.
     """
 
     key: str
@@ -58,6 +57,7 @@ class Chunk:
     data: torch.Tensor
     writes: bool = True
     padded_for: int = 0
+    weight: str = ""
 
     @property
     def dtype(self) -> str:
@@ -186,6 +186,58 @@ class Index:
             _refuse_gaps(key, tensor)
         return cls(tensors, objects)
 
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Index":
+        """Whole tensors in memory."""
+        return cls(
+            {
+                key: {
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "shape": tuple(tensor.shape),
+                    "chunks": [
+                        {"offset": [0] * tensor.ndim, "size": tuple(tensor.shape), "data": tensor}
+                    ],
+                }
+                for key, tensor in tensors.items()
+            },
+            {},
+        )
+
+    @classmethod
+    def of_megatron(cls, path: Path) -> "Index":
+        """What Megatron's ``dist_checkpointing`` wrote, of which PyTorch unpickles the index.
+
+        Args:
+            path: the folder with ``.metadata``.
+        """
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        metadata = FileSystemReader(path).read_metadata()
+        places = {
+            (at.fqn, at.offset): {"file": i.relative_path, "at": i.offset, "length": i.length}
+            for at, i in (metadata.storage_data or {}).items()
+        }
+        tensors = {
+            key: {
+                "dtype": str(found.properties.dtype).removeprefix("torch."),
+                "shape": tuple(found.size),
+                "chunks": [
+                    {"offset": c.offsets, "size": c.sizes, **places[key, c.offsets]}
+                    for c in found.chunks
+                ],
+            }
+            for key, found in metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata)
+        }
+        return cls(tensors, {})
+
+    def renamed(self, rename: Callable[[str], str]) -> "Index":
+        """The same under other keys."""
+        return Index(
+            {rename(key): found for key, found in self.tensors.items()},
+            {rename(key): found for key, found in self.objects.items()},
+        )
+
     def save_for_megatron(self, path: Path) -> None:
         """Write the index that PyTorch reads (``.metadata``); this package does not.
 
@@ -240,6 +292,8 @@ def _box(entry: Mapping[str, Any]) -> Box:
 class ChunkReader:
     """Reads from the files of a checkpoint, which are mapped into memory and not read whole.
 
+    The elements become those of another data type where the reader holds another.
+
     Args:
         path: the folder of the files.
         index: what is where.
@@ -260,7 +314,7 @@ class ChunkReader:
             box = _box(entry)
             both = box.overlap(chunk.box) if box.volume else None
             if both is not None:
-                source = self._elements(entry, chunk.data.dtype)[box.slices_of(both)]
+                source = self._elements(chunk.key, entry)[box.slices_of(both)]
                 target[chunk.box.slices_of(both)].copy_(source)
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -278,7 +332,14 @@ class ChunkReader:
         (value,) = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
         return value
 
-    def _elements(self, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+    def _elements(self, key: str, entry: Entry) -> torch.Tensor:
+        if "data" in entry:
+            return entry["data"]
+        if "elements_at" not in entry:  # who wrote it did not say
+            at = slice(entry["at"], entry["at"] + entry["length"])
+            buffer = io.BytesIO(self._file(entry["file"])[at].numpy().tobytes())
+            return torch.load(buffer, weights_only=True, map_location="cpu")
+        dtype = getattr(torch, self._index.tensors[key]["dtype"])
         start = entry["elements_at"]
         data = self._file(entry["file"])[start : start + _box(entry).volume * dtype.itemsize]
         return data.view(dtype).view(entry["size"])
@@ -290,28 +351,3 @@ class ChunkReader:
                 str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8, device="cpu"
             )
         return self._files[name]
-
-
-def wanted(chunks: Iterable[Chunk], index: Index) -> Iterator[str]:
-    """What a checkpoint lacks, or has otherwise than this rank does."""
-    for key, chunk in {chunk.key: chunk for chunk in chunks}.items():
-        found = index.tensors.get(key)
-        if found is None:
-            yield f"the checkpoint has no {key}"
-        elif found["dtype"] != chunk.dtype:
-            yield f"{key} is {found['dtype']} in the checkpoint, {chunk.dtype} here"
-        elif tuple(found["shape"]) != chunk.shape and not _is_other_padding(found, chunk):
-            yield f"{key} is {list(found['shape'])} in the checkpoint, {list(chunk.shape)} here"
-
-
-def _is_other_padding(found: Mapping[str, Any], chunk: Chunk) -> bool:
-    """Whether both can be one vocabulary, padded for one TP in the checkpoint and for another here.
-
-    Megatron pads to a multiple of TP times a number that no model knows, by default 128.
-    """
-    tps = (found.get("padded_for", 0), chunk.padded_for)
-    if not all(tps) or tuple(found["shape"][1:]) != chunk.shape[1:]:
-        return False
-    sizes = (found["shape"][0], chunk.shape[0])
-    multiple = min(_MAX_PADDING, math.gcd(sizes[0] // tps[0], sizes[1] // tps[1]))
-    return max(sizes) - min(sizes) < multiple * tps[sizes.index(max(sizes))]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
+from megatron.core.models.mimo.optimizer import MimoOptimizer
 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
+from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.boxes import Box
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad
-from megatron_mimo_coord.training.checkpoint_save import FORMAT, CheckpointSave
+from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, CheckpointSave
 from megatron_mimo_coord.training.checkpoint_states import (
     ModelState,
     OptimizerState,
@@ -34,20 +36,33 @@ from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags
 logger = logging.getLogger(__name__)
 
 
+_NOTHING, _MEGATRONS = 2**62, 2**62 + 1  # in the place of a step
+
 _in_background: dict[Path, CheckpointSave] = {}
 """What this process writes into each folder, whichever coordinator does."""
 
 
-class LoadedCheckpoint(NamedTuple):
-    """What :meth:`MultiModuleCoordinator.load_checkpoint` found.
-
-    Args:
-        step: after which step it was saved; 0 where there was no checkpoint.
-        extra: what the trainer had given to save; empty where there was nothing.
-    """
-
+class _StepAndExtra(NamedTuple):
     step: int
     extra: dict[str, Any]
+
+
+class LoadedCheckpoint(_StepAndExtra):
+    """What :meth:`MultiModuleCoordinator.load_checkpoint` found: ``step`` and ``extra``.
+
+    Attributes:
+        step: after which step it was saved; 0 where there was no checkpoint.
+        extra: what the trainer had given to save; empty where there was nothing.
+        rank_state: what this rank had given to save; None on another layout.
+        rank_states: on another layout, what all ranks had given, in their order.
+        missing_keys: weights here that the checkpoint lacks, and that stay as they were.
+        unexpected_keys: weights of the checkpoint that are not here.
+    """
+
+    rank_state: Any = None
+    rank_states: Sequence[Any] = ()
+    missing_keys: Sequence[str] = ()
+    unexpected_keys: Sequence[str] = ()
 
 
 class Checkpoints:
@@ -77,6 +92,8 @@ class Checkpoints:
         *,
         step: int,
         extra: Mapping[str, Any] | None,
+        rank_state: Mapping[str, Any] | None,
+        trainable_only: bool,
         keep: int,
         background: bool,
     ) -> CheckpointSave:
@@ -85,11 +102,13 @@ class Checkpoints:
         folder = _agreed_path(folder, headline)
         self._wait(folder)
         saving = CheckpointSave(folder, step, self._job.rank, keep)
+        saving.content = {"trainable_only": bool(trainable_only)}
         self._gather_params()
         models: list[ModelState] = []
         _agree(partial(self._read_model, models), headline)
         problems = models[0].differing_replicas()
-        request = partial(self._begin, saving, models[0], problems, optimizer, extra, background)
+        given = (extra or {}, rank_state)
+        request = partial(self._begin, saving, models[0], problems, optimizer, given, background)
         flags = _agree(request, headline)
         if saving.is_whole:
             return saving
@@ -126,7 +145,7 @@ class Checkpoints:
         model: ModelState,
         differing: list[str],
         optimizer: Any,
-        extra: Mapping[str, Any] | None,
+        given: tuple[Mapping[str, Any], Mapping[str, Any] | None],
         background: bool,
     ) -> RankFacts:
         """Compare what the ranks were given; collect it, and make the folder to write into.
@@ -136,12 +155,13 @@ class Checkpoints:
         problems = [*saving.problems(), *differing]
         if optimizer is not None:
             problems += optimizer_problems(optimizer, list(self._job.ddps))
-        if not isinstance(extra, Mapping | None):
-            raise ValueError(f"extra is a {type(extra).__name__}: give a dict with string keys")
+        for name, each in zip(("extra", "rank_state"), given, strict=True):
+            if not isinstance(each, Mapping | None):
+                raise ValueError(f"{name} is a {type(each).__name__}: give a dict with string keys")
         tensors: list[torch.Tensor] = []
-        said = encode(extra or {}, tensors)
-        facts = _facts(saving, optimizer, said, tensors)
-        saving.holds = (dict(facts), self._optimizer_steps.num_changes)
+        said, own = encode(given[0], tensors), encode(given[1], where="rank_state")
+        facts = _facts(saving, optimizer, said, tensors, given[1] is not None)
+        saving.holds = (dict(facts), own, self._optimizer_steps.num_changes)
         last = self._last
         if last is not None and last.is_whole and self._watches(optimizer):
             saving.is_over = saving.is_whole = last.holds == saving.holds
@@ -150,7 +170,9 @@ class Checkpoints:
         attempt = secrets.randbits(40)
         if not problems and not saving.is_whole:
             self._collect(saving, model, optimizer, tensors, background)
-            saving.content = {
+            saving.random_states[RANK_STATE] = own
+            saving.content |= {
+                "has_rank_states": given[1] is not None,
                 "format": FORMAT,
                 "step": saving.step,
                 "extra": said,
@@ -159,7 +181,7 @@ class Checkpoints:
                 "layout": self._layout,
             }
             if self._job.rank == 0:
-                problems += _folder_problems(saving.path.parent, saving.step)
+                problems += self._folder_problems(saving.path.parent, saving.step)
                 if not problems:
                     folders.begin(saving.path.parent, saving.step, attempt)
         return RankFacts(facts, {}, problems, flags=attempt)
@@ -179,64 +201,151 @@ class Checkpoints:
     ) -> None:
         """What this rank writes; copies of it, if the training goes on meanwhile."""
         states = OptimizerState.collect(optimizer, self._job.ddps) if optimizer else []
-        chunks = [*model.chunks(), *(chunk for each in states for chunk in each.chunks(model))]
+        left_out = model.frozen_keys() if saving.content["trainable_only"] else ()
+        chunks = [chunk for chunk in model.chunks() if chunk.key not in left_out]
+        chunks += [chunk for each in states for chunk in each.chunks(model)]
         if self._job.rank == 0:
             chunks += [_extra_chunk(index, tensor) for index, tensor in enumerate(extra)]
         chunks = [chunk for chunk in chunks if chunk.writes]
         saving.chunks = [chunk.copied() for chunk in chunks] if background else chunks
         saving.objects = {key: value for key, value, writes in model.objects() if writes}
         saving.sizes = {name: model_sizes(ddp.module) for name, ddp in self._job.ddps.items()}
-        saving.settings = {each.name: each.settings() for each in states}
+        saving.settings = {each.name: each.settings(model) for each in states}
         saving.random_states = random_states()
 
     # -- load --------------------------------------------------------------------------------------
 
-    def load(self, folder: Path | str, optimizer: Any) -> LoadedCheckpoint:
-        """Go on from the newest checkpoint. Collective."""
+    def load(
+        self,
+        folder: Path | str,
+        optimizer: Any,
+        *,
+        step: int | None,
+        strict: bool | None,
+        names: Mapping[str, str] | None,
+    ) -> LoadedCheckpoint:
+        """Go on from a checkpoint, the newest if none is chosen. Collective."""
         headline = f"the checkpoint in {folder} cannot be loaded"
         folder = _agreed_path(folder, headline)
         self._wait(folder)
         # The first rank looks, lest others see the folder as it was a moment ago.
-        flags = _agree(partial(self._look, folder, optimizer), headline)
-        if flags[0] == 0:
+        options = {"step": step, "strict": strict, "names": dict(names or {})}
+        found, *_ = _agree(partial(self._look, folder, optimizer, options), headline)
+        if found == _NOTHING:
             if self._job.rank == 0:
                 logger.warning(
                     "no checkpoint in %s: this training starts from the beginning", folder
                 )
             return LoadedCheckpoint(0, {})
-        step = flags[0] - 1
-        loading = CheckpointLoad(self._job, self._layout, optimizer)
-        path = folders.checkpoint_path(folder, step)
+        loading = CheckpointLoad(self._job, self._layout, optimizer, strict, names or {})
+        if found == _MEGATRONS:
+            _agree(lambda: loading.prepare_megatrons(folder), headline)
+            return self._load_weights(loading, headline)
+        path = folders.checkpoint_path(folder, found)
         _agree(lambda: loading.prepare(Manifest.read(path)), headline)
-        loading.refuse_unknown_tensors(headline)
+        loading.tell_differences(headline)
         _agree(loading.verify_files, headline)
         _agree(loading.fill, headline)
         self._optimizer_steps.num_changes += 1
         if optimizer is None:
-            for known in self._optimizer_steps.optimizers:
-                known.reload_model_params()  # else its next step undoes the load
-        self._last = CheckpointSave(folder, step, is_over=True, is_whole=True)
-        extra = loading.extra()
+            self._reload_optimizers()
+        loaded = LoadedCheckpoint(found, loading.extra())
+        if loading.is_same_layout:
+            (loaded.rank_state,) = loading.rank_states
+        else:
+            loaded.rank_states = loading.rank_states
+        loaded.missing_keys, loaded.unexpected_keys = loading.missing, loading.unexpected
+        self._last = CheckpointSave(folder, found, is_over=True, is_whole=True)
+        self._last.content = {"trainable_only": loading.has_trainable_only}
         tensors: list[torch.Tensor] = []
-        facts = _facts(self._last, optimizer, encode(extra, tensors), tensors)
-        self._last.holds = (facts, self._optimizer_steps.num_changes)
-        return LoadedCheckpoint(step, extra)
+        said, own = encode(loaded.extra, tensors), encode(loaded.rank_state)
+        facts = _facts(self._last, optimizer, said, tensors, own is not None)
+        self._last.holds = (facts, own, self._optimizer_steps.num_changes)
+        return loaded
 
-    def _look(self, folder: Path, optimizer: Any) -> RankFacts:
-        """The newest checkpoint's step, plus 1, as a flag of the first rank."""
-        problems, steps = [], []
+    def load_module(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        strict: bool,
+        names: Mapping[str, str] | None,
+    ) -> LoadedCheckpoint:
+        """Fill the weights of one module with whole ones. Collective."""
+        headline = f"the weights of module {name!r} cannot be loaded"
+        self._wait(Path())
+        loading = CheckpointLoad(self._job, self._layout, None, strict or False, names or {})
+        _agree(lambda: loading.prepare_module(name, tensors), headline)
+        return self._load_weights(loading, headline, name)
+
+    def _load_weights(
+        self, loading: CheckpointLoad, headline: str, module: str = ""
+    ) -> LoadedCheckpoint:
+        """Overwrite weights alone, and what optimizers have copied of them."""
+        loading.tell_differences(headline)
+        _agree(loading.fill_weights, headline)
+        self._optimizer_steps.num_changes += 1
+        self._reload_optimizers(module)
+        loaded = LoadedCheckpoint(0, {})
+        loaded.missing_keys, loaded.unexpected_keys = loading.missing, loading.unexpected
+        return loaded
+
+    def _reload_optimizers(self, module: str = "") -> None:
+        """Have optimizers, or those of one module, take the weights, lest a step undo the load."""
+        for known in self._optimizer_steps.optimizers:
+            if module and isinstance(known, MimoOptimizer):
+                known = optimizers_here(known).get(module)
+            if known is not None:
+                known.reload_model_params()
+
+    def _look(self, folder: Path, optimizer: Any, options: Mapping[str, Any]) -> RankFacts:
+        """Which checkpoint to load, as a flag of the first rank."""
+        problems, found = [], _NOTHING
+        step = options["step"]
         if optimizer is not None:
             problems += optimizer_problems(optimizer, list(self._job.ddps))
         if self._job.rank == 0:
-            steps = folders.whole_steps(folder)
+            steps = folders.checkpoint_steps(folder)
             foreign = folders.foreign_files(folder)
-            if not steps and foreign:
+            if step is not None and step not in steps:
+                problems.append(f"{folder} has no checkpoint of step {step!r}, but of {steps}")
+            elif steps:
+                found = steps[-1] if step is None else step
+            elif ".metadata" in foreign and folders.MANIFEST not in foreign:
+                found = _MEGATRONS
+                if optimizer is not None:
+                    problems.append(
+                        f"{folder} is of Megatron's dist_checkpointing, of which the weights are "
+                        f"loaded alone: give None in the place of the optimizer"
+                    )
+            elif foreign:
                 problems.append(
                     f"{folder} has {', '.join(foreign[:8])}, but no checkpoint of this package: "
-                    f"give the folder that save_checkpoint was given, or an empty one to start"
+                    f"give the folder that save_checkpoint was given, or an empty one to start; "
+                    f"of another trainer's checkpoint, the folder with .metadata in it"
                 )
         facts = {"with an optimizer": str(optimizer is not None)}
-        return RankFacts(facts, {}, problems, flags=steps[-1] + 1 if steps else 0)
+        facts |= {name: str(option) for name, option in options.items()}
+        return RankFacts(facts, {}, problems, flags=found)
+
+    def _folder_problems(self, folder: Path, step: int) -> list[str]:
+        """What keeps the first rank from writing there."""
+        if not folders.claim(folder):
+            return [
+                f"another training writes into {folder}; end it (its torchrun may be gone "
+                f"already), or give another folder"
+            ]
+        steps, last = folders.checkpoint_steps(folder), self._last
+        if last is not None and last.parent == folder and steps and steps[-1] > last.step:
+            return [
+                f"{folder} has a checkpoint of step {steps[-1]}, and this training goes on from "
+                f"step {last.step}: give another folder, or delete what is later"
+            ]
+        if steps and steps[-1] >= step:
+            return [
+                f"{folder} already has a checkpoint of step {steps[-1]}: go on from it with "
+                f"load_checkpoint, or give another folder"
+            ]
+        return []
 
 
 def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
@@ -256,32 +365,22 @@ def _agreed_path(folder: Path | str, headline: str) -> Path:
 
 
 def _facts(
-    saving: CheckpointSave, optimizer: Any, extra: Mapping[str, Any], tensors: list[torch.Tensor]
+    saving: CheckpointSave,
+    optimizer: Any,
+    extra: Mapping[str, Any],
+    tensors: list[torch.Tensor],
+    has_rank_state: bool,
 ) -> dict[str, str]:
     """What a trainer has asked to save, in words."""
     return {
         "folder": str(saving.path.parent),
         "step": str(saving.step),
         "with an optimizer": str(optimizer is not None),
+        "with rank_state": str(has_rank_state),
+        "trainable_only": str(saving.content["trainable_only"]),
         **{f"extra[{name!r}]": json.dumps(value) for name, value in extra.items()},
         "tensors in extra": str([_fingerprint(tensor) for tensor in tensors]),
     }
-
-
-def _folder_problems(folder: Path, step: int) -> list[str]:
-    """What keeps the first rank from writing there."""
-    if not folders.claim(folder):
-        return [
-            f"another training writes into {folder}; end it (its torchrun may be gone already), or "
-            f"give another folder"
-        ]
-    steps = folders.whole_steps(folder)
-    if steps and steps[-1] >= step:
-        return [
-            f"{folder} already has a checkpoint of step {steps[-1]}: go on from it with "
-            f"load_checkpoint, or give another folder"
-        ]
-    return []
 
 
 def _extra_chunk(index: int, tensor: torch.Tensor) -> Chunk:

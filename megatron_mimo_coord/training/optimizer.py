@@ -11,33 +11,47 @@ from typing import Any
 
 import torch
 from megatron.core.models.mimo.optimizer import MimoOptimizer
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey
 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.megatron.optimizers import (
+    conflicting_overrides,
     mimo_optimizer,
     optimizer_of,
+    overrides_of_module,
     without_parameters,
 )
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
+_SETTINGS = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult")
+Overrides = Mapping[str | ParamKey, ParamGroupOverride]
 
-def build_optimizer(job: Job, config: OptimizerConfig) -> MimoOptimizer:
+
+def build_optimizer(job: Job, config: OptimizerConfig, given: Overrides) -> MimoOptimizer:
     """Megatron's optimizer of all modules. Collective over the world.
 
     Args:
         job: the modules, their grids, and which of them are here.
         config: settings of every module's optimizer.
+        given: other settings of some modules or parameters.
 
     Raises:
-        ValueError: on every rank, if the config does not fit a module's DDP.
+        ValueError: on every rank, if the config does not fit a module's DDP, or settings do not
+            fit each other.
     """
-    check_consistency(lambda: _facts(job, config), "the optimizer cannot be built")
+    overrides = {name: overrides_of_module(name, config, given) for name in job.grids}
+    check_consistency(
+        lambda: _facts(job, config, given, overrides), "the optimizer cannot be built"
+    )
     groups = job.infra.pg_collections
-    optimizers = {name: optimizer_of(ddp, groups[name], config) for name, ddp in job.ddps.items()}
+    optimizers = {
+        name: optimizer_of(ddp, groups[name], config, overrides[name])
+        for name, ddp in job.ddps.items()
+    }
     name, ddp = next(iter(job.ddps.items()))
     for _ in range(_most_modules_on_a_rank(job) - len(job.ddps)):
-        optimizer_of(without_parameters(ddp, groups[name]), groups[name], config)
+        empty = without_parameters(ddp, groups[name])
+        optimizer_of(empty, groups[name], config, overrides[name])
     return mimo_optimizer(optimizers, job.infra.module_to_grid_map, groups, config)
 
 
@@ -46,9 +60,24 @@ def _most_modules_on_a_rank(job: Job) -> int:
     return max(ranks.count(grid.rank_offset) for grid in job.grids.values())
 
 
-def _facts(job: Job, config: OptimizerConfig) -> RankFacts:
+def _facts(
+    job: Job,
+    config: OptimizerConfig,
+    given: Overrides,
+    overrides: Mapping[str, Mapping[ParamKey, ParamGroupOverride]],
+) -> RankFacts:
     """What the ranks must agree about, and what keeps this one from building its optimizers."""
-    problems = []
+    problems = [
+        f"there is no module {key!r}: config_overrides may name {', '.join(job.grids)}"
+        for key in given
+        if isinstance(key, str) and key not in job.grids
+    ]
+    problems += [
+        f"{key!r} has no {name}: config_overrides may have {', '.join(_SETTINGS)}"
+        for key, override in given.items()
+        for name in override
+        if name not in _SETTINGS
+    ]
     for name, ddp in job.ddps.items():
         settings = ddp.ddp_config
         if settings.use_distributed_optimizer != config.use_distributed_optimizer:
@@ -57,6 +86,7 @@ def _facts(job: Job, config: OptimizerConfig) -> RankFacts:
                 f"optimizer's config, but {settings.use_distributed_optimizer} in the DDP of "
                 f"module {name!r}: give both the same"
             )
+        problems += conflicting_overrides(ddp, overrides[name])
         if settings.num_distributed_optimizer_instances > 1:
             problems.append(
                 f"the DDP of module {name!r} has num_distributed_optimizer_instances "
@@ -66,4 +96,14 @@ def _facts(job: Job, config: OptimizerConfig) -> RankFacts:
     settings_here: Mapping[str, Any] = vars(config)
     plain = (bool, int, float, str, torch.dtype, type(None))
     facts = {name: str(value) for name, value in settings_here.items() if isinstance(value, plain)}
+    for key, override in given.items():
+        facts |= {f"{_words(key)}: {name}": str(value) for name, value in override.items()}
     return RankFacts(facts, {}, problems)
+
+
+def _words(key: str | ParamKey) -> str:
+    """A key without the addresses of functions, which differ between ranks."""
+    if isinstance(key, str):
+        return key
+    predicates = [key.predicate, key.with_name_predicate]
+    return str((key.name, key.attr, [getattr(each, "name", len(each)) for each in predicates]))

@@ -1,11 +1,13 @@
 """Nested Python data as JSON and tensors, and back as it was. Nothing is pickled."""
 
+import base64
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+_BYTES, _ARRAY = "$bytes", "$array"
 _TENSOR, _SCALAR, _TUPLE, _COUNTER = "$tensor", "$scalar", "$tuple", "$counter"
 _MAX_DEPTH = 100
 
@@ -16,10 +18,10 @@ def encode(
     """What JSON can say of a value.
 
     Args:
-        value: mappings with string keys, which come back as dicts, lists, tuples, strings, numbers,
-            booleans, None, tensors, and a ``Counter`` of integers, which learning-rate schedulers
-            keep.
-        tensors: where tensors with dims are put; JSON then has their number.
+        value: mappings with string keys, which come back as dicts, lists, tuples, strings, bytes,
+            numbers, booleans, None, tensors, and a ``Counter`` of integers, which learning-rate
+            schedulers keep.
+        tensors: where tensors with dims are put; JSON then has their number, else their elements.
         where: the value's name, for the error.
         depth: how many values it is inside of.
 
@@ -37,6 +39,8 @@ def encode(
         return value
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where[:80]}... is more than {_MAX_DEPTH} levels deep, or inside itself")
+    if type(value) is bytes:
+        return {_BYTES: base64.b64encode(value).decode()}
     if type(value) in (list, tuple):
         items = [encode(item, tensors, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         return items if type(value) is list else {_TUPLE: items}
@@ -53,14 +57,17 @@ def encode(
             for key, item in value.items()
         }
     if isinstance(value, torch.Tensor) and _is_plain(value):
+        dtype = str(value.dtype).removeprefix("torch.")
         if value.ndim == 0:
-            return {_SCALAR: [str(value.dtype).removeprefix("torch."), value.item()]}
+            return {_SCALAR: [dtype, value.item()]}
         if tensors is not None:
             tensors.append(value)
             return {_TENSOR: len(tensors) - 1}
+        elements = value.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+        return {_ARRAY: [dtype, list(value.shape), base64.b64encode(elements.tobytes()).decode()]}
     raise ValueError(
         f"{where} is a {type(value).__name__}: a checkpoint takes dicts, lists, tuples, strings, "
-        f"numbers, booleans, None and dense real tensors, because nothing in it is pickled"
+        f"bytes, numbers, booleans, None and dense real tensors, because nothing in it is pickled"
     )
 
 
@@ -81,6 +88,8 @@ def decode(value: Any, tensors: list[torch.Tensor] | None = None) -> Any:
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
+    if _BYTES in value:
+        return base64.b64decode(value[_BYTES])
     if _TUPLE in value:
         return tuple(decode(item, tensors) for item in value[_TUPLE])
     if _COUNTER in value:
@@ -88,6 +97,10 @@ def decode(value: Any, tensors: list[torch.Tensor] | None = None) -> Any:
     if _SCALAR in value:
         dtype, number = value[_SCALAR]
         return torch.tensor(number, dtype=getattr(torch, dtype), device="cpu")
+    if _ARRAY in value:
+        dtype, shape, text = value[_ARRAY]
+        elements = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8, device="cpu")
+        return elements.view(getattr(torch, dtype)).view(shape)
     if _TENSOR in value:
         assert tensors is not None, "who encoded tensors decodes them"
         return tensors[value[_TENSOR]]

@@ -43,7 +43,7 @@ TEXT = """
     calculate_per_token_loss variable_seq_lengths use_distributed_optimizer
     overlap_param_gather overlap_grad_reduce align_param_gather
     num_distributed_optimizer_instances timers sequence_parallel rank_offset size tp cp dp pp dp_cp
-    ep expt_tp parallel_state get_model_config
+    ep expt_tp parallel_state get_model_config ParamKey ParamGroupOverride
 """
 PROMISED = set(TEXT.split())
 

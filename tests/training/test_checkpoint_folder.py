@@ -55,7 +55,7 @@ def test_a_kill_between_any_two_calls_leaves_only_whole_checkpoints(tmp_path, mo
     # on disk before it has its name: manifest, its name, the folder; then the whole one's name
     whole = ["fsync", "rename", "fsync", "rename", "fsync", "rename", "rmtree"]
     assert order == whole[:call]
-    steps = folders.whole_steps(tmp_path)
+    steps = folders.checkpoint_steps(tmp_path)
     assert steps[-1] == (15 if call > 3 else 10)
     assert len(steps) >= 2
     for step in steps:
@@ -66,7 +66,7 @@ def test_a_kill_between_any_two_calls_leaves_only_whole_checkpoints(tmp_path, mo
 
 
 def test_the_newest_are_kept(tmp_path):
-    assert folders.whole_steps(tmp_path / "nowhere") == []
+    assert folders.checkpoint_steps(tmp_path / "nowhere") == []
     for step in (5, 10, 15):
         path = make(tmp_path, step)
     assert path == checkpoint_path(tmp_path, 15)
@@ -76,16 +76,16 @@ def test_the_newest_are_kept(tmp_path):
     folders.begin(tmp_path, 25, attempt=10)
     folders.begin(tmp_path, 25, attempt=11)  # what the attempt before left behind is gone
     assert names(tmp_path) == ["step-00000020", "step-00000025.b.unfinished"]
-    assert folders.whole_steps(tmp_path) == [20]
+    assert folders.checkpoint_steps(tmp_path) == [20]
     assert folders.foreign_files(tmp_path) == []
     make(tmp_path, 123_456_789)
-    assert folders.whole_steps(tmp_path) == [20, 123_456_789]
+    assert folders.checkpoint_steps(tmp_path) == [20, 123_456_789]
 
 
 def test_a_folder_without_our_checkpoints_is_foreign_if_it_has_anything(tmp_path):
     assert folders.foreign_files(tmp_path / "nowhere") == folders.foreign_files(tmp_path) == []
     (tmp_path / "step-30").mkdir()  # as others name them
-    assert folders.whole_steps(tmp_path) == []
+    assert folders.checkpoint_steps(tmp_path) == []
     assert folders.foreign_files(tmp_path) == ["step-30"]
     folders.begin(tmp_path, 25, attempt=10)  # killed before its first checkpoint was whole
     assert folders.foreign_files(tmp_path) == []

@@ -18,7 +18,7 @@ from ranks import world
 from trainings import GatedCase, SizedCase
 
 from megatron_mimo_coord.training import checkpoint_folder
-from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, whole_steps
+from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, checkpoint_steps
 
 # All of four ranks: two encoders; of a language model TP, PP, DP and experts; modules that share
 # ranks apart from the language model, and with it.
@@ -225,11 +225,11 @@ def save_in_the_background(folder: Path) -> None:
             save = one.coordinator.save_checkpoint
             first = save(folder, one.optimizer, step=1, background=True)
             undisturbed = one.steps(1, 2)
-            assert not whole_steps(folder), "nobody has written"
+            assert not checkpoint_steps(folder), "nobody has written"
             threading.Timer(0.5, may_write.set).start()
             other = MultiModuleCoordinator(one.coordinator._job.infra, one.model)
             second = other.save_checkpoint(folder, one.optimizer, step=3, background=True)
-            assert whole_steps(folder)[0] == 1
+            assert checkpoint_steps(folder)[0] == 1
             assert first.wait() == checkpoint_path(folder, 1)
             assert second.wait() == checkpoint_path(folder, 3)
         if one.coordinator._job.rank == 0:
@@ -411,8 +411,8 @@ def test_a_save_that_cannot_be_is_refused_on_every_rank(tmp_path):
             assert "could not be written" in said[name]
             assert "No space left on device" in said[name]
         assert "SystemExit" in said["exits"]
-    assert whole_steps(tmp_path / "saved") == [5]
-    assert whole_steps(tmp_path / "full") == []
+    assert checkpoint_steps(tmp_path / "saved") == [5]
+    assert checkpoint_steps(tmp_path / "full") == []
 
 
 def refuse_to_load(folder: Path, case: Case, settings: dict[str, Any]) -> tuple[str, bool]:
@@ -453,7 +453,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(tmp_p
             f"word_embeddings.weight is [16, 16] in the checkpoint, [{vocabulary}, 16] here",
             case=SizedCase(modules=modules, vocabulary=vocabulary),
         )
-    output = "language_model.module.output_layer.weight"
+    output = "language_model.output_layer.weight"
     refused(f"there is no {output} here", case=Case(modules=FAN_IN, tied_embeddings=True))
     refused("the checkpoint has no language_model", "router", case=Case(modules=FAN_IN, experts=4))
     refused(

@@ -33,15 +33,27 @@ class AdaptedCase(Case):
     """One whose second language layer has an adapter, which no other layer has."""
 
     def build_model(self, infra: Any) -> Any:
+        import cases
         import torch
+        import weights
+
+        def adapt(layer: Any) -> None:
+            layer.adapter = torch.nn.Linear(4, 4, bias=False)
+            torch.nn.init.constant_(layer.adapter.weight, 0.5)
+
+            def add(_: Any, __: Any, outputs: Any) -> Any:
+                hidden, *rest = outputs
+                first = hidden[..., :4]
+                hidden = torch.cat([first + layer.adapter(first), hidden[..., 4:]], -1)
+                return (hidden, *rest)
+
+            layer.mlp.register_forward_hook(add)
 
         def prepare(model: Any) -> None:
             for layer in getattr(getattr(model.language_model, "decoder", None), "layers", ()):
                 if layer.layer_number == 2:
-                    layer.adapter = torch.nn.Linear(4, 4, bias=False)
-                    torch.nn.init.constant_(layer.adapter.weight, 0.5)
-
-        import weights
+                    adapt(layer)
+            cases._prepare(self, infra.pg_collections, model)
 
         return weights.build_model(self.shape(), infra, prepare=prepare)
 
@@ -149,7 +161,7 @@ def test_layers_that_differ_are_saved_and_loaded_on_every_layout(name, tmp_path)
         assert not any("layernorm" in key for key in untrained)
     else:
         assert [key for key in weights if "adapter" in key] == [
-            "language_model.module.decoder.layers.1.adapter.weight"
+            "language_model.decoder.layers.1.adapter.weight"
         ]
 
 

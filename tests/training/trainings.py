@@ -64,7 +64,7 @@ class Training:
 def training(case: cases.Case, **settings: Any) -> Iterator[Training]:
     """The training of a case on this rank; everything is given back at the end."""
     infra, model, coordinator = cases.built(case)
-    optimizer = cases.optimizer_of(case, coordinator, clip_grad=1.0, **settings)
+    optimizer = cases.optimizer_of(case, coordinator, **{"clip_grad": 1.0} | settings)
     coordinator.attach(model.config, optimizer)
     communicator = coordinator.build_pipeline_communicator(model.config)
 
