@@ -24,11 +24,18 @@ SHAPE = ("--steps", "120", "--loss", "per-token")
 
 
 def test_the_digits_model_learns_to_read(tmp_path):
-    """What it reads is what it knows by plain forwards, and the same wherever it goes on."""
-    log, saved = tmp_path / "losses", tmp_path / "saved"
+    """With the encoder on both ranks of a language model in two stages.
+
+    What it reads is what it knows by plain forwards, and the same wherever it goes on.
+    """
+    log, saved, layout = (tmp_path / name for name in ("losses", "saved", "layout.toml"))
+    layout.write_text(
+        "[vision]\ndata_parallel_size = 2\nrank_offset = 0\n"
+        "[language]\npipeline_model_parallel_size = 2\nrank_offset = 0\n"
+    )
     code, output = run_job(
         EXAMPLES / "train_digits_vlm.py",
-        *(*TWO_RANKS, *SHAPE, "--eval-interval", "60", "--log-losses", str(log)),
+        *("--layout", str(layout), *SHAPE, "--eval-interval", "60", "--log-losses", str(log)),
         *("--save", str(saved), "--save-interval", "120"),
         ranks=2,
     )
