@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 6 examples/benchmark_step.py
     torchrun --nproc-per-node 4 examples/benchmark_step.py --encoder real
+    torchrun --nproc-per-node 4 examples/benchmark_step.py --shared
 
 Three ways to run the same steps on the same ranks, in turns:
 
@@ -20,6 +21,11 @@ the ratio of two neighbouring runs on the same data; behind it stands the interv
 median lies 19 times in 20. What can be reached is mean / largest: the load of an encoder rank in a
 step, on average over the ranks, and of the one that has most. (Ranks run ahead of each other by as
 many microbatches as the pipeline is deep, so skew that changes sides evens out in part.)
+
+With --shared four ranks hold both an encoder of DP 4 and a language model of PP 2 x DP 2, whose
+layers sleep too: coordinator.forward_backward_func runs the encoders before and after the pipeline.
+At best a step takes what it takes without images, and a fourth of the encoder's work. Beside it
+stand layouts on which the modules have ranks of their own.
 """
 
 import argparse
@@ -43,6 +49,7 @@ from benchmark_layouts import (
 from tables import interval, show, with_interval
 
 MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
+NO_IMAGES = "without images"
 SKEWS = ("none", "mild", "strong", "sorted")
 SKEWED_GOAL, EVEN_GOAL = 1.15, 1.02
 
@@ -91,13 +98,17 @@ class Measurement:
 def main() -> None:
     """Check the options, measure, print."""
     options = parse_options()
-    layouts = choose_layouts(options)
+    layouts = shared_layouts() if options.shared else choose_layouts(options)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import steps  # torch and Megatron, which take seconds to import
     from job import start_ranks, stop_ranks
 
     start_ranks()
+    if options.shared:
+        compare_shared(layouts, options)
+        stop_ranks()
+        return
     measurements = []
     for layout in layouts:
         with steps.Bench.build(layout.modules(), options) as bench:
@@ -142,6 +153,9 @@ def parse_options() -> argparse.Namespace:
     work.add_argument(
         "--microbatches", type=positive, default=3, metavar="N", help="microbatches in a step"
     )
+    work.add_argument(
+        "--shared", action="store_true", help="on four ranks: both modules on all, or on their own"
+    )
     parser.add_argument(
         "--rounds", type=positive, default=10, metavar="N", help="steps of each way and case"
     )
@@ -167,6 +181,49 @@ def choose_layouts(options: argparse.Namespace) -> list[Layout]:
             f"--language-dp"
         )
     return layouts[:2]
+
+
+# -- encoders on ranks of a pipelined language model -----------------------------------------------
+
+
+def shared_layouts() -> list[Layout]:
+    """The one that shares its ranks, then others on as many."""
+    world_size = number_of_ranks("torchrun --nproc-per-node 4")
+    if world_size != 4:
+        exit_with(f"--shared compares layouts of 4 ranks, and there are {world_size}: start 4")
+    return [
+        Layout(encoder_dp=4, language_dp=2, language_pp=2, colocated=True),
+        Layout(encoder_dp=2, language_dp=1, language_pp=2),
+        Layout(encoder_dp=2, language_dp=2),
+    ]
+
+
+def compare_shared(layouts: Sequence[Layout], options: argparse.Namespace) -> None:
+    """Measure and print: each layout in turn on the same data."""
+    import steps
+
+    columns = {}
+    for layout in layouts:
+        ways = (NO_IMAGES, SLICES, ASSIGNED) if layout.colocated else (ASSIGNED,)
+        with steps.Bench.build(layout.modules(), options) as bench:
+            for skew in options.skew:
+                columns[layout, skew] = bench.measure(ways, skew)
+                note(f"{layout} {skew}")
+    if not IS_MAIN:
+        return
+    shared, *others = layouts
+    rows = []
+    for skew in options.skew:
+        found = columns[shared, skew]
+        best = [a + b for a, b in zip(found["seconds"][NO_IMAGES], found["encoder"], strict=True)]
+        own = [columns[layout, skew]["seconds"][ASSIGNED] for layout in others]
+        series = [best, found["seconds"][SLICES], found["seconds"][ASSIGNED], *own]
+        times = [f"{1e3 * statistics.median(seconds):.0f}" for seconds in series]
+        ratio = statistics.median(a / b for a, b in zip(series[2], best, strict=True))
+        rows.append([skew, *times, f"{ratio:.3f}"])
+    print(steps.machine(options))
+    header = ["skew", "at best ms", "shared, slices", "shared, assigned"]
+    show([*header, *(f"own ranks {layout}" for layout in others), "assigned / best"], rows)
 
 
 # -- what it tells ---------------------------------------------------------------------------------

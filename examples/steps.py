@@ -26,6 +26,8 @@ from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModul
 
 VISION = "vision"
 MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
+NO_IMAGES = "without images"
+OF_SAMPLE = 0.01  # seconds that a layer of the language model takes forward, on shared ranks
 PATCHES, PATCH_DIM, TEXT = 2, 16, 4
 IMAGE, VOCABULARY = 31, 32
 SIGMA = {"mild": 0.5, "strong": 1.0, "sorted": 1.0}
@@ -55,6 +57,10 @@ class Microbatch:
     counts: Sequence[int]
     images: torch.Tensor
     tokens: torch.Tensor
+
+    def without_images(self) -> "Microbatch":
+        """The same samples, text alone."""
+        return Microbatch([0] * len(self.counts), self.images[:0], self.tokens.clamp(max=IMAGE - 1))
 
 
 def draw(samples: int, number: int, skew: str, seed: int) -> list[Microbatch]:
@@ -92,8 +98,15 @@ class _Sleep(torch.autograd.Function):
         return grad, None
 
 
-def fall_asleep(model: MimoModel, seconds: float) -> None:
-    """Have the encoder on this rank take so long for each image."""
+def fall_asleep(model: MimoModel, seconds: float, of_sample: float) -> None:
+    """Have the encoder on this rank take so long for each image, and layers for each sample."""
+    for layer in model.language_model.decoder.layers if of_sample and model.language_model else ():
+        layer.register_forward_hook(
+            lambda layer, _, outputs: (
+                _Sleep.apply(outputs[0], of_sample * outputs[0].shape[1]),
+                *outputs[1:],
+            )
+        )
     for name, module in model.modality_submodules.items():
         assert name == VISION
         module.encoders["transformer"].register_forward_hook(
@@ -132,14 +145,15 @@ class Bench:
             language=LanguageShape(
                 vocabulary=VOCABULARY,
                 sequence=MOST * PATCHES + TEXT,
-                layers=modules[LANGUAGE].pipeline_model_parallel_size,
+                layers=2 if options.shared else modules[LANGUAGE].pipeline_model_parallel_size,
                 hidden=32,
             ),
             per_token={VISION: True, LANGUAGE: True},
         )
         prepare: Callable[[MimoModel], None] = lambda model: None  # noqa: E731
         if sleeping:
-            prepare = partial(fall_asleep, seconds=options.milliseconds / 1e3)
+            seconds, of_sample = options.milliseconds / 1e3, OF_SAMPLE * options.shared
+            prepare = partial(fall_asleep, seconds=seconds, of_sample=of_sample)
         grids, groups = infra.module_to_grid_map, infra.pg_collections
         infra.initialize_megatron(seed=1)
         model = build_model(shape, grids, groups, prepare=prepare)
@@ -147,14 +161,15 @@ class Bench:
         optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4))
         coordinator.attach(model.config, optimizer)
         ours = coordinator.build_pipeline_communicator(model.config)
-        megatrons = MultiModulePipelineCommunicator(
-            grids,
-            infra.topology,
-            model.config,
-            dim_mapping={"s": 0, "b": 1, "h": 2},
-            module_output_ndim=infra.module_output_ndim,
-        )
-        ways = {MEGATRON: megatrons, SLICES: ours, ASSIGNED: ours}
+        ways: dict[str, Any] = {NO_IMAGES: ours, SLICES: ours, ASSIGNED: ours}
+        if not options.shared:
+            ways[MEGATRON] = MultiModulePipelineCommunicator(
+                grids,
+                infra.topology,
+                model.config,
+                dim_mapping={"s": 0, "b": 1, "h": 2},
+                module_output_ndim=infra.module_output_ndim,
+            )
         return cls(infra, model, coordinator, ways, optimizer, options)
 
     def __enter__(self) -> "Bench":
@@ -167,13 +182,21 @@ class Bench:
             self.infra.destroy()
 
     def measure(self, ways: Sequence[str], skew: str) -> dict[str, Any]:
-        """Rounds of each way in turns, each round on new data; one before that is not counted."""
+        """Rounds of each way in turns, each round on new data; one before that is not counted.
+
+        Also the seconds that the encoder takes in each round if its ranks share the work evenly.
+        """
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         imbalance: dict[str, list[float]] = {SLICES: [], ASSIGNED: []}
+        encoder: list[float] = []
         for index in range(-1, self.options.rounds):
             data = draw(
                 self.options.micro_batch_size, self.options.microbatches, skew, seed=100 + index
             )
+            if index >= 0:
+                images = sum(sum(microbatch.counts) for microbatch in data)
+                ranks = self.infra.module_to_grid_map[VISION].size
+                encoder.append(3e-3 * self.options.milliseconds * images / ranks)
             for turn in range(len(ways)):
                 way = ways[(turn + index) % len(ways)]  # each as often after each
                 taken, loads = self._step(way, data)
@@ -182,7 +205,7 @@ class Bench:
                     if way in imbalance:
                         of_ranks = [sum(load) for load in zip(*loads, strict=True)]
                         imbalance[way].append(max(of_ranks) / statistics.mean(of_ranks))
-        return {"seconds": seconds, "imbalance": imbalance}
+        return {"seconds": seconds, "imbalance": imbalance, "encoder": encoder}
 
     def _step(self, way: str, data: list[Microbatch]) -> tuple[float, list[Sequence[float]]]:
         """Seconds of the slowest rank, and the loads of the encoder's ranks in each microbatch."""
@@ -190,7 +213,10 @@ class Bench:
         dist.barrier()
         start = time.perf_counter()
         self.coordinator.zero_grad_buffer()
-        forward_backward_pipelining_without_interleaving(
+        schedule: Any = self.coordinator.forward_backward_func
+        if way == MEGATRON:
+            schedule = forward_backward_pipelining_without_interleaving
+        schedule(
             forward_step_func=partial(self._forward, way, loads),
             data_iterator=iter(data),
             model=[self.model],
@@ -210,9 +236,12 @@ class Bench:
         self, way: str, loads: list[Sequence[float]], data: Iterator[Microbatch], model: MimoModel
     ) -> Any:
         microbatch = next(data)
+        if way == NO_IMAGES:
+            microbatch = microbatch.without_images()
         counts, samples = microbatch.counts, self.options.micro_batch_size
-        here = next(iter(self.coordinator.gradient_scaling_factors))
-        share = self.coordinator.data_parallel_slice(samples, here)
+        here = list(self.coordinator.gradient_scaling_factors)
+        read = partial(self.coordinator.data_parallel_slice, samples)
+        share = read(here[-1])  # the language model's, if it is here
         starts = [sum(counts[:sample]) for sample in range(samples)]
         tokens_of_images = [[PATCHES] * count for count in counts]
         if way == ASSIGNED:
@@ -223,9 +252,9 @@ class Bench:
             dp = self.infra.module_to_grid_map[VISION].size
             each = samples // dp
             loads.append([sum(counts[rank * each : (rank + 1) * each]) for rank in range(dp)])
-            local = [(s, i) for s in range(samples)[share] for i in range(counts[s])]
+            local = [(s, i) for s in range(samples)[read(here[0])] for i in range(counts[s])]
         inputs = None
-        if here == VISION and local:
+        if here[0] == VISION and local:
             images = microbatch.images[[starts[sample] + image for sample, image in local]]
             inputs = {VISION: {"images": images.to("cuda", non_blocking=True)}}
         tokens = microbatch.tokens[share].to("cuda", non_blocking=True)
