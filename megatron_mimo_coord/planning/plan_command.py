@@ -8,7 +8,7 @@ mimo-plan.
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from attrs import fields_dict
 
 from megatron_mimo_coord.layout.toml_file import layout_text
+from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.plan_inputs import Inputs
@@ -84,14 +85,16 @@ def plan(options: argparse.Namespace) -> None:
     nearest, problems = None, inputs.problems
     head = f"{options.model} cannot be planned:"
     if inputs.request and inputs.modules:
-        proposals = [cheapest(inputs.request, inputs.modules)]
+        how = {"encoders_first": False} if options.inside_first_stage else {}
+        proposals = [cheapest(inputs.request, inputs.modules, **how)]
     elif inputs.request:
         proposals = propose(inputs.request, options.count, per_gpu=options.per_gpu)
         if not proposals:
             head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
             nearest, reasons = closest(inputs.request)
             problems = as_problems(reasons)
-    if proposals:
+    if proposals and inputs.at:
+        inputs.assumptions.insert(0, if_gpus_are_slower(proposals[0], inputs.at))
         lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
         problems = as_problems([*lacks, *write_files(proposals[0], options)])
     if options.json:
@@ -117,6 +120,15 @@ def show(inputs: Inputs, proposals: Sequence[Proposal]) -> None:
             numbers=True,
         ),
         ["assumed:", *(f"  - {line}" for line in inputs.assumptions)],
+    )
+
+
+def if_gpus_are_slower(best: Proposal, at: Callable[[float], Request]) -> str:
+    """By how much the step of a layout changes if a GPU achieves less or more than assumed."""
+    slower, faster = (best.again(at(part)).timeline.seconds for part in (0.8, 1.2))
+    return (
+        f"if GPUs compute 20 % slower than assumed, the step of layout 1 takes {slower:.4g} s, and "
+        f"{faster:.4g} s if 20 % faster: measure with record_timeline, and give --costs"
     )
 
 
@@ -172,6 +184,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             kind_of = {"type": kind, "default": default, "metavar": unit}
             group.add_argument(f"--{name}", help=what + shown, **kind_of)
     flags = parser.add_argument_group("how it is told")
+    inside = "with --layout: encoders on ranks of the language model's first stage run inside it"
+    flags.add_argument("--inside-first-stage", action="store_true", help=inside)
     per_gpu = "best are most samples per second and allocated GPU, not the shortest step"
     flags.add_argument("--per-gpu", action="store_true", help=per_gpu)
     flags.add_argument("--json", action="store_true", help="print JSON, for scripts")

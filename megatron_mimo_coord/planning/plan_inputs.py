@@ -20,6 +20,7 @@ from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
 from megatron_mimo_coord.planning.model_file import ModelFile
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import num_parameters
+from megatron_mimo_coord.planning.simulation import sharing_problems
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
@@ -38,12 +39,14 @@ class Inputs:
         request: what a layout is sought for.
         modules: the layout that is to be costed; None to seek one.
         assumptions: what the numbers rest on, for a user to read.
+        at: the same request where a GPU achieves another part of the operations a second.
     """
 
     problems: list[dict[str, Any]] = field(factory=list)
     request: Request | None = None
     modules: Mapping[str, ModuleParallelism] | None = None
     assumptions: list[str] = field(factory=list)
+    at: Callable[[float], Request] | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Inputs":
@@ -59,17 +62,23 @@ class Inputs:
         modules = files.layout.modules if files.layout else None
         cluster = _cluster(options, measured.get(CLUSTER, {}))
         per_node = options.gpus_per_node
+        sizes = files.model.sizes
         request = Request(
-            sizes=files.model.sizes,
+            sizes=sizes,
             gpus=options.gpus or -(-files.ranks // per_node) * per_node,
             gpus_per_node=per_node,
             global_batch_size=files.job["global_batch_size"],
             memory_bytes=options.memory - options.reserve,
-            costs=_costs(files.model.sizes, options, cluster, measured),
+            costs=_costs(sizes, options, cluster, measured),
             cluster=cluster,
             micro_batch_size=files.job.get("micro_batch_size"),
         )
-        return cls([], request, modules, list(_assumptions(options, measured, request)))
+
+        def at(part: float) -> Request:
+            return evolve(request, costs=_costs(sizes, options, cluster, measured, part))
+
+        assumptions = list(_assumptions(options, measured, request))
+        return cls([], request, modules, assumptions, at)
 
 
 class _Files:
@@ -156,6 +165,8 @@ class _Files:
             )
 
     def _of_options(self) -> Iterator[Problem]:
+        if self.options.inside_first_stage and self.layout and not self.layout.problems:
+            yield from sharing_problems(pack(self.layout.modules), encoders_first=False)
         reserve, memory = self.options.reserve, self.options.memory
         if reserve >= memory:
             yield Problem(
@@ -183,10 +194,11 @@ def _costs(
     options: argparse.Namespace,
     cluster: Cluster,
     measured: Mapping[str, Mapping[str, Any]],
+    part: float = 1.0,
 ) -> Callable[[str, ModuleSizes, ModuleParallelism], ModuleCosts]:
     """What a module costs in a layout: as measured, and as estimated where nothing was measured."""
     accelerator = Accelerator(
-        flops_per_second=options.flops * TERA,
+        flops_per_second=part * options.flops * TERA,
         memory_bytes_per_second=options.memory_bandwidth * GIGA,
     )
     width = sizes[LANGUAGE].hidden_size

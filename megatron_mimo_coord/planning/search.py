@@ -45,8 +45,8 @@ class Proposal:
         micro_batch_size: samples in a microbatch over all ranks.
         timeline: of a simulated step.
         memory: of a rank of each (module, stage).
-        encoder_microbatches: as in :func:`simulate_step`.
         seconds_in_slices: of a step without ``assign_images``.
+        how: ``encoders_first`` and ``encoder_microbatches``, as in :func:`simulate_step`.
     """
 
     request: Request
@@ -55,8 +55,17 @@ class Proposal:
     micro_batch_size: int
     timeline: Timeline
     memory: Mapping[tuple[str, int], StageMemory]
-    encoder_microbatches: int | None
     seconds_in_slices: float
+    how: Mapping[str, Any]
+
+    @property
+    def encoder_microbatches(self) -> int | None:
+        """Of how many microbatches encoders before a pipeline keep activations; None for all."""
+        return self.how.get("encoder_microbatches")
+
+    def again(self, request: Request) -> "Proposal":
+        """The same layout for another request."""
+        return cost(request, self.modules, self.micro_batch_size, self.sizes, **self.how)
 
     @property
     def grids(self) -> dict[str, ModuleGrid]:
@@ -171,8 +180,8 @@ def cost(
         micro_batch_size,
         timeline,
         layout_memory(modules, sizes, **batch, **how),
-        how.get("encoder_microbatches"),
         timeline.seconds if slices == costs else simulated(slices).seconds,
+        how,
     )
 
 
@@ -183,7 +192,7 @@ def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: 
     """
     assert request.micro_batch_size, "the batch is known"
     ways = [recomputations(request.sizes[name]) for name in modules]
-    first = runs_encoders_first(pack(modules)) and "encoder_microbatches" not in how
+    first = runs_encoders_first(pack(modules)) and how.get("encoders_first") is not False
     every = [
         cost(
             request,

@@ -298,6 +298,38 @@ def test_measured_costs_replace_estimates(ask):
     assert work <= best["step_seconds"] < 1.4 * work
 
 
+def test_the_answer_says_what_a_slower_gpu_changes(ask):
+    layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
+    free = ("--node-latency", "1e-9", "--node-bandwidth", "1e9", "--memory-bandwidth", "1e9")
+    options = ("--layout", "layout.toml", "--json", *free, "--flops")
+    found = [
+        json.loads(ask(MODEL, *options, flops, layout=layout)[1]) for flops in ("10", "8", "12")
+    ]
+    _, slower, faster = (each["proposals"][0]["step_seconds"] for each in found)
+    assert f"takes {slower:.4g} s, and {faster:.4g} s if 20 % faster" in found[0]["assumptions"][0]
+
+
+def test_an_encoder_inside_the_first_stage(ask):
+    layout = "global_batch_size = 12\nmicro_batch_size = 1\n[vision]\nrank_offset = 0\n"
+    layout += "[language]\nrank_offset = 0\npipeline_model_parallel_size = 2\n"
+    options = ("--layout", "layout.toml", "--costs", "costs.toml", "--json")
+    halves = COSTS_BY_HAND.replace("[language]", "[language]\nlayers_per_stage = [1, 1]")
+    files = {"layout": layout, "costs": halves}
+    (phases,) = json.loads(ask(MODEL, *options, **files)[1])["proposals"]
+    inside = json.loads(ask(MODEL, *options, "--inside-first-stage", **files)[1])
+    # Each microbatch keeps the first stage busy for 2 + 1.5 s, and the second for 1.5 s: the first
+    # waits from 2 to 2.5 for its first gradient.
+    assert inside["proposals"][0]["step_seconds"] == pytest.approx(12 * 3.5 + 0.5, rel=0.01)
+    assert phases["step_seconds"] == pytest.approx(12 * 2 + 13 * 1.5, rel=0.01)
+    behind = layout.replace("rank_offset = 0\n", "rank_offset = 0\ndata_parallel_size = 2\n", 1)
+    behind = behind.replace("batch_size = 1\n", "batch_size = 2\n")
+    code, _, complaints = ask(
+        MODEL, *options[:-1], "--inside-first-stage", **{**files, "layout": behind}
+    )
+    assert code == 2
+    assert "layout.toml:4 [vision] rank_offset: vision has ranks behind" in complaints
+
+
 def test_costs_of_one_tp_are_scaled_to_another(ask):
     """Four sums of 128 KiB a layer for each sample, over the links that options tell."""
     costs = COSTS_BY_HAND.replace("[language]", "[language]\nmeasured_tensor_parallel_size = 2")
