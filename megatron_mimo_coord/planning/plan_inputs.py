@@ -120,6 +120,8 @@ class _Files:
         yield from layout.problems_on(None)
         if layout.problems:
             return
+        if self.options.inside_first_stage:
+            yield from sharing_problems(pack(layout.modules), encoders_first=False)
         for name in SIZES:
             if name not in self.job:
                 yield Problem(f"{name} is not known; give --{name.replace('_', '-')}")
@@ -165,8 +167,6 @@ class _Files:
             )
 
     def _of_options(self) -> Iterator[Problem]:
-        if self.options.inside_first_stage and self.layout and not self.layout.problems:
-            yield from sharing_problems(pack(self.layout.modules), encoders_first=False)
         reserve, memory = self.options.reserve, self.options.memory
         if reserve >= memory:
             yield Problem(
