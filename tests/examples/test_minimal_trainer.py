@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from jobs import run_job
 from ranks import world
 
@@ -50,14 +51,21 @@ def _train(folder: str, steps: int) -> str:
     return said.getvalue()
 
 
-def test_it_survives_the_loss_of_a_rank(tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Where a training saved, and what each rank printed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, world(4).run("test_minimal_trainer:_run", str(folder))
+
+
+def test_it_survives_the_loss_of_a_rank(tmp_path, undisturbed):
     """Under torchrun, which starts all ranks again: with the numbers that an undisturbed job has."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     code, output = run_job(script, str(tmp_path / "saved"), ranks=4, restarts=1)
     assert code == 0, output
-    undisturbed, *_ = world(4).run("test_minimal_trainer:_run", str(tmp_path / "other"))
-    assert re.findall(LINE, output) == re.findall(LINE, undisturbed)
+    _, (said, *_) = undisturbed
+    assert re.findall(LINE, output) == re.findall(LINE, said)
 
 
 KILLED = f"""
@@ -81,14 +89,14 @@ def test_it_fits_on_a_page():
     assert len(TRAINER.read_text().splitlines()) <= 125
 
 
-def test_it_learns_and_goes_on(tmp_path):
-    said, *others = world(4).run("test_minimal_trainer:_run", str(tmp_path))
+def test_it_learns_and_goes_on(undisturbed):
+    folder, (said, *others) = undisturbed
     steps = re.findall(LINE, said)
     assert [int(step) for step, _, _ in steps] == list(range(10, 40, 10))
     assert float(steps[-1][2]) < 0.1 < float(steps[0][2])
     assert "vision    0-1" in said
     assert others == [""] * 3, "one rank prints"
-    said, *_ = world(4).run("test_minimal_trainer:_train", str(tmp_path), 40)
+    said, *_ = world(4).run("test_minimal_trainer:_train", str(folder), 40)
     ((step, loss, held_out),) = re.findall(LINE, said)
     assert step == "40"
     assert float(loss) < 0.1 and float(held_out) < 0.1

@@ -23,6 +23,7 @@ from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, chec
 # All of four ranks: two encoders; of a language model TP, PP, DP and experts; modules that share
 # ranks apart from the language model, and with it.
 APART = {"vision": parallel(), "audio": parallel(), "language": parallel(pp=2)}
+LONG = {**APART, "language": parallel(context_parallel_size=2)}
 SHARING = {
     "vision": parallel(dp=2, rank_offset=0),
     "audio": parallel(tp=2, rank_offset=0),
@@ -93,7 +94,12 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
     ("layouts", "ddps", "settings", "tolerance"),
     [
         ([APART, SHARING, TOGETHER], [{}] * 3, {"experts": 4, "tied_embeddings": True}, 1e-5),
-        ([TOGETHER, SHARING, APART], [OVERLAPPED, {}, SHARDED], {"experts": 4}, 1e-5),
+        (
+            [TOGETHER, LONG, SHARING, APART],
+            [OVERLAPPED, SHARDED, {}, SHARDED],
+            {"experts": 4, "images": {"vision": (((2, 1),),)}},  # of twelve tokens
+            1e-5,
+        ),
         (
             [SHARING, APART],
             [SHARDED, SHARDED],
