@@ -135,7 +135,9 @@ def test_a_digits_job_that_has_not_learned_to_read_fails(tmp_path):
     counts = Counter(spans)
     for kind in ("forward", "backward"):
         assert sorted(n for (*_, name), n in counts.items() if name == kind) == [12] * 4
-    shares = re.search(r"^vision +(\d+)% +(\d+)% +(\d+)% +(\d+)% +(\d\.\d\d)$", output, re.MULTILINE)
+    shares = re.search(
+        r"^vision +(\d+)% +(\d+)% +(\d+)% +(\d+)% +(\d\.\d\d)$", output, re.MULTILINE
+    )
     assert shares and sum(map(int, shares.groups()[:4])) in range(98, 103)
     assert 1 <= float(shares[5]) <= 2, "largest / mean work of two ranks"
     assert matplotlib.image.imread(plot).shape == (600, 700, 4)
