@@ -19,6 +19,7 @@ from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.openings import openings
 from megatron_mimo_coord.planning.plan_inputs import Inputs
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows, settings
 from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
@@ -93,24 +94,28 @@ def plan(options: argparse.Namespace) -> None:
             head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
             nearest, reasons = closest(inputs.request)
             problems = as_problems(reasons)
+    opened: list[str] = []
+    if inputs.request and not inputs.modules:
+        best = proposals[0].timeline.seconds if proposals else None
+        opened = list(openings(inputs.request, best))
     if proposals and inputs.at:
         inputs.assumptions.insert(0, if_gpus_are_slower(proposals[0], inputs.at))
         lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
         problems = as_problems([*lacks, *write_files(proposals[0], options)])
     if options.json:
-        print_json(as_answer(problems, proposals, nearest, inputs.assumptions))
+        print_json(as_answer(problems, proposals, nearest, inputs.assumptions, opened))
     elif proposals:
-        show(inputs, proposals)
+        show(inputs, proposals, opened)
     texts = [problem["text"] for problem in problems]
     if problems and not options.json:
-        end("\n".join(texts)) if proposals else end(head, texts)
+        end("\n".join(texts)) if proposals else end(head, [*texts, *opened])
     if problems:
         raise SystemExit(2)
 
 
-def show(inputs: Inputs, proposals: Sequence[Proposal]) -> None:
+def show(inputs: Inputs, proposals: Sequence[Proposal], opened: Sequence[str]) -> None:
     """Numbers in the terminal."""
-    is_given, said = bool(inputs.modules), settings(proposals)
+    is_given, said = bool(inputs.modules), [*settings(proposals), *opened]
     print_parts(
         [headline(proposals[0].request, len(proposals), is_given)],
         [*table(rows(proposals), numbers=True), *(["", *said] if said else [])],
@@ -158,11 +163,13 @@ def as_answer(
     proposals: Sequence[Proposal] = (),
     nearest: Proposal | None = None,
     assumptions: Sequence[str] = (),
+    opened: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The answer for scripts, with the same keys whatever it is."""
     return {
         "proposals": list(map(as_json, proposals)),
         "closest": nearest and as_json(nearest),
+        "openings": list(opened),
         "assumptions": list(assumptions),
         "problems": list(problems),
     }

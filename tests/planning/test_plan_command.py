@@ -298,6 +298,34 @@ def test_measured_costs_replace_estimates(ask):
     assert work <= best["step_seconds"] < 1.4 * work
 
 
+def test_one_change_that_would_open_layouts_is_told(ask):
+    odd = MODEL.replace("num_attention_heads = 8", "num_attention_heads = 5\nkv_channels = 64")
+    costs = COSTS.replace("[language]", "[language]\ntensor_parallel_efficiency = 1")
+    options = (
+        "--gpus",
+        "8",
+        "--gpus-per-node",
+        "4",
+        "--global-batch-size",
+        "2",
+        "--costs",
+        "costs.toml",
+    )
+    found = json.loads(ask(odd, *options, "--json", "--count", "1", costs=costs)[1])
+    (line,) = found["openings"]
+    best = found["proposals"][0]["step_seconds"]
+    mended = odd.replace("num_attention_heads = 5", "num_attention_heads = 8")
+    known = json.loads(ask(mended, *options, "--json", "--count", "1", costs=costs)[1])
+    least = known["proposals"][0]["step_seconds"]
+    assert least < 0.7 * best
+    assert line == (
+        f"language with num_attention_heads 8 instead of 5 could have TP 4: {least:.4g} s a step "
+        f"instead of {best:.4g} s"
+    )
+    assert known["openings"] == []
+    assert line in ask(odd, *options, "--count", "1", costs=costs)[1]
+
+
 def test_the_answer_says_what_a_slower_gpu_changes(ask):
     layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
     free = ("--node-latency", "1e-9", "--node-bandwidth", "1e9", "--memory-bandwidth", "1e9")
@@ -527,7 +555,7 @@ def test_what_is_wrong_is_said_with_exit_code_2(ask, model, options, message):
     code, shown, complaints = ask(model, *options, "--json")
     assert (code, complaints) == (2, "")
     known = json.loads(shown)
-    assert list(known) == ["proposals", "closest", "assumptions", "problems"]
+    assert list(known) == ["proposals", "closest", "openings", "assumptions", "problems"]
     assert any(message in problem["text"] for problem in known["problems"])
     for problem in known["problems"]:
         assert list(problem) == ["message", "places", "text"]
