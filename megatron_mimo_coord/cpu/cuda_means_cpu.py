@@ -22,15 +22,16 @@ class CudaMeansCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call ``func`` with the CPU for any CUDA device."""
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        kwargs = unpinned(kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return cuda_type_name(func(*args))
         if func is torch.Tensor.to:
             args = tuple(_on_cpu(value) for value in args)
-        if kwargs and "device" in kwargs:
+        if "device" in kwargs:
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def inside(mode: TorchFunctionMode, run_backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +52,11 @@ def means_cuda(value: Any) -> bool:
     if isinstance(value, str):
         return value.startswith("cuda")
     return value.type == "cuda" if isinstance(value, torch.device) else type(value) is int
+
+
+def unpinned(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments without the wish for host memory that a driver has pinned: there is no driver."""
+    return {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
 
 
 def _on_cpu(value: Any) -> Any:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from megatron_mimo_coord.cpu.cuda_means_cpu import CPU, CudaMeansCpu, cuda_type_name, means_cuda
+from megatron_mimo_coord.cpu.cuda_means_cpu import (
+    CPU,
+    CudaMeansCpu,
+    cuda_type_name,
+    means_cuda,
+    unpinned,
+)
 from megatron_mimo_coord.cpu.host_sync import host_sync_allowed, waits_for_device
 from megatron_mimo_coord.cpu.location import caller
 
@@ -101,7 +107,7 @@ class DeviceTensors(CudaMeansCpu):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = unpinned(kwargs)
         if func in _SPECIAL:
             return _SPECIAL[func](func, args, kwargs)
         self._calls.append((args, kwargs))
@@ -260,6 +266,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cuda: _cuda,
     torch.Tensor.cpu: _cpu,
+    torch.Tensor.pin_memory: lambda func, args, kwargs: args[0],
     torch.Tensor.type: _type,
     torch.Tensor.device.__get__: _device,
     torch.Tensor.new_tensor: _new_tensor,

@@ -50,6 +50,8 @@ def _make_tensors():
         torch.zeros(2, device=torch.device("cuda", 0)),
         torch.zeros(2).cuda(),
         torch.zeros(2).to("cuda"),
+        torch.zeros(2, pin_memory=True).cuda(non_blocking=True),
+        torch.zeros(2).pin_memory().to("cuda", non_blocking=True),
         torch.zeros(2, device=torch.cuda.current_device()),
         torch.nn.Linear(1, 1).cuda().weight,
     ]

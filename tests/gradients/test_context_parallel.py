@@ -1,9 +1,14 @@
 """Context parallelism of the language model: gradients of the one loss, lengths, and the settings."""
 
+from typing import Any
+
+import cases
 import pytest
+import vlm
 from attrs import evolve
 from cases import Case
 from layouts import OVERLAP, PER_TOKEN, SHARDED, VARYING, parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mimo import MimoModel
 from ranks import world
 
@@ -84,6 +89,31 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients_are_the_oracles(case):
     assert sum(world(case.world_size).run("cases:check", case)) > 0
+
+
+class RotaryGPT(GPTModel):
+    """With rotary positions."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(position_embedding_type="rope", **arguments)
+
+
+class RotaryCase(Case):
+    """Whose language model has rotary positions, which Megatron cuts like the sequence."""
+
+    def build_model(self, infra: MegatronMIMOInfra) -> MimoModel:
+        with cases._replaced(vlm, "GPTModel", RotaryGPT):
+            return super().build_model(infra)
+
+    def build_whole_model(self) -> MimoModel:
+        with cases._replaced(vlm, "GPTModel", RotaryGPT):
+            return super().build_whole_model()
+
+
+def test_rotary_positions_are_those_of_the_whole_sequence():
+    modules = {"vision": parallel(dp=2), "language": parallel(**CP2)}
+    case = RotaryCase(modules=modules, images=VARYING)
+    assert sum(world(4).run("cases:check", case)) > 0
 
 
 @pytest.mark.parametrize("case", [CASES["assigned"], CASES["shared"]], ids=["assigned", "shared"])
