@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, runs_encoders_first
 from megatron_mimo_coord.metrics.clocks import Clock
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
@@ -50,8 +50,8 @@ class Place:
     """Where a rank stands in the pipeline.
 
     Args:
-        modules: the modules on this rank, in the order of forward.
-        stage: its pipeline stage.
+        modules: the modules on this rank that are in the pipeline, in the order of forward.
+        stage: their pipeline stage.
         bridges: for each kind of message that passes a bridge here, the encoder whose it is.
     """
 
@@ -68,10 +68,13 @@ class Place:
             grids: where each module lies.
             modules: those on this rank.
         """
+        encoders_first = runs_encoders_first(grids)
+        if encoders_first:
+            modules = [LANGUAGE]
         grid = grids[modules[0]]
         stage = grid.coordinate(rank, "pp")
         bridges: dict[str, str] = {}
-        if not is_colocated(grids.values()):
+        if not is_colocated(grids.values()) and not encoders_first:
             if LANGUAGE not in modules and grid.is_on_last_stage(rank):
                 bridges = dict.fromkeys(TO_NEXT, modules[0])
             elif LANGUAGE in modules and stage == 0:
@@ -147,7 +150,7 @@ class SpanRecorder:
             Span(
                 kind=kind,
                 module=module,
-                stage=self._place.stage,
+                stage=self._place.stage if module in self._place.modules else 0,
                 start=self._clock.seconds(start) - begin,
                 end=self._clock.seconds(end) - begin,
                 microbatch=microbatch,

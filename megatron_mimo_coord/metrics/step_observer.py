@@ -73,7 +73,7 @@ class StepObserver:
         changes.on_close(
             self._model.register_forward_pre_hook(self._begin_forward, with_kwargs=True).remove
         )
-        if len(self._place.modules) > 1 or not self._communicators:
+        if len(self._ddps) > 1 or not self._communicators:
             for name, module in self._ddps.items():
                 # MimoModel calls some modules by their forward, past PyTorch's own hooks.
                 _around(module.ddp, "forward", partial(self._forward, name), changes)
@@ -155,9 +155,13 @@ class StepObserver:
 
         self._compute(FORWARD, name)
         yield watch
+        if name not in self._place.modules and self._recorder is not None:
+            self._recorder.stop_computing()
 
     def _compute(self, kind: str, module: str) -> None:
         if self._recorder is not None:
+            if module not in self._place.modules:  # one microbatch of it follows another
+                self._recorder.stop_computing()
             self._recorder.compute(kind, module)
 
 
