@@ -5,6 +5,8 @@ part in every collective, forward and backward, hands on no token, and its gradi
 such a batch looks like it hears from a replica that has images, host from host.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.empty_batches import run_empty_batches
 from megatron_mimo_coord.megatron.mimo_model import change_modality_inputs
+from megatron_mimo_coord.world.gather import all_gather_text
 from megatron_mimo_coord.world.groups import ExtraGroups
 
 
@@ -72,11 +75,12 @@ class EmptyBatches:
         filled = dict(inputs)
         for name, group in self._groups.items() if self._encoders_run() else ():
             mine = filled.get(name)
-            theirs: list[Any] = [None] * group.size()
-            dist.all_gather_object(theirs, _map(mine, _empty) if mine else None, group=group)
-            like = next(filter(None, theirs), None)
-            if not mine and like is not None:
-                filled[name] = _map(like, _on_this_device)
+            said = all_gather_text(json.dumps(mine, default=_described) if mine else "", group)
+            like = next(filter(None, said), "")
+            if like and not all(said):
+                _refuse_unknown(name, like)
+            if like and not mine:
+                filled[name] = json.loads(like, object_hook=_made)
         return filled
 
 
@@ -89,22 +93,28 @@ def _replicas(grid: ModuleGrid) -> list[list[int]]:
     return list(lines.values())
 
 
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A nested structure with other tensors."""
+def _described(value: Any) -> dict[str, Any]:
+    """In JSON: what a tensor without samples looks like, or what cannot be told."""
     if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map(each, change) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map(each, change) for each in value)
-    return value
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"shape": [0, *value.shape[1:]] if value.ndim else [], "dtype": dtype}
+    return {"cannot be told": type(value).__name__}
 
 
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    """Its dtype and shape but for the first dim, in what can be sent, whatever its device."""
-    shape = (0, *tensor.shape[1:]) if tensor.ndim else ()
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+def _made(described: dict[str, Any]) -> Any:
+    """That tensor; any other mapping as it is."""
+    if described.keys() != {"shape", "dtype"}:
+        return described
+    dtype = getattr(torch, described["dtype"])
+    return torch.zeros(described["shape"], dtype=dtype, device=torch.cuda.current_device())
 
 
-def _on_this_device(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=torch.cuda.current_device())
+def _refuse_unknown(name: str, described: str) -> None:
+    """Where some replica has no image: all ranks of the group read the same."""
+    unknown = re.search(r'"cannot be told": "(\w+)"', described)
+    if unknown:
+        raise RuntimeError(
+            f"the replicas of {name} meet in its forward, and one has no inputs: it is to run an "
+            f"empty batch, but what others were given holds a {unknown[1]}, of which it cannot be "
+            f"told what an empty one is: pass tensors, numbers, strings, lists and dicts"
+        )
