@@ -8,6 +8,7 @@ mimo-plan.
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -18,6 +19,7 @@ from attrs import fields_dict
 from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.closest import closest, shortages
+from megatron_mimo_coord.planning.model_file import read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.openings import openings
 from megatron_mimo_coord.planning.plan_inputs import Inputs
@@ -81,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Show the best layouts, or what one costs; end with code 2 if there is none."""
+    if options.measure:
+        measure(options)
+        return
     inputs = Inputs.of(options)
     proposals: list[Proposal] = []
     nearest, problems = None, inputs.problems
@@ -99,7 +104,7 @@ def plan(options: argparse.Namespace) -> None:
         best = proposals[0].timeline.seconds if proposals else None
         opened = list(openings(inputs.request, best))
     if proposals and inputs.at:
-        inputs.assumptions.insert(0, if_gpus_are_slower(proposals[0], inputs.at))
+        inputs.assumptions[:0] = if_gpus_are_slower(proposals[0], inputs.at)
         lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
         problems = as_problems([*lacks, *write_files(proposals[0], options)])
     if options.json:
@@ -111,6 +116,19 @@ def plan(options: argparse.Namespace) -> None:
         end("\n".join(texts)) if proposals else end(head, [*texts, *opened])
     if problems:
         raise SystemExit(2)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Write costs of the model on the device at hand; end with code 2 if that cannot be done."""
+    from megatron_mimo_coord.planning.measure import measured_costs  # needs torch
+
+    try:
+        text = measured_costs(read_model(options.model))
+    except ValueError as error:
+        end(str(error))
+    is_first = os.getenv("RANK", "0") == "0"
+    if is_first and (problem := write_problem("--measure", options.measure, text)):
+        end(problem)
 
 
 def show(inputs: Inputs, proposals: Sequence[Proposal], opened: Sequence[str]) -> None:
@@ -128,12 +146,17 @@ def show(inputs: Inputs, proposals: Sequence[Proposal], opened: Sequence[str]) -
     )
 
 
-def if_gpus_are_slower(best: Proposal, at: Callable[[float], Request]) -> str:
-    """By how much the step of a layout changes if a GPU achieves less or more than assumed."""
+def if_gpus_are_slower(best: Proposal, at: Callable[[float], Request]) -> Iterator[str]:
+    """By how much the step of a layout changes if a GPU achieves less or more than assumed.
+
+    Nothing where all costs were measured.
+    """
     slower, faster = (best.again(at(part)).timeline.seconds for part in (0.8, 1.2))
-    return (
+    if slower == faster:
+        return
+    yield (
         f"if GPUs compute 20 % slower than assumed, the step of layout 1 takes {slower:.4g} s, and "
-        f"{faster:.4g} s if 20 % faster: measure with record_timeline, and give --costs"
+        f"{faster:.4g} s if 20 % faster: measure (--measure, or record_timeline), and give --costs"
     )
 
 
@@ -177,7 +200,7 @@ def as_answer(
 
 # -- the command line ------------------------------------------------------------------------------
 
-READ, WRITTEN = ("model", "layout", "costs"), ("write", "trace", "svg")
+READ, WRITTEN = ("model", "layout", "costs"), ("write", "trace", "svg", "measure")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -197,7 +220,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--per-gpu", action="store_true", help=per_gpu)
     flags.add_argument("--json", action="store_true", help="print JSON, for scripts")
     options = parser.read(arguments)
-    if options.layout is None:
+    if options.layout is None and options.measure is None:
         for name in ("gpus", "global_batch_size"):
             if getattr(options, name) is None:
                 parser.error(f"--{name.replace('_', '-')} is needed, unless --layout tells")
@@ -231,6 +254,8 @@ ARGUMENTS: dict[str, tuple[tuple[str, Any, Any, str, str], ...]] = {
         ("write", Path, None, "FILE", "write the best layout, for mimo-layout and read_layout"),
         ("trace", Path, None, "FILE", "write its step as Chrome Trace JSON, for Perfetto"),
         ("svg", Path, None, "FILE", "draw its step"),
+        ("measure", Path, None, "FILE", "only time the model's products on this device, for "
+         "--costs, and under torchrun a sum over its ranks"),
     ),
 }  # fmt: skip
 """Options: name, type, default, unit, and what it is."""

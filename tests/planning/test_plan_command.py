@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ from megatron_mimo_coord import read_layout
 from megatron_mimo_coord.planning import ModuleCosts, layout_command
 from megatron_mimo_coord.planning import plan_command as command
 from megatron_mimo_coord.planning.estimates import forward_flops
+from megatron_mimo_coord.planning.measure import products
 from megatron_mimo_coord.planning.model_file import read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import num_parameters
@@ -296,6 +298,28 @@ def test_measured_costs_replace_estimates(ask):
     (best,) = json.loads(ask(MODEL, *options, costs=COSTS)[1])["proposals"]
     work = 12 * (0.5 + 1.5 + 1 + 2) / 8  # of which DP 12 would leave no GPU without any
     assert work <= best["step_seconds"] < 1.4 * work
+
+
+def test_what_is_measured_can_be_planned_with(ask):
+    assert ask(MODEL, "--measure", "costs.toml") == (0, "", "")
+    text = Path("costs.toml").read_text()
+    told = tomllib.loads(text)
+    assert list(told) == ["vision", "language"]
+    for name, costs in told.items():
+        assert costs["backward_seconds_per_sample"] == pytest.approx(
+            2 * costs["forward_seconds_per_sample"], rel=1e-4
+        ), name
+    options = (*ASKED, "--costs", "costs.toml", "--json", "--count", "1")
+    (best,) = json.loads(ask(MODEL, *options, costs=text)[1])["proposals"]
+    work = 12 * sum(sum(costs.values()) for costs in told.values())
+    assert best["step_seconds"] >= work / 8 * 0.99
+    sizes = read_model("model.toml")
+    for module in sizes.values():  # twice the products' sizes are the operations but attention's
+        counted = sum(2 * times * a * b for times, a, b in products(module, 512))
+        attention = module.num_layers * 4 * module.sequence * module.query_size
+        attention /= 2 if module.is_language else 1
+        flops = forward_flops(module, 512).total / module.tokens(1)
+        assert counted + attention == pytest.approx(flops)
 
 
 def test_one_change_that_would_open_layouts_is_told(ask):
