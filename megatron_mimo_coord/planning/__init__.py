@@ -1,6 +1,7 @@
 """What a layout costs before it runs: simulation, memory, search, drawings, the two commands.
 
-This room imports neither torch nor Megatron, and of this package only ``layout``.
+This room imports neither torch (but ``measure`` when it is called) nor Megatron, and of this
+package only ``layout``.
 """
 
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
