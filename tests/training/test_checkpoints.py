@@ -21,7 +21,7 @@ from megatron_mimo_coord.training import checkpoint_folder
 from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, checkpoint_steps
 
 # All of four ranks: two encoders; of a language model TP, PP, DP and experts; modules that share
-# ranks apart from the language model, and with it.
+# ranks apart from the language model, with it, and with its stages.
 APART = {"vision": parallel(), "audio": parallel(), "language": parallel(pp=2)}
 LONG = {**APART, "language": parallel(context_parallel_size=2)}
 SHARING = {
@@ -35,6 +35,11 @@ TOGETHER = {
     "vision": parallel(tp=2, dp=2, rank_offset=0),
     "audio": parallel(dp=4, rank_offset=0),
     "language": parallel(dp=4, expert_model_parallel_size=2, rank_offset=0),
+}
+AROUND = {
+    "vision": parallel(dp=4, rank_offset=0),
+    "audio": parallel(tp=2, rank_offset=2),
+    "language": parallel(pp=2, dp=2, expert_model_parallel_size=2, rank_offset=0),
 }
 OVERLAPPED = {**SHARDED, **MANY_BUCKETS, "bucket_size": 100, "overlap_param_gather": True}
 
@@ -95,7 +100,7 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
     [
         ([APART, SHARING, TOGETHER], [{}] * 3, {"experts": 4, "tied_embeddings": True}, 1e-5),
         (
-            [TOGETHER, LONG, SHARING, APART],
+            [TOGETHER, LONG, AROUND, APART],
             [OVERLAPPED, SHARDED, {}, SHARDED],
             {"experts": 4, "images": {"vision": (((2, 1),),)}},  # of twelve tokens
             1e-5,
