@@ -23,6 +23,7 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
 from megatron_mimo_coord.bridges.empty_batches import EmptyBatches
 from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
+from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.bridges.token_counts import (
     TokenCounts,
     encoder_places,
@@ -165,7 +166,16 @@ class MultiModuleCoordinator:
         self._optimizer: Any = None
         hand_over_no_views(job.model, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
-        self._gradients = Gradients.of(job, self._schedule, self._is_assigned, self._changes)
+        self._gradients = Gradients.of(
+            job,
+            self._schedule,
+            self._is_assigned,
+            lambda: self._turns.encoders,
+            self._changes,
+        )
+        self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report.tell)
+        self._fit.watch(self._changes)
+        self._token_counts.fit = self._fit
         self._modules, self._step = self._gradients.modules, self._gradients.step
         self._finalizer = self._gradients.finalizer
         self._checkpoints = Checkpoints(
@@ -389,6 +399,7 @@ class MultiModuleCoordinator:
             self._job.model,
             config,
             self._pending_assignments,
+            self._fit,
             self._changes,
         )
         communicator.after_backward = self._after_backward

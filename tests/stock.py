@@ -167,7 +167,6 @@ class StockCase(Case):
                 settings.pop(setting, None)
         experts = settings.get("num_moe_experts")
         config = TransformerConfig(
-            num_layers=self.layers,
             hidden_size=hidden,
             num_attention_heads=2,
             tensor_model_parallel_size=sizes.tensor_model_parallel_size,
@@ -180,7 +179,7 @@ class StockCase(Case):
             pipeline_dtype=torch.float32,
             moe_token_dispatcher_type="alltoall",
             **{"hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.2}
-            | {"moe_router_load_balancing_type": "none"}
+            | {"moe_router_load_balancing_type": "none", "num_layers": self.layers}
             | settings,
         )
         config.variable_seq_lengths = True

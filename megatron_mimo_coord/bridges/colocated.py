@@ -16,6 +16,7 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.statements import HostStatements, Statement, Statements
+from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
@@ -28,18 +29,21 @@ if TYPE_CHECKING:
 
 
 def allow_varying_token_counts(
-    model: MimoModel, assignments: PendingAssignments, changes: Changes
+    model: MimoModel, assignments: PendingAssignments, fit: TextFit, changes: Changes
 ) -> None:
     """Make a model's colocated bridges exchange as many tokens as there are. Collective, once."""
     if "_apply_colocated_comms" not in vars(model):
-        _Exchange(model, assignments, changes)
+        _Exchange(model, assignments, fit, changes)
 
 
 class _Exchange:
     """Stands in for ``MimoModel._apply_colocated_comms``."""
 
-    def __init__(self, model: MimoModel, assignments: PendingAssignments, changes: Changes) -> None:
+    def __init__(
+        self, model: MimoModel, assignments: PendingAssignments, fit: TextFit, changes: Changes
+    ) -> None:
         self._model = model
+        self._fit = fit
         self._input_ids: torch.Tensor | None = None
         changes.on_close(
             model.register_forward_pre_hook(self._remember_text, with_kwargs=True).remove
@@ -97,8 +101,20 @@ class _Exchange:
             if assignment is not None:
                 embeddings[name] = _RouteTokens.apply(tokens, bridge.route(assignment))
             else:
-                embeddings[name] = bridge.exchange(tokens, said)
+                embeddings[name] = bridge.exchange(
+                    tokens, self._sizes(bridge, tokens, said, microbatch)
+                )
         return embeddings
+
+    def _sizes(
+        self, bridge: "_Bridge", tokens: torch.Tensor, said: Statements, microbatch: int
+    ) -> list[int]:
+        """Tokens of each rank that they are gathered from, or cut up for."""
+        if not bridge.is_fan_out:
+            return [max(0, each.tokens) for each in said]
+        assert self._input_ids is not None, "MimoModel.forward takes input_ids"
+        in_texts = [max(0, each.in_text) for each in said]
+        return self._fit.sizes(bridge.name, in_texts, len(tokens), microbatch, self._input_ids)
 
     def _count(self) -> int:
         """Number of the microbatch in the schedule's pass."""
@@ -172,9 +188,8 @@ class _Bridge:
         self._slice_peers.send({self.name: mine}, microbatch)
         return self._slice_peers.read()[self.name]
 
-    def exchange(self, tokens: torch.Tensor, slice_peers: Statements) -> torch.Tensor:
+    def exchange(self, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """Gather or cut what stayed with its slice."""
-        sizes = [max(0, s.in_text if self.is_fan_out else s.tokens) for s in slice_peers]
         return _ExchangeTokens.apply(tokens, self._bridge, sizes)
 
     def route(self, assignment: ImageAssignment) -> "_Route":

@@ -21,6 +21,7 @@ from megatron_mimo_coord.bridges.incoming import Incoming
 from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
 from megatron_mimo_coord.bridges.step_bridges import StepBridges, StepIncoming
+from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.infra import Infra, default_output_ndim
 from megatron_mimo_coord.layout import (
     LANGUAGE,
@@ -243,6 +244,7 @@ def build_communicator(
     model: MimoModel,
     config: ModelParallelConfig,
     assignments: PendingAssignments,
+    fit: TextFit,
     changes: Changes,
 ) -> PipelineCommunicator:
     """The communicator of a layout, disjoint or colocated. Collective.
@@ -253,6 +255,7 @@ def build_communicator(
         model: whose colocated bridges carry varying numbers of tokens from now on.
         config: the language model's config.
         assignments: the model's.
+        fit: compares texts with tokens.
         changes: where is recorded what is changed in the model.
 
     Raises:
@@ -267,7 +270,7 @@ def build_communicator(
         )
     linked = [LANGUAGE] if encoders_first else list(grids)
     if colocated and not encoders_first:
-        allow_varying_token_counts(model, assignments, changes)
+        allow_varying_token_counts(model, assignments, fit, changes)
     communicator = PipelineCommunicator(
         {name: infra.module_to_grid_map[name] for name in linked},
         {name: [] if colocated else infra.topology.get(name, []) for name in linked},

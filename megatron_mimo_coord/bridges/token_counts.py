@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import input_ids_of
@@ -39,6 +40,10 @@ def encoder_places(grids: Mapping[str, ModuleGrid], rank: int) -> dict[str, tupl
         for name, grid in grids.items()
         if name != LANGUAGE and rank in grid.ranks
     }
+
+
+SPLIT_SIZES = "_mimo_bridge_split_sizes"
+"""Attribute of an output that is to be cut up: the tokens of each sample, as ``MimoModel`` says."""
 
 
 class TokenCounts:
@@ -69,7 +74,10 @@ class TokenCounts:
 
     Attributes:
         micro_batch_size: samples in a microbatch over all ranks; None if it is not known.
+        fit: compares texts with tokens.
     """
+
+    fit: TextFit
 
     def __init__(
         self,
@@ -111,6 +119,7 @@ class TokenCounts:
         """On an encoder rank: only under fan-out does it have several receivers to split for."""
         if encoder_name not in self._places:
             return
+        microbatch = self.fit.microbatch(encoder_name)
         if encoder_name in self._fan_in:
             if not self._may_vary and input_ids is not None:
                 text = self._text_of(encoder_name, input_ids, len(output))
@@ -122,7 +131,9 @@ class TokenCounts:
             and self._assignments.next(encoder_name) is None
         ):
             text = self._text_of(encoder_name, input_ids, len(output))
-            MimoModel._attach_modality_split_sizes(self._model, output, text, encoder_name)
+            counts = self._count(encoder_name, text).tolist()
+            sizes = self.fit.sizes(encoder_name, counts, len(output), microbatch, text)
+            vars(output)[SPLIT_SIZES] = sizes
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
         """On an encoder rank without images: an assignment tells without asking the device."""

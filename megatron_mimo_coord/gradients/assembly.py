@@ -15,7 +15,7 @@ from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.megatron.auxiliary_losses import weigh_like_the_loss
+from megatron_mimo_coord.megatron.auxiliary_losses import make_room_for_metrics, weigh_like_the_loss
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.recompute import keep_gradients_of_recomputed_blocks
@@ -33,6 +33,7 @@ class Gradients:
         modules: the modules on this rank.
         step: where a step stands.
         finalizer: from zeroing to the gradient of the one loss.
+        report: what the ranks tell each other before an optimizer's step.
         optimizer_steps: what is looked at before an optimizer uses them.
         has_mixtures: whether a module here adds auxiliary losses of experts.
     """
@@ -40,12 +41,18 @@ class Gradients:
     modules: dict[str, ModuleGradients]
     step: StepState
     finalizer: GradientFinalizer
+    report: StepReport
     optimizer_steps: OptimizerSteps
     has_mixtures: bool
 
     @classmethod
     def of(
-        cls, job: Job, schedule: Schedule, is_assigned: Callable[[str], bool], changes: Changes
+        cls,
+        job: Job,
+        schedule: Schedule,
+        is_assigned: Callable[[str], bool],
+        is_read_again: Callable[[], bool],
+        changes: Changes,
     ) -> "Gradients":
         """Take charge of a job's gradients.
 
@@ -53,19 +60,22 @@ class Gradients:
             job: the modules, their grids, and which of them are here.
             schedule: what calls us.
             is_assigned: whether the images that an encoder is given now were dealt out by cost.
+            is_read_again: whether a microbatch that the model is given now will come once more.
             changes: where is recorded what is changed in the model and its DDPs.
         """
         modules = {name: _collect(job, name, changes) for name in job.ddps}
         mixtures = [weigh_like_the_loss(ddp, job.per_token, changes) for ddp in job.ddps.values()]
+        make_room_for_metrics(job.ddps.values())
         for module in job.ddps.values():
             keep_gradients_of_recomputed_blocks(module, changes)
         ddps = [module.ddp for module in modules.values()]
         step = StepState([grads for ddp in ddps for grads in ddp.grads], schedule)
         watch_passes(job.model, step, changes)
         report = StepReport(
-            {name: grid.data_parallel_size for name, grid in job.grids.items()}, list(job.ddps)
+            {name: grid.data_parallel_size for name, grid in job.grids.items()},
+            {name: job.grids[name].coordinate(job.rank, "dp") for name in job.ddps},
         )
-        report.watch(job.model, is_assigned, changes)
+        report.watch(job.model, is_assigned, is_read_again, changes)
         num_tokens = NumTokens(
             job.grids[LANGUAGE], job.rank, job.per_token, world_device(), job.model, changes
         )
@@ -73,7 +83,7 @@ class Gradients:
             list(modules.values()), num_tokens, step, report, schedule, changes
         )
         optimizer_steps = OptimizerSteps(ddps, step, report, changes)
-        return cls(modules, step, finalizer, optimizer_steps, any(mixtures))
+        return cls(modules, step, finalizer, report, optimizer_steps, any(mixtures))
 
     @property
     def ddps(self) -> dict[str, ModuleDdp]:

@@ -1,25 +1,31 @@
 """What ranks tell each other before each optimizer step, in the collective that the norms are in.
 
-Two mistakes leave no trace on the ranks that make them, or none on the others. Whoever reads the
+Some mistakes leave no trace on the ranks that make them, or none on the others. Whoever reads the
 norms on the host sees them for nothing:
 
 - a loss function that returns no number of tokens, where the loss is per token
   (``num_tokens.py``);
-- an encoder's rank that is given the ``input_ids`` of a whole microbatch, or of another module's
-  larger slice, where its own belongs: then it has just as many rows as that. Other numbers of rows
-  are the trainer's affair: most layouts never read them.
+- a rank that is given the ``input_ids`` of a whole microbatch, or of another module's larger slice,
+  where its own belongs: then it has just as many rows as that. Other numbers of rows are the
+  trainer's affair: most layouts never read them;
+- ranks that read different samples (``texts_read.py``);
+- texts that have other numbers of an encoder's tokens than the encoder made (``TextMisfit``).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import asdict, define, evolve, field, frozen
 
+from megatron_mimo_coord.gradients.texts_read import TextsRead
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import input_ids_of
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of, labels_of
 from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.gather import all_gather_text
 
 _MISSES_TOKENS = (
     "the loss is per token, but no rank reported a number of tokens, and the loss has a gradient, "
@@ -28,15 +34,54 @@ _MISSES_TOKENS = (
 )
 
 
+@frozen
+class TextMisfit:
+    """Texts that have another number of an encoder's tokens than it made for them.
+
+    Args:
+        module: the encoder.
+        microbatch: in its pass.
+        counts: the encoder's tokens in each text.
+        cut: the rows that end with one of them.
+        tokens: that the encoder made.
+        is_part: whether other ranks' texts share these tokens.
+        first: number of the first of these samples in the microbatch.
+    """
+
+    module: str
+    microbatch: int
+    counts: Sequence[int]
+    cut: Sequence[int]
+    tokens: int
+    is_part: bool = False
+    first: int = 0
+
+    def __str__(self) -> str:
+        last = self.first + len(self.counts) - 1
+        cut = "".join(
+            f"; the text of sample {self.first + row} ends among them, as if it was cut"
+            for row in self.cut[:1]
+        )
+        others = ", and for other samples with them" if self.is_part else ""
+        return (
+            f"microbatch {self.microbatch}: the texts of samples {self.first} to {last} have "
+            f"{sum(self.counts)} tokens of {self.module} ({', '.join(map(str, self.counts[:8]))}), "
+            f"but its encoder made {self.tokens} for them{others}{cut}: leave out the images of "
+            f"what is cut from a text, and give each rank its slice of the samples, their images "
+            f"and their input_ids"
+        )
+
+
 @define
 class StepReport:
     """One rank's part of it.
 
     Args:
         data_parallel_sizes: DP of every module of the job, in one order on every rank.
-        here: modules on this rank.
+        here: modules on this rank, and which of their DP ranks it is.
 
     Attributes:
+        is_read: whether an optimizer of Megatron's reads it.
         misses_tokens: whether nobody counted the tokens of the step, on the device; None where the
             loss is no sum of tokens, or this was looked at.
         rows: of the last ``input_ids`` that this rank's modules were given; None if there were
@@ -44,12 +89,34 @@ class StepReport:
     """
 
     data_parallel_sizes: Mapping[str, int]
-    here: Sequence[str]
+    here: Mapping[str, int]
+    is_read: bool = field(default=False, init=False)
     misses_tokens: torch.Tensor | None = field(default=None, init=False)
     rows: int | None = field(default=None, init=False)
+    _misfits: list[TextMisfit] = field(factory=list, init=False)
+    _texts: TextsRead = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
+
+    def tell(self, misfit: TextMisfit) -> None:
+        """Texts do not fit: every rank is told before an optimizer's step.
+
+        Raises:
+            RuntimeError: there will be none.
+        """
+        reader = LANGUAGE if LANGUAGE in self.here else misfit.module
+        misfit = evolve(misfit, first=self.here[reader] * len(misfit.counts))
+        if not self.is_read or not torch.is_grad_enabled():
+            raise RuntimeError(str(misfit))
+        self._misfits.append(misfit)
 
     def watch(
-        self, model: torch.nn.Module, is_assigned: Callable[[str], bool], changes: Changes
+        self,
+        model: torch.nn.Module,
+        is_assigned: Callable[[str], bool],
+        is_read_again: Callable[[], bool],
+        changes: Changes,
     ) -> None:
         """Look at the text that a model is given.
 
@@ -57,6 +124,7 @@ class StepReport:
             model: the model.
             is_assigned: whether the images that an encoder is given now were dealt out by cost: a
                 rank encodes others than its text says.
+            is_read_again: whether a microbatch that is given now will come once more.
             changes: where that is recorded.
         """
 
@@ -67,30 +135,40 @@ class StepReport:
                 others = LANGUAGE not in self.here and any(map(is_assigned, self.here))
                 has_rows = input_ids is not None and not is_packed and not others
                 self.rows = len(input_ids) if has_rows else None
+                if self.is_read and not is_read_again():
+                    given = {"input_ids": input_ids, "labels": labels_of(args, kwargs)}
+                    self._texts.add(given if has_rows else {})
 
         changes.on_close(model.register_forward_pre_hook(look, with_kwargs=True).remove)
 
     def pack(self) -> torch.Tensor:
         """Numbers of which each rank is to know the largest, in fp32 on the world's device."""
         modules = list(self.data_parallel_sizes)
-        numbers = torch.full((1 + 2 * len(modules),), -torch.inf, device=world_device())
+        numbers = torch.full((2 + 2 * len(modules),), -torch.inf, device=world_device())
         if self.misses_tokens is not None:
             numbers[0], self.misses_tokens = self.misses_tokens, None
+        numbers[1] = len(self._misfits)
         for name in self._readers():
             assert self.rows is not None
             samples = self.rows * self.data_parallel_sizes[name]
-            index = 1 + 2 * modules.index(name)
+            index = 2 + 2 * modules.index(name)
             numbers[index], numbers[index + 1] = samples, -samples
-        return numbers
+        return torch.cat((numbers.double(), self._texts.pack()))
 
     def _readers(self) -> Sequence[str]:
         """The modules whose samples the rows are."""
-        if self.rows is None:
-            return []
+        return [] if self.rows is None else self._own_readers()
+
+    def _own_readers(self) -> Sequence[str]:
         if LANGUAGE in self.here:
             return [LANGUAGE]
         fewest = min(self.data_parallel_sizes[name] for name in self.here)
         return [name for name in self.here if self.data_parallel_sizes[name] == fewest]
+
+    def _place(self, readers: Sequence[str]) -> tuple[int, int] | None:
+        """(DP, DP rank) of modules that read the same samples; None if they do not."""
+        places = {(self.data_parallel_sizes[name], self.here[name]) for name in readers}
+        return places.pop() if len(places) == 1 else None
 
     def check_tokens(self) -> None:
         """Look at the last step's, if no optimizer of Megatron's has: only then this waits.
@@ -98,6 +176,7 @@ class StepReport:
         Raises:
             RuntimeError: nobody counted its tokens; on all ranks alike.
         """
+        self._texts.forget()
         misses_tokens, self.misses_tokens = self.misses_tokens, None
         if misses_tokens is not None and misses_tokens:
             raise RuntimeError(_MISSES_TOKENS)
@@ -111,30 +190,53 @@ class StepReport:
         Raises:
             RuntimeError: for either mistake.
         """
+        misfits, self._misfits = self._misfits, []
         if numbers[0] > 0:
             raise RuntimeError(_MISSES_TOKENS)
-        most, least = numbers[1::2], [-number for number in numbers[2::2]]
+        end = 2 + 2 * len(self.data_parallel_sizes)
+        most, least = numbers[2:end:2], [-number for number in numbers[3:end:2]]
         said = dict(zip(self.data_parallel_sizes, zip(least, most, strict=True), strict=True))
         for name, samples in said.items():
-            wrong = self._rows_of_others(name, *said[LANGUAGE])
-            rows = {number / self.data_parallel_sizes[name] for number in samples} & wrong
-            if rows:
-                raise RuntimeError(
-                    f"by its input_ids, module {name!r} has other samples than the language model: "
-                    f"{max(rows):.0f} on each of DP {self.data_parallel_sizes[name]}, where a "
-                    f"microbatch has {said[LANGUAGE][1]:.0f} in all: give each rank of {name!r} "
-                    f"its slice, "
-                    f"input_ids[coordinator.data_parallel_slice(micro_batch_size, {name!r})]"
-                )
+            others = [said[other] for other in said if LANGUAGE in (name, other) and name != other]
+            for other in others:
+                self._check_rows(name, samples, *other)
+        if numbers[1] > 0:
+            raise RuntimeError(_told(misfits))
+        read = {number for samples in said.values() for number in samples}
+        if len([*filter(isfinite, read)]) == 1:
+            self._texts.check(list(numbers[end:]))
+
+    def _check_rows(
+        self, name: str, samples: tuple[float, float], least: float, most: float
+    ) -> None:
+        rows = {number / self.data_parallel_sizes[name] for number in samples}
+        rows &= self._rows_of_others(name, least, most)
+        if rows:
+            raise RuntimeError(
+                f"by its input_ids, module {name!r} has other samples than "
+                f"{'an encoder' if name == LANGUAGE else 'the language model'}: "
+                f"{max(rows):.0f} on each of DP {self.data_parallel_sizes[name]}, where a "
+                f"microbatch has {most:.0f} in all: give each rank of {name!r} "
+                f"its slice, "
+                f"input_ids[coordinator.data_parallel_slice(micro_batch_size, {name!r})]"
+            )
 
     def _rows_of_others(self, name: str, least: float, most: float) -> set[float]:
         """Rows of the whole microbatch and of larger slices than a module's.
 
         Args:
             name: the module.
-            least, most: samples of a microbatch by the language model's rows on any rank.
+            least, most: samples of a microbatch by another module's rows on any rank.
         """
-        if least != most:
+        if least != most or most <= 0:
             return set()
         sizes = {1, *self.data_parallel_sizes.values()}
         return {most / size for size in sizes if size < self.data_parallel_sizes[name]}
+
+
+def _told(misfits: Sequence[TextMisfit]) -> str:
+    """The first of all ranks' misfits, one with a text that was cut before others. Collective."""
+    mine = [asdict(misfit) for misfit in misfits]
+    texts = all_gather_text(json.dumps(mine), device=world_device())
+    everyone = [TextMisfit(**each) for text in texts for each in json.loads(text)]
+    return str(min(everyone, key=lambda each: (each.microbatch, not each.cut, each.first)))

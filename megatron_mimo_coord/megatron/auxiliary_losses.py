@@ -4,16 +4,18 @@ Megatron's schedule scales the auxiliary losses of all modules by the language m
 only if that is of a mixture; a router multiplies its own by its tokens if its module counts tokens.
 Leans on the schedule calling ``experimental_attention_variant_loss_scale_func`` of the config with
 the same scale in every forward, on one scale for the process, and on a router's
-``calculate_per_token_loss``. Without these a mixture in an encoder learns at another rate.
+``calculate_per_token_loss``. Without these a mixture in an encoder learns at another rate. Routers
+also record what they add, in one table of layers for the process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.moe.router import Router, TopKRouter
 
 from megatron_mimo_coord.megatron.changes import Changes
 
@@ -52,3 +54,31 @@ def weigh_like_the_loss(module: torch.nn.Module, per_token: bool, changes: Chang
     for router in routers:
         changes.set(router, "calculate_per_token_loss", per_token)
     return bool(routers)
+
+
+_RECORDED = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+"""What a router calls its auxiliary losses where it records them."""
+
+
+def make_room_for_metrics(modules: Iterable[torch.nn.Module]) -> None:
+    """Have mixtures of different depth on a rank record into tables as long as the deepest.
+
+    Args:
+        modules: those on this rank.
+    """
+    mixtures = [
+        [router for router in module.modules() if isinstance(router, TopKRouter)]
+        for module in modules
+    ]
+    routers = [router for mixture in mixtures for router in mixture]
+    depths = {router.config.num_layers for router in routers}
+    for router in routers if len(depths) > 1 else ():
+        names = [name for kind, name in _RECORDED.items() if router.get_aux_loss_coeff(kind) > 0]
+        if router.config.moe_z_loss_coeff is not None:
+            names.append("z_loss")
+        for name in names:
+            get_moe_metrics_tracker().ensure_initialized(name, max(depths))

@@ -1,8 +1,8 @@
 """What ``MimoModel`` is given in a forward, and what it cannot run.
 
-Leans on ``input_ids`` and ``modality_inputs`` being the first and the sixth argument of a forward,
+Leans on ``input_ids``, ``labels`` and ``modality_inputs`` being arguments 0, 4 and 5 of a forward,
 on ``mimo_config`` holding the spec of the language model and the grids, and on ``mtp_num_layers``
-of a config. Without the first two nobody reads a text, or sees that there is no image; without the
+of a config. Without the first three nobody reads a text, or sees that there is no image; without the
 others what cannot run fails on some ranks, while the others wait.
 """
 
@@ -19,7 +19,12 @@ def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return kwargs.get("input_ids", args[0] if args else None)
 
 
-_MODALITY_INPUTS = 5
+_LABELS, _MODALITY_INPUTS = 4, 5
+
+
+def labels_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a forward is to predict, None if nothing."""
+    return kwargs.get("labels", args[_LABELS] if len(args) > _LABELS else None)
 
 
 def change_modality_inputs(

@@ -1,0 +1,115 @@
+"""Texts that have other numbers of an encoder's tokens than it made, such as texts that were cut.
+
+The rank that finds it is not alone: its peers wait for what it sends. So the step goes on, with
+tokens that are cut or filled up with zeros, to where all ranks hear of it, before an optimizer uses
+the gradients. Nothing is asked of the device that ``MimoModel`` does not ask already.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from megatron.core.models.mimo import MimoModel
+
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.gradients.step_report import TextMisfit
+from megatron_mimo_coord.megatron.changes import Changes
+
+
+class TextFit:
+    """Compares texts with tokens.
+
+    Args:
+        model: the model.
+        assignments: which know when a pass begins.
+        tell: told of what does not fit; raises where nobody would hear of it.
+    """
+
+    def __init__(
+        self,
+        model: MimoModel,
+        assignments: PendingAssignments,
+        tell: Callable[[TextMisfit], None],
+    ) -> None:
+        self._model = model
+        self._assignments = assignments
+        self._tell = tell
+        self._pass = 0
+        self._microbatches: dict[str, int] = {}
+
+    def watch(self, changes: Changes) -> None:
+        """Look at what the model puts together."""
+        changes.set(self._model, "align_embeddings_by_token_positions", self._align)
+
+    def microbatch(self, where: str) -> int:
+        """Number of the microbatch that has got there."""
+        if self._pass != self._assignments.passes:
+            self._pass, self._microbatches = self._assignments.passes, {}
+        self._microbatches[where] = self._microbatches.get(where, -1) + 1
+        return self._microbatches[where]
+
+    def sizes(
+        self, name: str, counts: Sequence[int], tokens: int, microbatch: int, text: torch.Tensor
+    ) -> list[int]:
+        """As many numbers, whose sum is the number of tokens.
+
+        Args:
+            name: the encoder.
+            counts: of those who share its tokens, how many their texts have.
+            tokens: that it made.
+            microbatch: in its pass.
+            text: [sample, token], this rank's.
+        """
+        if sum(counts) == tokens:
+            return list(counts)
+        self._misfit(name, text, tokens, microbatch, is_part=True)
+        sizes, left = [], tokens
+        for count in counts[:-1]:
+            sizes.append(min(count, left))
+            left -= sizes[-1]
+        return [*sizes, left]
+
+    def _align(
+        self,
+        modality_embeddings: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> torch.Tensor:
+        """Stands in for ``MimoModel``'s, which refuses other numbers."""
+        microbatch = self.microbatch("text")
+        put_together = MimoModel.align_embeddings_by_token_positions
+        try:
+            return put_together(self._model, modality_embeddings, input_ids, special_token_ids)
+        except ValueError:
+            fitted = {
+                name: self._fitted(name, tokens, input_ids, microbatch)
+                for name, tokens in modality_embeddings.items()
+            }
+            if all(fitted[name] is tokens for name, tokens in modality_embeddings.items()):
+                raise
+        return put_together(self._model, fitted, input_ids, special_token_ids)
+
+    def _fitted(
+        self, name: str, tokens: torch.Tensor, input_ids: torch.Tensor, microbatch: int
+    ) -> torch.Tensor:
+        """As many tokens as the text has."""
+        if name not in self._model.special_token_ids:
+            return tokens
+        number = int((input_ids == self._model.special_token_ids[name]).sum())
+        if number == len(tokens):
+            return tokens
+        self._misfit(name, input_ids, len(tokens), microbatch)
+        if number < len(tokens):
+            return tokens[:number]
+        return torch.cat([tokens, tokens.new_zeros((number - len(tokens), *tokens.shape[1:]))])
+
+    def _misfit(
+        self,
+        name: str,
+        text: torch.Tensor,
+        tokens: int,
+        microbatch: int,
+        is_part: bool = False,
+    ) -> None:
+        is_its = text == self._model.special_token_ids[name]
+        counts, cut = is_its.sum(1).tolist(), is_its[:, -1].nonzero().flatten().tolist()
+        self._tell(TextMisfit(name, microbatch, counts, cut, tokens, is_part))

@@ -1,0 +1,71 @@
+"""Texts that do not fit what other ranks read, or what an encoder made: told on every rank."""
+
+import cases
+import pytest
+import torch.distributed as dist
+from attrs import evolve
+from cases import Case
+from layouts import LAYOUTS, parallel
+from ranks import world
+
+IMAGES = {"vision": (((1, 3, 0, 1), (1, 1, 2, 0)),)}
+TWO_STAGES = {"vision": parallel(), "language": parallel(pp=2)}
+SHARED_FAN_OUT = LAYOUTS["colocated, fan-out"]
+
+
+def _said(case: Case, mistake: str, ranks: tuple[int, ...]) -> str:
+    """What a rank is told in a training where some ranks make a mistake."""
+    draw, is_one = cases.draw, dist.get_rank() in ranks
+
+    def drawn(case: Case, step: int, microbatch: int) -> cases.Microbatch:
+        found = draw(case, step, microbatch)
+        if mistake == "cut":
+            return evolve(found, tokens=found.tokens[:, :5], mask=found.mask[:, :5])
+        if mistake == "other samples" and is_one and microbatch == 1:
+            return evolve(found, tokens=found.tokens.flip(0))
+        return found
+
+    slices = cases.MultiModuleCoordinator.data_parallel_slice
+
+    def sliced(self: object, size: int, name: str | None = None) -> slice:
+        return slice(0, size) if is_one and mistake == "whole" else slices(self, size, name)
+
+    with (
+        cases._replaced(cases, "draw", drawn),
+        cases._replaced(cases.MultiModuleCoordinator, "data_parallel_slice", sliced),
+    ):
+        try:
+            for _ in cases.train(case):
+                pass
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+CUT = "microbatch 0: the texts of samples"
+MISTAKES = {
+    "cut, fan-in": (LAYOUTS["fan-in"], "cut", (), CUT),
+    "cut, fan-out": (LAYOUTS["fan-out"], "cut", (), CUT),
+    "cut, shared": (SHARED_FAN_OUT, "cut", (), CUT),
+    "encoders shuffle": (LAYOUTS["fan-in"], "other samples", (0, 1), "ranks 0 and 2"),
+    "the last stage shuffles": (TWO_STAGES, "other samples", (2,), "ranks 0 and 2"),
+    "whole texts": (LAYOUTS["equal"], "whole", (2, 3), "module 'language' has other samples"),
+    "nothing": (LAYOUTS["fan-in"], "", (), ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("modules", "mistake", "ranks", "message"), MISTAKES.values(), ids=MISTAKES
+)
+def test_what_does_not_fit_is_told_on_every_rank(modules, mistake, ranks, message):
+    case = Case(modules=modules, images=IMAGES)
+    said = world(case.world_size).run("test_texts:_said", case, mistake, ranks)
+    assert len(set(said)) == 1
+    assert message in said[0]
+    if mistake == "cut":
+        assert "the text of sample 1 ends among them" in said[0]
+    if mistake == "other samples":
+        assert "microbatch 1: " in said[0]
+        assert "the first that differs is sample 0 of 4 (in its input_ids)" in said[0]
+    if not mistake:
+        assert not said[0]
