@@ -78,7 +78,7 @@ def make_room_for_metrics(modules: Iterable[torch.nn.Module]) -> None:
     depths = {router.config.num_layers for router in routers}
     for router in routers if len(depths) > 1 else ():
         names = [name for kind, name in _RECORDED.items() if router.get_aux_loss_coeff(kind) > 0]
-        if router.config.moe_z_loss_coeff is not None:
+        if getattr(router.config, "moe_z_loss_coeff", None) is not None:
             names.append("z_loss")
         for name in names:
             get_moe_metrics_tracker().ensure_initialized(name, max(depths))

@@ -161,6 +161,7 @@ def _reads_of_tokens(case: Case) -> int:
     from megatron.core.models.mimo import MimoModel
 
     from megatron_mimo_coord.bridges import token_counts
+    from megatron_mimo_coord.bridges.text_fit import TextFit
 
     reads = []
 
@@ -171,9 +172,16 @@ def _reads_of_tokens(case: Case) -> int:
 
         return staticmethod(call)
 
-    names = ["_attach_modality_split_sizes", "_has_encoder_tokens"]
-    reading = type("Reading", (), {name: counted(name) for name in names})
-    with cases._replaced(token_counts, "MimoModel", reading):
+    def sizes(*args: Any) -> list[int]:
+        reads.append("sizes")
+        return fitting(*args)
+
+    fitting = TextFit.sizes
+    reading = type("Reading", (), {"_has_encoder_tokens": counted("_has_encoder_tokens")})
+    with (
+        cases._replaced(token_counts, "MimoModel", reading),
+        cases._replaced(TextFit, "sizes", sizes),
+    ):
         cases.check(case)
     return len(reads)
 
