@@ -2,8 +2,8 @@
 
 Leans on ``input_ids``, ``labels`` and ``modality_inputs`` being arguments 0, 4 and 5 of a forward,
 on ``mimo_config`` holding the spec of the language model and the grids, and on ``mtp_num_layers``
-of a config. Without the first three nobody reads a text, or sees that there is no image; without the
-others what cannot run fails on some ranks, while the others wait.
+of a config. Without the first three nobody reads a text, or sees that there is no image; without
+the others what cannot run fails on some ranks, while the others wait.
 """
 
 from collections.abc import Callable, Mapping
