@@ -62,6 +62,7 @@ _RECORDED = {
     "global_aux_loss": "global_load_balancing_loss",
 }
 """What a router calls its auxiliary losses where it records them."""
+_Z_LOSS = "z_loss"
 
 
 def make_room_for_metrics(modules: Iterable[torch.nn.Module]) -> None:
@@ -78,7 +79,7 @@ def make_room_for_metrics(modules: Iterable[torch.nn.Module]) -> None:
     depths = {router.config.num_layers for router in routers}
     for router in routers if len(depths) > 1 else ():
         names = [name for kind, name in _RECORDED.items() if router.get_aux_loss_coeff(kind) > 0]
-        if getattr(router.config, "moe_z_loss_coeff", None) is not None:
-            names.append("z_loss")
+        if getattr(router.config, f"moe_{_Z_LOSS}_coeff", None) is not None:
+            names.append(_Z_LOSS)
         for name in names:
             get_moe_metrics_tracker().ensure_initialized(name, max(depths))
