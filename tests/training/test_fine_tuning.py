@@ -2,9 +2,7 @@
 
 import json
 import logging
-import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
+import queue
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -407,17 +405,10 @@ def whole_state(case: Case) -> dict[str, Any]:
     return {name: each for name, each in state.items() if "_extra_state" not in name}
 
 
-@contextmanager
-def megatron_writes() -> Iterator[None]:
-    """Megatron writes in processes of its own, which ranks of tests may not have, and wants psutil."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    settings, memory = multiprocessing.current_process()._config, filesystem_async._process_memory
-    settings["daemon"], filesystem_async._process_memory = False, lambda: 0
-    try:
-        yield
-    finally:
-        settings["daemon"], filesystem_async._process_memory = True, memory
+def write_in_this_process(filesystem: Any) -> None:
+    """Megatron gathers results through a process of its own, which takes long, and wants psutil."""
+    filesystem._results_queue = queue.Queue()
+    filesystem._process_memory = lambda: 0
 
 
 def refused_weights(one: Any, state: dict[str, Any]) -> None:
@@ -458,6 +449,7 @@ def pretrained(folder: Path, bases: list[Case]) -> None:
     import torch
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from trainings import training
 
     whole, other = bases
@@ -474,8 +466,8 @@ def pretrained(folder: Path, bases: list[Case]) -> None:
         if dist.get_rank() == 0:
             path.mkdir()
         dist.barrier()
-        with megatron_writes():
-            dist_checkpointing.save(one.model.sharded_state_dict(), str(path))
+        write_in_this_process(filesystem_async)
+        dist_checkpointing.save(one.model.sharded_state_dict(), str(path))
     with training(whole, lr=0.0, **SETTINGS) as one:
         load = one.coordinator.load_checkpoint
         assert "give None in the place" in refusal(load, path, one.optimizer)
