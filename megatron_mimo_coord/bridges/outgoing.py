@@ -119,14 +119,16 @@ class Outgoing(Link):
         """Rows of an output for each of the targets that it goes to in turn."""
         rows, number = output.shape[self.dim], len(self._turn)
         sizes = getattr(output, "_mimo_bridge_split_sizes", None)  # tokens of each sample
-        if sizes is not None and number > 1:
+        if number > 1 and sizes is not None and len(sizes) % number == 0:
             share = len(sizes) // number
             return [sum(sizes[index * share : (index + 1) * share]) for index in range(number)]
-        if rows % number:
+        if rows % number or (number > 1 and rows and output.ndim == 2):
+            texts = "no text" if sizes is None else f"{len(sizes)} texts, as if they were packed"
             raise RuntimeError(
                 f"rank {self.rank} has {rows} tokens of {self.name} for {number} ranks of the "
-                f"language model, but does not know how many belong to which sample: pass "
-                f"input_ids of the encoder's samples to the model's forward{self._remark()}"
+                f"language model, but was given {texts}, and does not know how many are for whom: "
+                f"pass input_ids of the encoder's samples to the model's forward, as many rows for "
+                f"each of these ranks, or deal the images out with assign_images{self._remark()}"
             )
         return [rows // number] * number
 

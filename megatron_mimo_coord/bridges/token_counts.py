@@ -116,8 +116,12 @@ class TokenCounts:
     def _attach_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
-        """On an encoder rank: only under fan-out does it have several receivers to split for."""
-        if encoder_name not in self._places:
+        """On an encoder's last stage: only under fan-out has it several receivers to split for.
+
+        An output of [sequence, sample, hidden] is cut by samples, which need no counting.
+        """
+        is_sent = self._model.role.is_last_stage(encoder_name) and output.ndim == 2
+        if encoder_name not in self._places or not is_sent:
             return
         microbatch = self.fit.microbatch(encoder_name)
         if encoder_name in self._fan_in:

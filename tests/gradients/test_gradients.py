@@ -56,6 +56,11 @@ def test_encoders_on_the_same_ranks():
         Case(modules=LAYOUTS["equal"], images=VARYING, steps=2),
         Case(modules=LAYOUTS["encoder pipeline"], images=VARYING, steps=2, num_microbatches=4),
         Case(
+            modules={"vision": parallel(pp=2), "language": parallel(dp=2)},
+            images=VARYING,
+            num_microbatches=3,
+        ),
+        Case(
             modules=LAYOUTS["two encoders"],
             images={**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)},
             steps=2,
