@@ -78,7 +78,12 @@ def _measure():
     import steps
 
     options = Namespace(
-        encoder="sleeping", milliseconds=1.0, micro_batch_size=8, microbatches=2, rounds=2
+        encoder="sleeping",
+        milliseconds=1.0,
+        micro_batch_size=8,
+        microbatches=2,
+        rounds=2,
+        shared=False,
     )
     modules = {"vision": parallel(dp=2), "language": parallel()}
     with steps.Bench.build(modules, options) as bench:

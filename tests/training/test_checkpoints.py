@@ -98,10 +98,10 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
 @pytest.mark.parametrize(
     ("layouts", "ddps", "settings", "tolerance"),
     [
-        ([APART, SHARING, TOGETHER], [{}] * 3, {"experts": 4, "tied_embeddings": True}, 1e-5),
+        ([APART, AROUND, TOGETHER], [{}] * 3, {"experts": 4, "tied_embeddings": True}, 1e-5),
         (
-            [TOGETHER, LONG, AROUND, APART],
-            [OVERLAPPED, SHARDED, {}, SHARDED],
+            [TOGETHER, LONG, APART],
+            [OVERLAPPED, {}, SHARDED],
             {"experts": 4, "images": {"vision": (((2, 1),),)}},  # of twelve tokens
             1e-5,
         ),
