@@ -155,27 +155,24 @@ class MultiModuleCoordinator:
         self._device = world_device()
         self._pending_assignments = PendingAssignments()
         self._pending_assignments.watch(job.model, self._changes)
+        self._communicators: list[PipelineCommunicator] = []
+        self._optimizer: Any = None
+        hand_over_no_views(job.model, self._changes)
+        self._schedule = Schedule(model, job.model, self._changes)
+        self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
+        self._gradients = Gradients.of(
+            job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
+        )
+        self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report.tell)
+        self._fit.watch(self._changes)
         self._token_counts = TokenCounts(
             job.model,
             fan_in_ratios(job.grids, job.infra.topology),
             encoder_places(job.grids, job.rank),
             self._pending_assignments,
+            self._fit,
             self._changes,
         )
-        self._communicators: list[PipelineCommunicator] = []
-        self._optimizer: Any = None
-        hand_over_no_views(job.model, self._changes)
-        self._schedule = Schedule(model, job.model, self._changes)
-        self._gradients = Gradients.of(
-            job,
-            self._schedule,
-            self._is_assigned,
-            lambda: self._turns.encoders,
-            self._changes,
-        )
-        self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report.tell)
-        self._fit.watch(self._changes)
-        self._token_counts.fit = self._fit
         self._modules, self._step = self._gradients.modules, self._gradients.step
         self._finalizer = self._gradients.finalizer
         self._checkpoints = Checkpoints(
@@ -184,19 +181,18 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
-        self._turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
         EmptyBatches.watch(
             job.model,
             job.ddps,
             job.grids,
             job.meeting,
-            lambda: not self._turns.language,
+            lambda: not turns.language,
             ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE]),
             self._changes,
         )
         self._encoders_first = EncodersFirst(
             job.model,
-            self._turns,
+            turns,
             self._pending_assignments,
             self._finalizer.no_sync,
             self._changes,

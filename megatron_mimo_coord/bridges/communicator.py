@@ -289,5 +289,5 @@ def build_communicator(
             checks_samples=encoders_first,
         )
     if encoders_first:
-        assert communicator.step_bridges, "made with the other groups, before the first step"
+        communicator.step_bridges = communicator.build_step_bridges()  # with the other groups
     return communicator

@@ -86,10 +86,10 @@ class EmptyBatches:
 
 def _replicas(grid: ModuleGrid) -> list[list[int]]:
     """Ranks of the first stage that differ in their replica alone."""
-    lines: dict[tuple[int, ...], list[int]] = {}
+    lines: dict[int, list[int]] = {}
     for rank in grid.ranks:
         if grid.coordinate(rank, "pp") == 0:
-            lines.setdefault((grid.coordinate(rank, "tp"),), []).append(rank)
+            lines.setdefault(grid.coordinate(rank, "tp"), []).append(rank)
     return list(lines.values())
 
 

@@ -127,6 +127,7 @@ class EncodersFirst:
         self._no_sync = no_sync
         self._step: _Step | None = None
         self._call: tuple[Any, Any] | None = None
+        self._go_back: Callable[[], None] | None = None
         changes.on_close(
             model.register_forward_pre_hook(self._remember_call, with_kwargs=True).remove
         )
@@ -209,7 +210,8 @@ class EncodersFirst:
     def _remember_call(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._turns.encoders:
             self._call = args, kwargs
-            self._go_back = remember_random_states()
+            is_run_again = self._step is not None and self._step.keep < self._step.num_microbatches
+            self._go_back = remember_random_states() if is_run_again else None
 
     def _take(
         self, step: _Step, number: int, outputs: Any, asking: list[str], forward_only: bool
@@ -239,6 +241,7 @@ class EncodersFirst:
             step.encoded.append(_Encoded(number, True, lambda: edges))
         else:
             go_back = self._go_back
+            assert go_back is not None, "remembered where not all activations are kept"
             step.encoded.append(_Encoded(number, False, lambda: self._again(call, go_back)))
 
     def _again(self, call: tuple[Any, Any], go_back: Callable[[], None]) -> Edges:

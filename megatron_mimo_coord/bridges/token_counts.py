@@ -70,14 +70,12 @@ class TokenCounts:
         ratios: for each encoder, its ranks for one of the language model's.
         places: (DP, DP rank) of each encoder on this rank.
         assignments: which say what an assigned image has.
+        fit: compares texts with tokens.
         changes: where is recorded what is changed in the model.
 
     Attributes:
         micro_batch_size: samples in a microbatch over all ranks; None if it is not known.
-        fit: compares texts with tokens.
     """
-
-    fit: TextFit
 
     def __init__(
         self,
@@ -85,8 +83,10 @@ class TokenCounts:
         ratios: Mapping[str, float],
         places: Mapping[str, tuple[int, int]],
         assignments: PendingAssignments,
+        fit: TextFit,
         changes: Changes,
     ) -> None:
+        self._fit = fit
         self._model = model
         self._places = places
         self.micro_batch_size: int | None = None
@@ -123,7 +123,7 @@ class TokenCounts:
         is_sent = self._model.role.is_last_stage(encoder_name) and output.ndim == 2
         if encoder_name not in self._places or not is_sent:
             return
-        microbatch = self.fit.microbatch(encoder_name)
+        microbatch = self._fit.microbatch(encoder_name)
         if encoder_name in self._fan_in:
             if not self._may_vary and input_ids is not None:
                 text = self._text_of(encoder_name, input_ids, len(output))
@@ -136,7 +136,7 @@ class TokenCounts:
         ):
             text = self._text_of(encoder_name, input_ids, len(output))
             counts = self._count(encoder_name, text).tolist()
-            sizes = self.fit.sizes(encoder_name, counts, len(output), microbatch, text)
+            sizes = self._fit.sizes(encoder_name, counts, len(output), microbatch, text)
             vars(output)[SPLIT_SIZES] = sizes
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:

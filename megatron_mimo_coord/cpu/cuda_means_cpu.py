@@ -56,7 +56,9 @@ def means_cuda(value: Any) -> bool:
 
 def unpinned(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments without the wish for host memory that a driver has pinned: there is no driver."""
-    return {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+    if not kwargs or "pin_memory" not in kwargs:  # nearly always: every function comes here
+        return kwargs or {}
+    return {name: value for name, value in kwargs.items() if name != "pin_memory"}
 
 
 def _on_cpu(value: Any) -> Any:

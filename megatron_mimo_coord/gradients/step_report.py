@@ -142,9 +142,10 @@ class StepReport:
         changes.on_close(model.register_forward_pre_hook(look, with_kwargs=True).remove)
 
     def pack(self) -> torch.Tensor:
-        """Numbers of which each rank is to know the largest, in fp32 on the world's device."""
+        """Numbers of which each rank is to know the largest, in fp64 on the world's device."""
         modules = list(self.data_parallel_sizes)
-        numbers = torch.full((2 + 2 * len(modules),), -torch.inf, device=world_device())
+        size, device = 2 + 2 * len(modules), world_device()
+        numbers = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         if self.misses_tokens is not None:
             numbers[0], self.misses_tokens = self.misses_tokens, None
         numbers[1] = len(self._misfits)
@@ -153,7 +154,7 @@ class StepReport:
             samples = self.rows * self.data_parallel_sizes[name]
             index = 2 + 2 * modules.index(name)
             numbers[index], numbers[index + 1] = samples, -samples
-        return torch.cat((numbers.double(), self._texts.pack()))
+        return torch.cat((numbers, self._texts.pack()))
 
     def _readers(self) -> Sequence[str]:
         """The modules whose samples the rows are."""

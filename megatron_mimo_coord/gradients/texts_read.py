@@ -64,8 +64,8 @@ class TextsRead:
     def pack(self) -> torch.Tensor:
         """Numbers of which each rank is to know the largest; the step is over."""
         self._last, self._step = self._step, []
-        numbers = torch.full((3, 2, self._parts), -torch.inf, dtype=torch.float64)
-        numbers = numbers.to(world_device())
+        shape, device = (3, 2, self._parts), world_device()
+        numbers = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
         if self.place is None:
             return numbers.flatten()
         size, index = self.place
@@ -76,9 +76,8 @@ class TextsRead:
             parts = [_of_parts(each, share) for each in digests if each is not None]
             if parts and len(parts) == len(digests):
                 _fill(numbers[row, :, mine], _combined(parts))
-        lengths = [torch.tensor([read.length], device=world_device()) for read in self._last]
-        if lengths:
-            _fill(numbers[2, :, mine], _combined(lengths))
+        if self._last:
+            _fill(numbers[2, :, mine], _combined([read.length for read in self._last]))
         return numbers.flatten()
 
     def check(self, numbers: list[float]) -> None:
@@ -123,15 +122,15 @@ def _of_parts(digests: torch.Tensor, share: int) -> torch.Tensor:
     return (samples * places).sum(1) % _MODULUS
 
 
-def _combined(microbatches: list[torch.Tensor]) -> torch.Tensor:
+def _combined[N: (int, torch.Tensor)](microbatches: list[N]) -> N:
     """One number for all microbatches of a step."""
-    total = torch.zeros_like(microbatches[0])
-    for each in microbatches:
+    total, *others = (each % _MODULUS for each in microbatches)
+    for each in others:
         total = (total * 1_000_003 + each) % _MODULUS
     return total
 
 
-def _fill(numbers: torch.Tensor, values: torch.Tensor) -> None:
+def _fill(numbers: torch.Tensor, values: torch.Tensor | int) -> None:
     numbers[0] = values
     numbers[1] = -numbers[0]
 
