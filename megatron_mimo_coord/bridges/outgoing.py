@@ -22,6 +22,7 @@ from megatron_mimo_coord.bridges.routes import (
 )
 from megatron_mimo_coord.bridges.sample_check import refuse_other_samples
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.megatron.mimo_model import SPLIT_SIZES
 
 
 @frozen
@@ -118,7 +119,7 @@ class Outgoing(Link):
     def _sizes(self, output: torch.Tensor) -> Sequence[int]:
         """Rows of an output for each of the targets that it goes to in turn."""
         rows, number = output.shape[self.dim], len(self._turn)
-        sizes = getattr(output, "_mimo_bridge_split_sizes", None)  # tokens of each sample
+        sizes = getattr(output, SPLIT_SIZES, None)  # tokens of each sample
         if number > 1 and sizes is not None and len(sizes) % number == 0:
             share = len(sizes) // number
             return [sum(sizes[index * share : (index + 1) * share]) for index in range(number)]

@@ -16,7 +16,7 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import input_ids_of
+from megatron_mimo_coord.megatron.mimo_model import SPLIT_SIZES, input_ids_of
 
 
 def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[str, float]:
@@ -40,10 +40,6 @@ def encoder_places(grids: Mapping[str, ModuleGrid], rank: int) -> dict[str, tupl
         for name, grid in grids.items()
         if name != LANGUAGE and rank in grid.ranks
     }
-
-
-SPLIT_SIZES = "_mimo_bridge_split_sizes"
-"""Attribute of an output that is to be cut up: the tokens of each sample, as ``MimoModel`` says."""
 
 
 class TokenCounts:

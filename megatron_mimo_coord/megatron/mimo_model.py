@@ -13,6 +13,9 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 
+SPLIT_SIZES = "_mimo_bridge_split_sizes"
+"""Attribute of an output that is to be cut up: the tokens of each sample, as ``MimoModel`` says."""
+
 
 def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The text of a forward, None if there is none."""

@@ -17,6 +17,7 @@ from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated
+from megatron_mimo_coord.megatron.mimo_model import SPLIT_SIZES
 
 METHODS = (
     "recv_forward",
@@ -140,7 +141,10 @@ class NotingStage(torch.nn.Module):
     def _message(self, name: str, output: torch.Tensor) -> torch.Tensor:
         samples = self.job.micro_batch_size // self.grids[name].data_parallel_size
         to_bridge = self._is_last(name) and name != LANGUAGE
-        return output.expand((samples, 2) if to_bridge else (1, samples, 2)).contiguous()
+        message = output.expand((samples, 2) if to_bridge else (1, samples, 2)).contiguous()
+        if to_bridge:
+            vars(message)[SPLIT_SIZES] = [1] * samples  # as a MimoModel's text would say
+        return message
 
 
 class _Noted(torch.autograd.Function):
