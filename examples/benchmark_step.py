@@ -77,11 +77,13 @@ class Measurement:
         case: the kind of steps.
         seconds: for each way, the time of the slowest rank in each round.
         imbalance: for ``slices`` and ``assigned``, largest / mean load in each round.
+        encoder: the seconds that the encoder takes in each round if its ranks share it evenly.
     """
 
     case: Case
     seconds: Mapping[str, Sequence[float]]
     imbalance: Mapping[str, Sequence[float]]
+    encoder: Sequence[float]
 
     def ratios(self, way: str, other: str) -> list[float]:
         """One way's time over another's, round by round."""
