@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 
 from megatron_mimo_coord.cpu.launches import Launch
 from megatron_mimo_coord.cpu.location import caller
-
-Range = tuple[int, int, int]  # (storage, first byte, byte behind the last)
 
 
 @define(eq=False)
@@ -17,11 +15,19 @@ class InFlight:
 
     launch: Launch
     work: Any
-    reads: list[Range]
-    writes: list[Range]
-    storages: list[Any]  # kept alive: their identity is in the ranges
+    storages: list[Any]  # kept alive: their identity is looked up
     futures: list[Any] = field(factory=list)
     is_finished: bool = False
+
+
+@frozen
+class Use:
+    """Bytes of a storage that a work reads or writes."""
+
+    first: int
+    behind: int
+    is_written: bool
+    by: InFlight
 
 
 class Works:
@@ -34,25 +40,29 @@ class Works:
 
     def __init__(self) -> None:
         self.in_flight: dict[int, InFlight] = {}
+        self._uses: dict[int, list[Use]] = {}  # by the identity of the storage
         self._finished: dict[int, Any] = {}
         self._seen_at_last_step: set[int] = set()
         self.problems: list[str] = []
 
     def add(self, work: Any, launch: Launch, part: Launch) -> InFlight:
         """A launch has begun, or a part of a batch."""
-        each = InFlight(
-            launch=launch,
-            work=work,
-            reads=[_bytes_of(tensor) for tensor in part.reads],
-            writes=[_bytes_of(tensor) for tensor in part.writes],
-            storages=[tensor.untyped_storage() for tensor in (*part.reads, *part.writes)],
-        )
+        tensors = (*part.reads, *part.writes)
+        each = InFlight(launch, work, [tensor.untyped_storage() for tensor in tensors])
         self.in_flight[id(work)] = each
+        for index, tensor in enumerate(tensors):
+            use = Use(*_bytes_of(tensor), index >= len(part.reads), each)
+            self._uses.setdefault(id(each.storages[index]), []).append(use)
         return each
 
     def waited_for(self, work: Any) -> InFlight | None:
         """Somebody waits for a work: what it belongs to, if it was in flight."""
-        return self.in_flight.pop(id(work), None)
+        each = self.in_flight.pop(id(work), None)
+        for storage in each.storages if each else ():
+            left = [use for use in self._uses.pop(id(storage), ()) if use.by is not each]
+            if left:
+                self._uses[id(storage)] = left
+        return each
 
     def is_finished(self, work: Any) -> bool:
         """Whether a launch that blocked has waited for it: gloo would wait for ever a second time.
@@ -82,19 +92,23 @@ class Works:
         """
         earlier = []
         for tensor, is_written in tensors:
-            used = _bytes_of(tensor)
-            for each in list(self.in_flight.values()):
-                busy = each.writes + each.reads if is_written else each.writes
-                if not any(_overlap(used, other) for other in busy):
+            uses = self._uses.get(id(tensor.untyped_storage()))
+            if not uses:
+                continue
+            first, behind = _bytes_of(tensor)
+            for use in list(uses):
+                if not (is_written or use.is_written):
                     continue
-                if each.launch.group.name == group:
-                    earlier.append(each)
-                else:
-                    self._note(each, "written" if is_written else "used")
+                if first >= use.behind or use.first >= behind:
+                    continue
+                if use.by.launch.group.name == group:
+                    earlier.append(use.by)
+                elif id(use.by.work) in self.in_flight:
+                    self._note(use.by, "written" if is_written else "used")
         return earlier
 
     def _note(self, each: InFlight, how: str) -> None:
-        self.in_flight.pop(id(each.work))
+        self.waited_for(each.work)
         self.problems.append(
             f"rank {each.launch.rank}: nobody waited for {each.launch} before its tensor was {how} "
             f"at {caller()}"
@@ -103,24 +117,23 @@ class Works:
     def end_step(self) -> list[str]:
         """The problems of a step. What stays in flight untouched for a whole step is forgotten."""
         for key in self._seen_at_last_step & set(self.in_flight):
-            forgotten = self.in_flight.pop(key)
-            if forgotten.is_finished:
-                self._finished[key] = forgotten.work
+            work = self.in_flight[key].work
+            if self.in_flight[key].is_finished:
+                self._finished[key] = work
+            self.waited_for(work)
         self._seen_at_last_step = set(self.in_flight)
         problems, self.problems = self.problems, []
         return problems
 
 
-def _bytes_of(tensor: torch.Tensor) -> Range:
+def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte in its storage, and the one behind the last."""
     size = tensor.element_size()
-    start = int(tensor.storage_offset()) * size
+    first = int(tensor.storage_offset()) * size
+    if not tensor.numel():
+        return first, first
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = start + (int(last) + 1) * size if tensor.numel() else start
-    return id(tensor.untyped_storage()), start, end
-
-
-def _overlap(one: Range, other: Range) -> bool:
-    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
+    return first, first + (int(last) + 1) * size
 
 
 works = Works()
