@@ -80,13 +80,20 @@ def test_images_per_sample_vary(case):
     verify(case)
 
 
-@pytest.mark.parametrize("sharded", [{}, SHARDED], ids=["whole", "sharded"])
-@pytest.mark.parametrize("loss", [{}, PER_TOKEN], ids=["mean", "per token"])
+@pytest.mark.parametrize(
+    ("overlap", "loss", "sharded"),
+    [
+        (OVERLAP, {}, {}),
+        (OVERLAP, PER_TOKEN, SHARDED),
+        (MANY_BUCKETS, {}, SHARDED),
+        (MANY_BUCKETS, PER_TOKEN, {}),
+    ],
+    ids=["mean", "per token, sharded", "many buckets, sharded", "many buckets, per token"],
+)
 @pytest.mark.parametrize(
     "images", [LAST_WITHOUT, FIRST_WITHOUT, SOME_RANKS_WITHOUT], ids=["last", "first", "some"]
 )
-@pytest.mark.parametrize("overlap", [OVERLAP, MANY_BUCKETS], ids=["one bucket", "many buckets"])
-def test_microbatches_without_images_under_overlap(overlap, images, loss, sharded):
+def test_microbatches_without_images_under_overlap(images, overlap, loss, sharded):
     layout = {"vision": parallel(dp=2), "language": parallel(dp=2)}
     verify(Case(modules=layout, images=images, steps=4, per_token=loss, ddp={**overlap, **sharded}))
 
