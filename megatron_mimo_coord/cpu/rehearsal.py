@@ -127,12 +127,12 @@ class Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator; what is computed from device tensors becomes one."""
         kwargs = kwargs or {}
-        if func.namespace == "c10d":
-            return self._launch(func, args, kwargs)
-        operator = self._operators.get(func)
-        if operator is None:
-            operator = self._operators[func] = Operator.of(func)
         with torch._C.DisableTorchFunction():
+            if func.namespace == "c10d":
+                return self._launch(func, args, kwargs)
+            operator = self._operators.get(func)
+            if operator is None:
+                operator = self._operators[func] = Operator.of(func)
             if operator.is_view:
                 return func(*args, **kwargs)
             if operator.is_factory:
