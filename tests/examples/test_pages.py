@@ -32,14 +32,14 @@ def test_pages_teach_the_same_whoever_encodes_them():
     for slices, assigned in ranks:
         assert assigned["losses"] == pytest.approx(slices["losses"], rel=1e-5)
         assert max(assigned["imbalance"]) < 1.1 < max(slices["imbalance"])
-        assert len(assigned["words"]) == 90 and set(assigned["words"]) <= set(slices["names"])
+        assert len(assigned["words"]) == 40 and set(assigned["words"]) <= set(slices["names"])
         # Close weights; where two letters are as likely as each other, either may come out.
         same = sum(map(str.__eq__, assigned["words"], slices["words"]))
-        assert same >= 87
+        assert same >= 38
 
 
 def _train(arguments):
-    """Four steps and what is read then: in slices, and assigned."""
+    """Three steps and what is read then: in slices, and assigned."""
     import digits
     import digits_options
     import digits_trainer
@@ -47,15 +47,15 @@ def _train(arguments):
     found = []
     learn, held_out = digits.load()
     for more in ([], ["--assign"]):
-        sys.argv = ["", *arguments, *more, "--steps", "4"]
+        sys.argv = ["", *arguments, *more, "--steps", "3"]
         options = digits_options.parse_options()
         trainer = digits_trainer.Trainer.build(options)
-        steps = list(islice(digits_trainer.train(trainer, learn, held_out, options, 0), 4))
+        steps = list(islice(digits_trainer.train(trainer, learn, held_out, options, 0), 3))
         found.append(
             {
                 "losses": [step.loss for step in steps],
                 "imbalance": [step.imbalance for step in steps],
-                "words": trainer.read(held_out.images[:90]),
+                "words": trainer.read(held_out.images[:40]),
                 "names": [*digits.NAMES, "no numeral"],
             }
         )
