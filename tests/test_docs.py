@@ -104,21 +104,14 @@ def test_the_readme_shows_what_the_commands_print_and_draw(tmp_path, monkeypatch
         assert f"]({path})" in README
 
 
-def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, float]:
-    """Run the README's Python as one trainer, and what it adds to other trainers."""
+def _run_readme(code: list[str], folder: str) -> dict[str, float]:
+    """Run the README's Python as one trainer."""
     import os
     from unittest.mock import patch
 
     import torch
-    from attrs import frozen
 
-    import megatron_mimo_coord
     from megatron_mimo_coord.world import process_group
-
-    @frozen
-    class Topology:
-        grids: dict
-        module_pgs: dict
 
     def microbatch(generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
         counts = [int(torch.randint(3, (), generator=generator)) for _ in range(8)]
@@ -135,7 +128,6 @@ def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, flo
         kind: iter([microbatch(generator) for _ in range(4)])
         for kind in ("batches", "held_out_batches")
     }
-    ours = {name: getattr(megatron_mimo_coord, name) for name in megatron_mimo_coord.__all__}
     join, *trainer = code
     local = {"LOCAL_WORLD_SIZE": "12", "LOCAL_RANK": "0"}
     with (
@@ -146,9 +138,6 @@ def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, flo
     for part in trainer:
         exec(part, names)
     infra = names["infra"]
-    others = names | ours | {"topology": Topology(infra.module_to_grid_map, infra.pg_collections)}
-    for part in added:
-        exec(part, others)
     assert all(float(norm) > 0 for norm in names["norms"].values())
     infra.destroy()
     return {"loss": names["metrics"]["loss"], "held out": names["held_out"]["loss"]}
@@ -156,13 +145,8 @@ def _run_readme(code: list[str], added: list[str], folder: str) -> dict[str, flo
 
 def test_the_readme_trains(tmp_path):
     (tmp_path / "layout.toml").write_text(blocks("toml")[0])
-    added = [
-        "\n".join(line[1:] for line in block.splitlines() if line.startswith("+"))
-        for block in blocks("diff")
-    ]
-    assert [text.count("\n") for text in added] == [2], "three lines change"
     code = blocks("python")
-    first, *others = world(12).run("test_docs:_run_readme", code, added, str(tmp_path))
+    first, *others = world(12).run("test_docs:_run_readme", code, str(tmp_path))
     guessed = math.log(16)  # by a model that knows nothing of its 16 tokens yet
     assert first == {name: pytest.approx(guessed, rel=0.1) for name in ("loss", "held out")}
     assert all(metrics == first for metrics in others)
