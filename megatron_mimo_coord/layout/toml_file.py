@@ -20,20 +20,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from attrs import define, fields_dict
+from attrs import define, field, fields_dict, frozen
 
 from megatron_mimo_coord.layout.grids import default_topology, pack
-from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, shown
-from megatron_mimo_coord.layout.problems import (
-    Problem,
-    layout_problems,
-    module_problems,
-)
-from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message
-
-FIELDS = fields_dict(ModuleParallelism)
-JOB_FIELDS = ("global_batch_size", "micro_batch_size", "calculate_per_token_loss")
-EXPERT_FIELDS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, must_be, shown
+from megatron_mimo_coord.layout.problems import Problem, layout_problems, name_problems
+from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message, table_text
 
 
 def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:
@@ -63,7 +55,7 @@ def layout_text(modules: Mapping[str, ModuleParallelism], job: Mapping[str, Any]
 
     Args:
         modules: parallel sizes of each module.
-        job: those of ``JOB_FIELDS`` that are known.
+        job: what else the file says, above the tables.
 
     Example:
         >>> language = ModuleParallelism(data_parallel_size=2)
@@ -76,15 +68,28 @@ def layout_text(modules: Mapping[str, ModuleParallelism], job: Mapping[str, Any]
     """
     parts = ["".join(f"{field} = {value}\n" for field, value in job.items())]
     for name, module in modules.items():
-        default = ModuleParallelism(tensor_model_parallel_size=module.tensor_model_parallel_size)
-        lines = [f"[{name}]\n"]
-        for field in FIELDS:
-            value = getattr(module, field)
-            usual = 1 if field == "tensor_model_parallel_size" else getattr(default, field)
-            if value != usual:
-                lines.append(f"{field} = {value}\n")
-        parts.append("".join(lines))
+        usual = {"expert_tensor_parallel_size": module.tensor_model_parallel_size}
+        parts.append(table_text(name, module, usual))
     return "\n".join(filter(None, parts))
+
+
+_samples = must_be(
+    is_count, "a positive integer below 2**31", "write a number of samples, such as 32"
+)
+_flag = must_be(lambda value: isinstance(value, bool), "true or false", "write true")
+
+
+@frozen
+class _Job:
+    """What stands above the tables."""
+
+    global_batch_size: int = field(validator=_samples)
+    micro_batch_size: int = field(validator=_samples)
+    calculate_per_token_loss: bool = field(validator=_flag)
+
+
+FIELDS, JOB_FIELDS = fields_dict(ModuleParallelism), fields_dict(_Job)
+EXPERT_FIELDS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
 @define(slots=False)
@@ -95,7 +100,7 @@ class LayoutFile(TomlFile):
         path: the file.
         text: all that is in it.
         modules: sizes of each module; a size that is wrong has its default.
-        job: those of ``JOB_FIELDS`` that the file has.
+        job: what stands above the tables.
         problems: what is wrong with the tables and their sizes, not with how they fit together on
             a world: that only ``problems_on`` can tell.
     """
@@ -151,12 +156,8 @@ class LayoutFile(TomlFile):
 
 def _job_message(name: str, value: Any) -> str:
     """What is wrong with a line that stands above all tables, if anything is."""
-    if name == "calculate_per_token_loss":
-        wrong = f"{name} must be true or false, got {shown(value)}; write {name} = true"
-        return "" if isinstance(value, bool) else wrong
     if name in JOB_FIELDS:
-        wrong = f"{name} must be a positive integer below 2**31, got {shown(value)}; write a number"
-        return "" if is_count(value) else f"{wrong} of samples, such as {name} = 32"
+        return field_message(_Job, "size", name, value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return f"module {name} must be one table: write [{name}], with one bracket on each side"
     near = get_close_matches(name, (*FIELDS, *JOB_FIELDS), n=1, cutoff=0.6)
@@ -172,26 +173,20 @@ def _job_message(name: str, value: Any) -> str:
 
 def _module(name: str, table: dict[str, Any]) -> tuple[ModuleParallelism, list[Problem]]:
     """A module's sizes, and what is wrong with them."""
-    problems = module_problems({name: ModuleParallelism()})
-    sizes = {}
-    for field, value in table.items():
-        message = _size_message(field, value)
-        if message:
-            problems.append(Problem(message, (name, field)))
+    problems = list(name_problems(name))
+    for size, value in table.items():
+        if size in JOB_FIELDS:
+            message = f"{size} is of the whole job; put it above the first table"
         else:
-            sizes[field] = value
-    dense = {field: size for field, size in sizes.items() if field not in EXPERT_FIELDS}
+            message = field_message(ModuleParallelism, "size", size, value)
+        problems += [Problem(message, (name, size))] if message else []
+    wrong = {size for problem in problems for _, size in problem.places}
+    sizes = {size: value for size, value in table.items() if size not in wrong}
+    dense = {size: value for size, value in sizes.items() if size not in EXPERT_FIELDS}
     if len(sizes) < len(table):  # whether the experts fit depends on all sizes
         return ModuleParallelism(**dense), problems
     try:
         return ModuleParallelism(**sizes), problems
     except ValueError as error:
-        places = [(name, field) for field in EXPERT_FIELDS if field in table]
+        places = [(name, size) for size in EXPERT_FIELDS if size in table]
         return ModuleParallelism(**dense), [*problems, Problem(str(error), *places)]
-
-
-def _size_message(field: str, value: Any) -> str:
-    """What is wrong with a line of a module, if anything is."""
-    if field in JOB_FIELDS:
-        return f"{field} is of the whole job; put it above the first table"
-    return field_message(ModuleParallelism, "size", field, value)

@@ -2,13 +2,13 @@
 
 import tomllib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from attrs import NOTHING, define, fields_dict
+from attrs import NOTHING, define, fields, fields_dict
 
 from megatron_mimo_coord.layout.problems import Problem, name_problems, raise_problems
 
@@ -143,9 +143,9 @@ def table_problems(
 def field_message(kind: type, what: str, field: str, value: Any) -> str:
     """What is wrong with a line of a table, if anything is: its name, or its value."""
     fields = fields_dict(kind)
-    if isinstance(value, dict):
-        return f"a module is a table of its own: write [{field}]"
     if field not in fields:
+        if isinstance(value, dict):
+            return f"a module is a table of its own: write [{field}]"
         return f"there is no {what} {field!r}; {nearest(field, fields)}"
     check = fields[field].validator
     assert check, "every field has one"
@@ -166,3 +166,27 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+
+
+def table_text(name: str, instance: Any, usual: Mapping[str, Any] = {}) -> str:
+    """A table with the fields of an instance of an attrs class, without those that are as usual.
+
+    Args:
+        name: of the table.
+        instance: of a class whose fields are numbers and flags, or lists of them.
+        usual: what a field is that is left out, where that is not its default.
+
+    Example:
+        >>> from megatron_mimo_coord.layout import ModuleParallelism
+        >>> print(table_text("vision", ModuleParallelism(data_parallel_size=2)))
+        [vision]
+        data_parallel_size = 2
+        <BLANKLINE>
+    """
+    lines = [f"[{name}]\n"]
+    for each in fields(type(instance)):
+        value = getattr(instance, each.name)
+        if value != usual.get(each.name, each.default):
+            shown = f"{value:.6g}" if isinstance(value, float) else str(value).lower()
+            lines.append(f"{each.name} = {shown}\n")
+    return "".join(lines)

@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from attrs import asdict, frozen
+from attrs import frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.layout.toml_tables import table_text
 from megatron_mimo_coord.metrics.step_summary import Step, data_parallel_imbalance
 from megatron_mimo_coord.planning.costs import ModuleCosts
 from megatron_mimo_coord.planning.timeline import BACKWARD, FORWARD, OPTIMIZER
@@ -93,16 +94,7 @@ def to_toml(costs: Mapping[str, ModuleCosts]) -> str:
         backward_seconds_per_sample = 0.02
         <BLANKLINE>
     """
-    defaults = asdict(ModuleCosts(forward_seconds_per_sample=-0.0, backward_seconds_per_sample=0.0))
-    lines = []
-    for name, module in costs.items():
-        lines.append(f"[{name}]")
-        for field, value in asdict(module).items():
-            if field.endswith("seconds_per_sample") or value != defaults[field]:
-                shown = f"{value:.6g}" if isinstance(value, float) else str(value).lower()
-                lines.append(f"{field} = {shown}")
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(table_text(name, module) for name, module in costs.items())
 
 
 def _is_first_replica(grid: ModuleGrid, rank: int) -> bool:

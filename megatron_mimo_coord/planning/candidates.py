@@ -164,8 +164,7 @@ class Candidates:
         """A choice with more and more recomputed."""
         request, name = self.request, choice.name
         more = recomputations(request.sizes[name])[1:]
-        others = (Choice.of(request, name, sizes, choice.parallelism) for sizes in more)
-        return [choice, *filter(None, others)]
+        return [choice, *(Choice.of(request, name, sizes, choice.parallelism) for sizes in more)]
 
     def _bridged(self, name: str, samples: int, replicas: int) -> list[Choice]:
         """The choices of an encoder that share a microbatch, and feed so many replicas."""

@@ -1,7 +1,7 @@
 """What a layout is sought for, all ways to lay out one module, and what each costs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import permutations
+from itertools import accumulate, pairwise, permutations
 
 from attrs import Factory, evolve, field, frozen
 
@@ -94,14 +94,10 @@ class Choice:
     @classmethod
     def of(
         cls, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
-    ) -> "Choice | None":
-        """What a choice costs; None if the costs are of other stages."""
+    ) -> "Choice":
+        """What a choice costs."""
         costs = request.costs(name, sizes, parallelism)
         stages = parallelism.pipeline_model_parallel_size
-        if costs.layers_per_stage is None and parallelism.has_unequal_stages:
-            return None
-        if costs.layers_per_stage is not None and len(costs.layers_per_stage) != stages:
-            return None
         others = dict.fromkeys(request.encoders if name == LANGUAGE else (), ModuleParallelism())
         modules = {name: parallelism, **others}
         is_distributed = request.distributed_optimizer
@@ -143,15 +139,15 @@ def divisors(number: int) -> list[int]:
 
 
 def choices(request: Request, name: str) -> list[Choice]:
-    """Every way to lay out a module whose costs are known, those on fewer GPUs first.
+    """Every way to lay out a module, those on fewer GPUs first.
 
     TP divides the GPUs of a node, PP the layers, DP the global batch; a language model may also
     have stages of unequal numbers of layers. CP is 1, as bridges need. Experts are whole or shared
     like the rest of a layer: expert TP is 1 or TP.
     """
     sizes = request.sizes[name]
-    every = (Choice.of(request, name, sizes, each) for each in _parallelisms(request, name))
-    return sorted(filter(None, every), key=lambda choice: choice.gpus)
+    every = [Choice.of(request, name, sizes, each) for each in _parallelisms(request, name)]
+    return sorted(every, key=lambda choice: choice.gpus)
 
 
 def recomputations(sizes: ModuleSizes) -> list[ModuleSizes]:
@@ -193,7 +189,7 @@ MOST_UNEQUAL = 16
 def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
     sizes = request.sizes[name]
     pipelines = [{"pipeline_model_parallel_size": pp} for pp in divisors(sizes.num_layers)]
-    if name == LANGUAGE:
+    if name == LANGUAGE and request.costs(name, sizes, ModuleParallelism()).layers_per_stage:
         pipelines += _unequal_stages(sizes, min(MOST_UNEQUAL, request.gpus, sizes.num_layers))
     for tp in divisors(request.gpus_per_node):
         for pipeline in pipelines:
@@ -215,21 +211,22 @@ def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
 
 def _unequal_stages(sizes: ModuleSizes, most: int) -> Iterator[dict[str, int]]:
     """For each PP the numbers of layers with the least work on the slowest stage, if unequal."""
-    flops, total = forward_flops(sizes, sizes.hidden_size), sizes.num_layers
-    a_layer = flops.layers / total
+    total = sizes.num_layers
+    of_layers = (forward_flops(sizes, sizes.hidden_size, range(i, i + 1)) for i in range(total))
+    before = [0.0, *accumulate(of_layers)]  # work of all layers before one
+
+    def slowest(first: int, middle: int, last: int) -> float:
+        starts = [0, *range(first, total - last + 1, middle or total), total - last, total]
+        return max(before[stop] - before[start] for start, stop in pairwise(starts))
+
     for pp in range(2, most + 1):
         ways = [
-            (first, (total - first - last) // (pp - 2) if pp > 2 else 0, last)
+            (first, (total - first - last) // max(pp - 2, 1), last)
             for first in range(1, total)
-            for last in range(1, total - first + (pp == 2))
-            if ((total - first - last) % (pp - 2) == 0 if pp > 2 else first + last == total)
+            for last in range(1, total - first + 1)
+            if (total - first - last) % max(pp - 2, 1) == 0 and (total > first + last) == (pp > 2)
         ]
-        slowest = {
-            way: max(way[0] + flops.before / a_layer, way[1], way[2] + flops.after / a_layer)
-            for way in ways
-            if pp == 2 or way[1] > 0
-        }
-        first, middle, last = min(slowest, key=lambda way: (slowest[way], -way[2]))
+        first, middle, last = min(ways, key=lambda way: (slowest(*way), -way[2]))
         if len({first, middle or first, last}) > 1:
             yield {
                 "pipeline_model_parallel_size": pp,

@@ -6,7 +6,6 @@ from math import inf
 
 from attrs import evolve
 
-from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.candidates import Candidate, Candidates
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import PARTS
@@ -42,7 +41,6 @@ def closest(request: Request) -> tuple[Proposal | None, list[str]]:
     return None, [
         f"no combination of TP, PP and DP that divides the modules and the batch takes "
         f"{request.gpus} GPUs or fewer",
-        *_stages_with_costs(request),
         *_what_would_do(request),
     ]
 
@@ -94,17 +92,6 @@ def shortages(layout: Proposal) -> Iterator[str]:
             who = f"{leader} stage {stage} needs"
             who = f"{' and '.join(names)} together need" if others else who
             yield f"{who} {held / GB:.1f} GB of {most / GB:.1f} GB a GPU: {parts}"
-
-
-def _stages_with_costs(request: Request) -> Iterator[str]:
-    """The modules whose PP measured costs prescribe."""
-    for name in request.sizes:
-        layers = request.costs(name, request.sizes[name], ModuleParallelism()).layers_per_stage
-        if layers is not None and len(layers) > 1:
-            yield (
-                f"the costs of {name} are of {len(layers)} stages, so that its PP must be "
-                f"{len(layers)}: leave layers_per_stage out of the costs for any other"
-            )
 
 
 def in_words(candidate: Candidate) -> str:

@@ -7,7 +7,11 @@ from attrs import evolve, frozen
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import num_parameters
+from megatron_mimo_coord.planning.parameters import (
+    layers_parameters,
+    num_parameters,
+    stage_layers,
+)
 
 LEAST_COMPUTED = 0.5
 """Part of measured seconds that ranks computed at least, however slow links are said to be."""
@@ -41,75 +45,34 @@ class Accelerator:
     memory_bytes_per_second: float = 2e12
 
 
-@frozen
-class LayerFlops:
-    """Floating-point operations of a sample's forward pass, by where they are computed.
-
-    Args:
-        before: embedding of patches, on the first stage.
-        layers: all transformer layers.
-        after: output layer or projection, on the last stage.
-    """
-
-    before: float
-    layers: float
-    after: float
-
-    @property
-    def total(self) -> float:
-        """All of a sample's forward pass."""
-        return self.before + self.layers + self.after
-
-
 @cache
-def forward_flops(sizes: ModuleSizes, language_hidden_size: int) -> LayerFlops:
-    """Floating-point operations of the forward pass of a sample.
+def forward_flops(
+    sizes: ModuleSizes, language_hidden_size: int, layers: range | None = None
+) -> float:
+    """Floating-point operations of a sample's forward pass, or of the part in some layers.
 
     Two for each weight of a matrix and token, and 4 s q a token for attention over s tokens with
     queries of width q, half of that where it is causal and blocks above the diagonal are left out
     (Kaplan et al. 2020, arXiv 2001.08361, table 1; Korthikanti et al. 2022, arXiv 2205.05198,
-    appendix A).
+    appendix A). What embeds patches counts to the first layer, and output or projection to the
+    last.
 
     Example:
         >>> sizes = ModuleSizes(
         ...     num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128, seq_length=32
         ... )
-        >>> forward_flops(sizes, 64)
-        LayerFlops(before=0.0, layers=6553600.0, after=524288.0)
+        >>> forward_flops(sizes, 64), forward_flops(sizes, 64, range(1))
+        (7077888.0, 3276800.0)
     """
-    hidden = sizes.hidden_size
-    projections = hidden * (2 * sizes.query_size + 2 * sizes.key_size)
-    weights = sum(projections + _mlp_weights(sizes, layer) for layer in range(sizes.num_layers))
-    causal = sizes.is_language and sizes.has_flash_attention
-    attention = sizes.num_layers * 4 * sizes.sequence * sizes.query_size / (2 if causal else 1)
-    tokens = sizes.tokens(1)
-    if sizes.vocab_size is not None:
-        return LayerFlops(
-            before=0.0,
-            layers=tokens * (2 * weights + attention),
-            after=2.0 * tokens * hidden * sizes.vocab_size,
-        )
-    merged = tokens * sizes.output_tokens / sizes.sequence
-    if sizes.projection_hidden_size:
-        projection = (sizes.merged_size + language_hidden_size) * sizes.projection_hidden_size
-    else:
-        projection = sizes.merged_size * language_hidden_size
-    return LayerFlops(
-        before=2.0 * tokens * hidden * (sizes.patch_size or 0),
-        layers=tokens * (2 * weights + attention),
-        after=2.0 * merged * projection,
-    )
+    layers = range(sizes.num_layers) if layers is None else layers
+    products = sum(each.flops for each in layers_parameters(sizes, layers, language_hidden_size))
+    return sizes.tokens(1) * (products + len(layers) * _attention_flops(sizes))
 
 
-def _mlp_weights(sizes: ModuleSizes, layer: int) -> int:
-    """Weights that a token meets in the MLP of a layer."""
-    matrices = sizes.hidden_size * (sizes.fc1_outputs + 1)
-    if not sizes.has_experts(layer):
-        return matrices * sizes.ffn_hidden_size
-    assert sizes.num_moe_experts, "only layers with experts come here"
-    shared = sizes.moe_shared_expert_intermediate_size or 0
-    router = sizes.hidden_size * sizes.num_moe_experts
-    return matrices * (sizes.moe_router_topk * sizes.moe_ffn_hidden_size + shared) + router
+def _attention_flops(sizes: ModuleSizes) -> float:
+    """Operations of a layer's attention for a token."""
+    is_halved = sizes.is_language and sizes.has_flash_attention
+    return 4 * sizes.sequence * sizes.query_size / (2 if is_halved else 1)
 
 
 def estimated_costs(
@@ -133,13 +96,12 @@ def estimated_costs(
         accelerator: how fast a rank computes.
         cluster: how fast ranks reach each other.
     """
-    flops = forward_flops(sizes, language_hidden_size)
-    forward = flops.total / accelerator.flops_per_second
-    layers, width = parallelism.layers_of_stages(sizes.num_layers), sizes.bytes_per_number
-    shares = [flops.layers * count / sizes.num_layers for count in layers]
-    shares[0] += flops.before
-    shares[-1] += flops.after
-    tp = parallelism.tensor_model_parallel_size
+    shares = [
+        forward_flops(sizes, language_hidden_size, stage_layers(sizes, parallelism, stage))
+        for stage in range(parallelism.pipeline_model_parallel_size)
+    ]
+    forward = sum(shares) / accelerator.flops_per_second
+    tp, width = parallelism.tensor_model_parallel_size, sizes.bytes_per_number
     parameters = tp * num_parameters(sizes, parallelism, language_hidden_size)
     hidden = sizes.tokens(1) * sizes.hidden_size * width
     message = hidden
@@ -149,7 +111,7 @@ def estimated_costs(
     efficiency = 3 * forward / tp / (3 * forward / tp + waiting) if forward else 1.0
     exchanged = _exchange(sizes, parallelism, cluster) * efficiency
     output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
-    recomputed = _recomputed(sizes, flops) / accelerator.flops_per_second
+    recomputed = _recomputed(sizes) / accelerator.flops_per_second
     return ModuleCosts(
         forward_seconds_per_sample=forward + exchanged,
         backward_seconds_per_sample=2 * forward + recomputed + exchanged,
@@ -222,15 +184,15 @@ def _exchange(sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Clust
     return 2 * layers * sent * (1 - 1 / ep) / bandwidth
 
 
-def _recomputed(sizes: ModuleSizes, flops: LayerFlops) -> float:
+def _recomputed(sizes: ModuleSizes) -> float:
     """Operations that selective recomputation adds to a sample's backward pass."""
     if sizes.recompute_granularity != "selective":
         return 0.0
-    tokens, added = sizes.tokens(1), 0.0
-    if "core_attn" in sizes.recompute_modules:
-        added += tokens * sizes.num_layers * 4 * sizes.sequence * sizes.query_size
+    added = 0.0
     for layer in range(sizes.num_layers):
-        part = "moe" if sizes.has_experts(layer) else "mlp"
-        if part in sizes.recompute_modules:
-            added += 2 * tokens * _mlp_weights(sizes, layer)
-    return min(added, flops.layers)
+        if "core_attn" in sizes.recompute_modules:
+            added += _attention_flops(sizes)
+        if ("moe" if sizes.has_experts(layer) else "mlp") in sizes.recompute_modules:
+            every = layers_parameters(sizes, range(layer, layer + 1), sizes.hidden_size)
+            added += sum(each.flops for each in every if each.of_mlp)
+    return sizes.tokens(1) * added

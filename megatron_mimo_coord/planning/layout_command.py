@@ -172,7 +172,7 @@ def end_with(
     """End with code 2, having told all problems, ranks that are left over, and what would help."""
     if options.json:
         print_json({"problems": found, "idle_ranks": idle, "fits": changes})
-        raise SystemExit(2)
+        end()
     lines = [f"  - {problem['text']}" for problem in found]
     if changes:
         lines.append(f"what would take all {options.world_size} ranks:")

@@ -6,47 +6,36 @@ times a sum over all ranks too.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
 
 from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.layout.toml_tables import table_text
+from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
+from megatron_mimo_coord.planning.costs_file import CLUSTER
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
+from megatron_mimo_coord.planning.parameters import layers_parameters
 
 ROUNDS = 5
 SUMMED = 2**24  # numbers in fp32
 
 
-def products(sizes: ModuleSizes, language_hidden_size: int) -> Iterator[tuple[float, int, int]]:
-    """(times, inputs, outputs) of the products that each token of a forward pass meets.
+def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, int], float]:
+    """(inputs, outputs) of the products of a forward pass, and how often a token meets each.
 
     Example:
         >>> sizes = ModuleSizes(num_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=16)
-        >>> list(products(sizes, 8))
-        [(2, 8, 24), (2, 8, 8), (2, 8, 32), (2, 32, 8), (1, 8, 16)]
+        >>> products(sizes, 8)
+        {(8, 8): 2.0, (8, 24): 2.0, (8, 32): 2.0, (32, 8): 2.0, (8, 16): 1.0}
     """
-    hidden, layers = sizes.hidden_size, sizes.num_layers
-    experts = sum(map(sizes.has_experts, range(layers)))
-    yield layers, hidden, sizes.query_size + 2 * sizes.key_size
-    yield layers, sizes.query_size, hidden
-    for times, width in (
-        (layers - experts, sizes.ffn_hidden_size),
-        (experts * sizes.moe_router_topk, sizes.moe_ffn_hidden_size),
-        (experts, sizes.moe_shared_expert_intermediate_size or 0),
-    ):
-        if times and width:
-            yield times, hidden, sizes.fc1_outputs * width
-            yield times, width, hidden
-    if sizes.vocab_size is not None:
-        yield 1, hidden, sizes.vocab_size
-        return
-    if sizes.patch_size:
-        yield 1, sizes.patch_size, hidden
-    part, between = sizes.output_tokens / sizes.sequence, sizes.projection_hidden_size
-    yield part, sizes.merged_size, between or language_hidden_size
-    if between:
-        yield part, between, language_hidden_size
+    times: dict[tuple[int, int], float] = defaultdict(float)
+    for each in layers_parameters(sizes, range(sizes.num_layers), language_hidden_size):
+        if each.inputs:
+            times[each.inputs, each.numel // each.inputs] += each.uses
+    return dict(times)
 
 
 def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
@@ -91,24 +80,20 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
             torch.nn.functional.scaled_dot_product_attention, is_causal=module.is_language
         )
         every = products(module, sizes[LANGUAGE].hidden_size)
-        took = sum(times * product(inputs, outputs) for times, inputs, outputs in every)
+        took = sum(times * product(*widths) for widths, times in every.items())
         took += module.num_layers * seconds(lambda: attend(heads, heads, heads))
         return took * module.tokens(1) / module.sequence
 
-    lines = []
+    tables = []
     for name, module in sizes.items():
         took = forward(module)
-        lines += [
-            f"[{name}]",
-            f"forward_seconds_per_sample = {took:.6g}",
-            f"backward_seconds_per_sample = {2 * took:.6g}",
-            "",
-        ]
+        costs = ModuleCosts(forward_seconds_per_sample=took, backward_seconds_per_sample=2 * took)
+        tables.append(table_text(name, costs))
     if ranks > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         summed = torch.ones(SUMMED, device=device)
         took = seconds(lambda: dist.all_reduce(summed))
         dist.destroy_process_group()
         rate = 2 * (ranks - 1) / ranks * 4 * SUMMED / took
-        lines += ["[cluster]", f"node_bytes_per_second = {rate:.6g}", ""]
-    return "\n".join(lines)
+        tables.append(table_text(CLUSTER, Cluster(node_bytes_per_second=rate)))
+    return "\n".join(tables)

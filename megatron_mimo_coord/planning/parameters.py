@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 from attrs import frozen
 
@@ -17,11 +19,22 @@ class Parameter:
         numel: its numbers.
         is_expert: whether it is reduced over the expert data-parallel group, apart from the rest.
         is_shared: whether it is one of the two copies of a tied embedding, on different stages.
+        inputs: width of what it multiplies, if it is a matrix of a product; else 0.
+        uses: how often a token of the module meets that product, on average.
+        of_mlp: whether it belongs to a layer's MLP or mixture.
     """
 
     numel: int
     is_expert: bool = False
     is_shared: bool = False
+    inputs: int = 0
+    uses: float = 1.0
+    of_mlp: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a token's forward pass: two for each weight of a matrix."""
+        return 2 * self.uses * self.numel if self.inputs else 0.0
 
 
 def stage_parameters(
@@ -46,7 +59,7 @@ def stage_parameters(
     """
     shards = parallelism.tensor_model_parallel_size, *parallelism.expert_shape[:2]
     layers = stage_layers(sizes, parallelism, stage)
-    return _stage(sizes, shards, layers, language_hidden_size)
+    return layers_parameters(sizes, layers, language_hidden_size, shards)
 
 
 def num_parameters(
@@ -66,14 +79,22 @@ def num_parameters(
     )
 
 
+def stage_layers(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int) -> range:
+    """Indices of a stage's layers in the whole module."""
+    counts = parallelism.layers_of_stages(sizes.num_layers)
+    before = sum(counts[:stage])
+    return range(before, before + counts[stage])
+
+
 Shards = tuple[int, int, int]
 """TP, TP of an expert, and EP."""
 
 
 @cache
-def _stage(
-    sizes: ModuleSizes, shards: Shards, layers: range, language_hidden_size: int
+def layers_parameters(
+    sizes: ModuleSizes, layers: range, language_hidden_size: int, shards: Shards = (1, 1, 1)
 ) -> Sequence[Parameter]:
+    """Those of some layers, and of what stands before the first and behind the last."""
     is_first, is_last, tp = layers.start == 0, layers.stop == sizes.num_layers, shards[0]
     found: list[Parameter] = []
     if is_first:
@@ -91,7 +112,11 @@ def _inputs(sizes: ModuleSizes, tp: int, is_last: bool) -> Iterator[Parameter]:
     hidden = sizes.hidden_size
     if sizes.vocab_size is not None:
         tied = sizes.share_embeddings_and_output_weights
-        yield Parameter(sizes.vocab_size // tp * hidden, is_shared=tied and not is_last)
+        yield Parameter(
+            sizes.vocab_size // tp * hidden,
+            is_shared=tied and not is_last,
+            inputs=hidden if tied and is_last else 0,  # it is the output layer too
+        )
         if sizes.position_embedding_type == "learned_absolute" and sizes.seq_length:
             yield Parameter(sizes.seq_length * hidden)
     elif sizes.patch_size:
@@ -104,35 +129,25 @@ def _outputs(
 ) -> Iterator[Parameter]:
     """A language model's output layer, or an encoder's projection."""
     if sizes.vocab_size is not None:
-        tied = sizes.share_embeddings_and_output_weights
+        tied, hidden = sizes.share_embeddings_and_output_weights, sizes.hidden_size
         if not (tied and is_first):
-            yield Parameter(sizes.vocab_size // tp * sizes.hidden_size, is_shared=tied)
-    elif sizes.projection_hidden_size:
-        yield from _linear(sizes.merged_size, sizes.projection_hidden_size)
-        yield from _linear(sizes.projection_hidden_size, language_hidden_size)
-    else:
-        yield from _linear(sizes.merged_size, language_hidden_size)
+            yield Parameter(sizes.vocab_size // tp * hidden, is_shared=tied, inputs=hidden)
+        return
+    widths = [sizes.merged_size, sizes.projection_hidden_size, language_hidden_size]
+    for inputs, outputs in pairwise(filter(None, widths)):
+        yield from _linear(inputs, outputs, uses=sizes.output_tokens / sizes.sequence)
 
 
-def _linear(
-    inputs: int, outputs: int, bias: bool = True, is_expert: bool = False
-) -> Iterator[Parameter]:
-    yield Parameter(inputs * outputs, is_expert)
+def _linear(inputs: int, outputs: int, bias: bool = True, **kind: Any) -> Iterator[Parameter]:
+    yield Parameter(inputs * outputs, inputs=inputs, **kind)
     if bias:
-        yield Parameter(outputs, is_expert)
+        yield Parameter(outputs, **kind)
 
 
 def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
     yield Parameter(width)
     if sizes.normalization == "LayerNorm":
         yield Parameter(width)
-
-
-def stage_layers(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int) -> range:
-    """Indices of a stage's layers in the whole module."""
-    counts = parallelism.layers_of_stages(sizes.num_layers)
-    before = sum(counts[:stage])
-    return range(before, before + counts[stage])
 
 
 def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
@@ -151,21 +166,22 @@ def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Pa
         yield from _mlp(sizes, sizes.ffn_hidden_size // tp, sizes.add_bias_linear)
 
 
-def _mlp(
-    sizes: ModuleSizes, width: int, bias: bool, is_expert: bool = False
-) -> Iterator[Parameter]:
+def _mlp(sizes: ModuleSizes, width: int, bias: bool, **kind: Any) -> Iterator[Parameter]:
     """An MLP of which this rank has ``width`` hidden numbers."""
-    yield from _linear(sizes.hidden_size, sizes.fc1_outputs * width, bias, is_expert)
-    yield from _linear(width, sizes.hidden_size, bias, is_expert)
+    hidden = sizes.hidden_size
+    yield from _linear(hidden, sizes.fc1_outputs * width, bias, of_mlp=True, **kind)
+    yield from _linear(width, hidden, bias, of_mlp=True, **kind)
 
 
 def _mixture(sizes: ModuleSizes, shards: Shards) -> Iterator[Parameter]:
     """The router, this rank's experts and the shared expert."""
     assert sizes.num_moe_experts, "only layers with experts come here"
     (tp, expert_tp, ep), bias = shards, sizes.add_bias_linear
-    yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias)
+    yield from _linear(sizes.hidden_size, sizes.num_moe_experts, bias, of_mlp=True)
     reduced_apart = ep > 1 or expert_tp != tp
-    expert = tuple(_mlp(sizes, sizes.moe_ffn_hidden_size // expert_tp, bias, reduced_apart))
+    uses = sizes.moe_router_topk / sizes.num_moe_experts
+    width = sizes.moe_ffn_hidden_size // expert_tp
+    expert = tuple(_mlp(sizes, width, bias, is_expert=reduced_apart, uses=uses))
     yield from expert * (sizes.num_moe_experts // ep)
     if sizes.moe_shared_expert_intermediate_size:
         yield from _mlp(sizes, sizes.moe_shared_expert_intermediate_size // tp, bias=False)

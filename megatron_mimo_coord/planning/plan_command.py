@@ -9,10 +9,10 @@ mimo-plan.
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, NoReturn
 
 from attrs import fields_dict
 
@@ -22,7 +22,7 @@ from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.model_file import read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.openings import openings
-from megatron_mimo_coord.planning.plan_inputs import Inputs
+from megatron_mimo_coord.planning.plan_inputs import InputError, Inputs, as_problem
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows, settings
 from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
 from megatron_mimo_coord.planning.terminal import (
@@ -86,36 +86,41 @@ def plan(options: argparse.Namespace) -> None:
     if options.measure:
         measure(options)
         return
-    inputs = Inputs.of(options)
-    proposals: list[Proposal] = []
-    nearest, problems = None, inputs.problems
-    head = f"{options.model} cannot be planned:"
-    if inputs.request and inputs.modules:
+    try:
+        inputs = Inputs.of(options)
+    except InputError as error:
+        end_with(f"{options.model} cannot be planned:", as_answer(error.problems), options)
+    request, opened = inputs.request, list[str]()
+    if inputs.modules:
         how = {"encoders_first": False} if options.inside_first_stage else {}
-        proposals = [cheapest(inputs.request, inputs.modules, **how)]
-    elif inputs.request:
-        proposals = propose(inputs.request, options.count, per_gpu=options.per_gpu)
-        if not proposals:
-            head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
-            nearest, reasons = closest(inputs.request)
-            problems = as_problems(reasons)
-    opened: list[str] = []
-    if inputs.request and not inputs.modules:
-        best = proposals[0].timeline.seconds if proposals else None
-        opened = list(openings(inputs.request, best))
-    if proposals and inputs.at:
-        inputs.assumptions[:0] = if_gpus_are_slower(proposals[0], inputs.at)
-        lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
-        problems = as_problems([*lacks, *write_files(proposals[0], options)])
+        proposals = [cheapest(request, inputs.modules, **how)]
+    else:
+        proposals = propose(request, options.count, per_gpu=options.per_gpu)
+        opened += openings(request, proposals[0].timeline.seconds if proposals else None)
+    if not proposals:
+        nearest, reasons = closest(request)
+        head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
+        problems = list(map(as_problem, reasons))
+        answer = as_answer(problems, [], nearest, inputs.assumptions, opened)
+        end_with(head, answer, options)
+    inputs.assumptions[:0] = if_gpus_are_slower(proposals[0], inputs.at)
+    lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
+    wrong = [*lacks, *write_files(proposals[0], options)]
     if options.json:
-        print_json(as_answer(problems, proposals, nearest, inputs.assumptions, opened))
-    elif proposals:
+        problems = list(map(as_problem, wrong))
+        print_json(as_answer(problems, proposals, None, inputs.assumptions, opened))
+    else:
         show(inputs, proposals, opened)
-    texts = [problem["text"] for problem in problems]
-    if problems and not options.json:
-        end("\n".join(texts)) if proposals else end(head, [*texts, *opened])
-    if problems:
-        raise SystemExit(2)
+    if wrong:
+        end() if options.json else end("\n".join(wrong))
+
+
+def end_with(head: str, answer: dict[str, Any], options: argparse.Namespace) -> NoReturn:
+    """End with code 2, having told why there is no plan."""
+    if options.json:
+        print_json(answer)
+        end()
+    end(head, [*(problem["text"] for problem in answer["problems"]), *answer["openings"]])
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -176,11 +181,6 @@ def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
             yield problem
 
 
-def as_problems(messages: Iterable[str]) -> list[dict[str, Any]]:
-    """Problems that are in no file, in types that JSON knows."""
-    return [{"message": message, "places": [], "text": message} for message in messages]
-
-
 def as_answer(
     problems: Sequence[dict[str, Any]],
     proposals: Sequence[Proposal] = (),
@@ -205,7 +205,7 @@ READ, WRITTEN = ("model", "layout", "costs"), ("write", "trace", "svg", "measure
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser("mimo-plan", __doc__, EXAMPLE, lambda said: as_answer(as_problems([said])))
+    parser = Parser("mimo-plan", __doc__, EXAMPLE, lambda said: as_answer([as_problem(said)]))
     parser.add_argument("model", type=Path, metavar="MODEL", help="the model, as TOML")
     for title, arguments_of in ARGUMENTS.items():
         group = parser.add_argument_group(title)

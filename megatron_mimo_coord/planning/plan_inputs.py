@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack, ranks_taken
 from megatron_mimo_coord.layout.batch import batch_problems
@@ -30,55 +30,69 @@ OTHER_MODEL = 0.1
 SIZES = ("global_batch_size", "micro_batch_size")
 
 
-@define
+class InputError(ValueError):
+    """Files or options that no plan can be made of.
+
+    Attributes:
+        problems: all that is wrong, in types that JSON knows.
+    """
+
+    def __init__(self, problems: list[dict[str, Any]]) -> None:
+        super().__init__("\n".join(problem["text"] for problem in problems))
+        self.problems = problems
+
+
+@frozen
 class Inputs:
     """What a plan is made of.
 
     Args:
-        problems: all that is wrong, in types that JSON knows; then nothing else is there.
         request: what a layout is sought for.
         modules: the layout that is to be costed; None to seek one.
         assumptions: what the numbers rest on, for a user to read.
         at: the same request where a GPU achieves another part of the operations a second.
     """
 
-    problems: list[dict[str, Any]] = field(factory=list)
-    request: Request | None = None
-    modules: Mapping[str, ModuleParallelism] | None = None
-    assumptions: list[str] = field(factory=list)
-    at: Callable[[float], Request] | None = None
+    request: Request
+    modules: Mapping[str, ModuleParallelism] | None
+    assumptions: list[str]
+    at: Callable[[float], Request]
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Inputs":
-        """Read all files and look at all options."""
+        """Read all files and look at all options.
+
+        Raises:
+            InputError: something is wrong.
+        """
         files = _Files(options)
-        if told := [
-            file.as_json(each) if file else {"message": each, "places": [], "text": each}
-            for file, each in files.problems()
-        ]:
-            return cls(told)
-        assert files.model, "there are no problems"
+        told = [file.as_json(each) if file else as_problem(each) for file, each in files.problems()]
+        if told or not files.model:
+            raise InputError(told)
         measured = files.costs.told if files.costs else {}
         modules = files.layout.modules if files.layout else None
         cluster = _cluster(options, measured.get(CLUSTER, {}))
         per_node = options.gpus_per_node
         sizes = files.model.sizes
-        request = Request(
-            sizes=sizes,
-            gpus=options.gpus or -(-files.ranks // per_node) * per_node,
-            gpus_per_node=per_node,
-            global_batch_size=files.job["global_batch_size"],
-            memory_bytes=options.memory - options.reserve,
-            costs=_costs(sizes, options, cluster, measured),
-            cluster=cluster,
-            micro_batch_size=files.job.get("micro_batch_size"),
-        )
 
         def at(part: float) -> Request:
-            return evolve(request, costs=_costs(sizes, options, cluster, measured, part))
+            return Request(
+                sizes=sizes,
+                gpus=options.gpus or -(-files.ranks // per_node) * per_node,
+                gpus_per_node=per_node,
+                global_batch_size=files.job["global_batch_size"],
+                memory_bytes=options.memory - options.reserve,
+                costs=_costs(sizes, options, cluster, measured, part),
+                cluster=cluster,
+                micro_batch_size=files.job.get("micro_batch_size"),
+            )
 
-        assumptions = list(_assumptions(options, measured, request))
-        return cls([], request, modules, assumptions, at)
+        return cls(at(1.0), modules, list(_assumptions(options, measured, at(1.0))), at)
+
+
+def as_problem(message: str) -> dict[str, Any]:
+    """A problem that is in no file, in types that JSON knows."""
+    return {"message": message, "places": [], "text": message}
 
 
 class _Files:
@@ -131,28 +145,14 @@ class _Files:
         if self.options.gpus and self.ranks > self.options.gpus:
             yield Problem(f"the layout takes {self.ranks} ranks, but --gpus is {self.options.gpus}")
         if self.model and not self.model.problems:
-            for name in self.model.sizes.keys() | layout.modules.keys():
-                sizes, module = self.model.sizes.get(name), layout.modules.get(name)
-                yield from self._of_module(name, sizes, module)
-
-    def _of_module(
-        self, name: str, sizes: ModuleSizes | None, module: ModuleParallelism | None
-    ) -> Iterator[Problem]:
-        """What keeps a module of the model from being one of the layout."""
-        if not module:
-            yield Problem(f"the layout has no module {name}, which the model has: add [{name}]")
-        elif not sizes:
-            yield Problem(f"the model has no module {name}; remove it", (name, ""))
-        else:
-            yield from sharding_problems(name, sizes, module)
-        known = self.costs.costs.get(name) if self.costs else None
-        stages = known.layers_per_stage if known else None
-        if module and stages and len(stages) != module.pipeline_model_parallel_size:
-            yield Problem(
-                f"{name} has PP {module.pipeline_model_parallel_size}, but its costs are of "
-                f"{len(stages)} stages: leave layers_per_stage out of {self.options.costs}",
-                (name, "pipeline_model_parallel_size"),
-            )
+            sizes, modules = self.model.sizes, layout.modules
+            for name in sizes.keys() - modules.keys():
+                lacks = f"the layout has no module {name}, which the model has: add [{name}]"
+                yield Problem(lacks)
+            for name in modules.keys() - sizes.keys():
+                yield Problem(f"the model has no module {name}; remove it", (name, ""))
+            for name in sizes.keys() & modules.keys():
+                yield from sharding_problems(name, sizes[name], modules[name])
 
     def _of_costs(self, costs: CostsFile) -> Iterator[Problem]:
         if costs.problems or not self.model:
@@ -208,6 +208,8 @@ def _costs(
         told = dict(measured.get(name, {}))
         if not told:
             return estimated
+        if len(told.get("layers_per_stage", ())) != parallelism.pipeline_model_parallel_size:
+            told.pop("layers_per_stage", None)  # of other stages
         if "imbalance" in told:  # as it was measured
             estimated = evolve(estimated, images_per_sample_deviation=0.0)
         if "tensor_parallel_efficiency" in told:
@@ -230,6 +232,11 @@ def _assumptions(
             f"{told.get('measured_tensor_parallel_size', 1)}: sums over another TP are estimated "
             f"from the links, and what it leaves out from sizes"
         )
+        if "layers_per_stage" in told:
+            yield (
+                f"{name} has stages as {options.costs} says where its PP is "
+                f"{len(told['layers_per_stage'])}, and as estimated from sizes elsewhere"
+            )
         sizes = request.sizes[name]
         estimated = request.costs(name, sizes, ModuleParallelism()).gradient_bytes
         number = num_parameters(sizes, ModuleParallelism(), request.sizes[LANGUAGE].hidden_size)

@@ -126,9 +126,10 @@ def write_problem(option: str, path: Path, text: str) -> str:
     return ""
 
 
-def end(head: str, problems: Iterable[str] = ()) -> NoReturn:
-    """End with code 2 and a message, with a line for each problem."""
-    print("\n".join([head, *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
+def end(head: str = "", problems: Iterable[str] = ()) -> NoReturn:
+    """End with code 2 and a message, if there is one, with a line for each problem."""
+    if head:
+        print("\n".join([head, *(f"  - {problem}" for problem in problems)]), file=sys.stderr)
     sys.exit(2)
 
 

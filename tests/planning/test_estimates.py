@@ -44,10 +44,10 @@ def test_a_forward_pass_is_that_of_the_paper(layers, heads, sequence, words):
     )  # fmt: skip
     paper = 24 * sequence * layers * hidden**2 * (1 + sequence / (6 * hidden))
     logits = 2 * sequence * hidden * words
-    assert forward_flops(sizes, hidden).total == pytest.approx(paper + logits)
+    assert forward_flops(sizes, hidden) == pytest.approx(paper + logits)
     causal = evolve(sizes, attention_backend="flash")  # half of the attention is left out
     left_out = 2 * sequence**2 * layers * hidden
-    assert forward_flops(causal, hidden).total == pytest.approx(paper + logits - left_out)
+    assert forward_flops(causal, hidden) == pytest.approx(paper + logits - left_out)
 
 
 def test_an_encoder_embeds_patches_and_projects_what_it_merges():
@@ -55,10 +55,13 @@ def test_an_encoder_embeds_patches_and_projects_what_it_merges():
         num_layers=1, hidden_size=8, num_attention_heads=1, patch_size=12, tokens_per_image=16,
         output_tokens_per_image=4, projection_hidden_size=10, images_per_sample=3,
     )  # fmt: skip
-    flops = forward_flops(encoder, 64)
-    assert flops.before == 2 * 3 * 16 * 12 * 8
-    assert flops.after == 2 * 3 * 4 * (32 * 10 + 10 * 64)  # four tokens of width 8 in one
-    assert flops.layers == 3 * 16 * (2 * (4 * 8 * 8 + 8 * 8 * 8) + 4 * 16 * 8)
+    before = 2 * 3 * 16 * 12 * 8
+    after = 2 * 3 * 4 * (32 * 10 + 10 * 64)  # four tokens of width 8 in one
+    layer = 3 * 16 * (2 * (4 * 8 * 8 + 8 * 8 * 8) + 4 * 16 * 8)
+    assert forward_flops(encoder, 64) == before + layer + after
+    deeper = evolve(encoder, num_layers=3)
+    of_layers = [forward_flops(deeper, 64, range(each, each + 1)) for each in range(3)]
+    assert of_layers == [before + layer, layer, layer + after]
     assert costs(encoder, parallel()).output_bytes_per_sample == 3 * 4 * 64 * 4  # fp32
 
 
