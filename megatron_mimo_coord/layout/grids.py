@@ -102,6 +102,16 @@ class ModuleGrid:
             stride *= size
         return rank
 
+    def replica_starts(self, stage: int) -> range:
+        """The first rank of each data-parallel replica, of those that run a pipeline stage.
+
+        Example:
+            >>> list(ModuleGrid("vision", (2, 1, 3), DIM_NAMES[:3]).replica_starts(0))
+            [0, 2, 4]
+        """
+        first, length = self.rank_at(pp=stage), self.size // self.dim("pp")
+        return range(first, first + length, length // self.data_parallel_size)
+
     def replica(self, rank: int) -> set[int]:
         """The ranks that hold the whole module together with one of its ranks.
 

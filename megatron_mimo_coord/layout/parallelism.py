@@ -82,7 +82,7 @@ def _same_as_tensor_parallel(size: Any, module: Any) -> Any:
     return module.tensor_model_parallel_size if size is None else size
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, cache_hash=True)
 class ModuleParallelism:
     """The parallel sizes of one module, as a user writes them down.
 

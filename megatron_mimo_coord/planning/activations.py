@@ -21,7 +21,7 @@ from attrs import frozen
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import stage_layers
+from megatron_mimo_coord.planning.parameters import Shards, shards_of, stage_layers
 
 MASK = 1  # bytes a number of a dropout mask
 ROUTING = 40  # bytes a token and expert: its place in the order of experts, twice, and its weight
@@ -73,56 +73,35 @@ def stage_activations(
         362560.0
     """
     tokens = sizes.tokens(samples, at_most=True) / parallelism.context_parallel_size
-    expert_tp, _, _, stages = parallelism.expert_shape
-    first = parallelism.num_layers_in_first_pipeline_stage
-    last = parallelism.num_layers_in_last_pipeline_stage
-    alike = _alike(parallelism.tensor_model_parallel_size, expert_tp, stages, first, last)
-    saved, working = _of_a_token(sizes, alike, stage)
+    layers = stage_layers(sizes, parallelism)[stage]
+    saved, working = _of_a_token(sizes, shards_of(parallelism), layers)
     return Activations(tokens * saved, tokens * working)
 
 
 @cache
-def _alike(
-    tp: int, expert_tp: int, stages: int, first: int | None, last: int | None
-) -> ModuleParallelism:
-    """A layout of which a rank keeps as much of a token, whatever its replicas."""
-    return ModuleParallelism(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=stages,
-        data_parallel_size=expert_tp,
-        expert_tensor_parallel_size=expert_tp,
-        num_layers_in_first_pipeline_stage=first,
-        num_layers_in_last_pipeline_stage=last,
-    )
-
-
-@cache
-def _of_a_token(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int
-) -> tuple[float, float]:
-    """(saved, working) of a stage, whatever the replicas."""
-    stages = parallelism.pipeline_model_parallel_size
-    layers = stage_layers(sizes, parallelism, stage)
-    kept = [layer_bytes(sizes, parallelism, layer) for layer in layers]
-    saved, working = _recomputed(sizes, parallelism, kept)
-    if stage == 0:
-        saved += _embedding(sizes, parallelism)
-    if stage == stages - 1:
-        output, loss = _output(sizes, parallelism)
+def _of_a_token(sizes: ModuleSizes, shards: Shards, layers: range) -> tuple[float, float]:
+    """(saved, working) of a stage with some layers, whatever the replicas."""
+    tp, expert_tp, _ = shards
+    kept = [layer_bytes(sizes, tp, expert_tp, layer) for layer in layers]
+    saved, working = _recomputed(sizes, tp, kept)
+    if layers.start == 0:
+        saved += _embedding(sizes, tp)
+    if layers.stop == sizes.num_layers:
+        output, loss = _output(sizes, tp)
         saved, working = saved + output, max(working, loss)
     return saved, working
 
 
-def layer_bytes(sizes: ModuleSizes, parallelism: ModuleParallelism, layer: int) -> dict[str, float]:
+def layer_bytes(sizes: ModuleSizes, tp: int, expert_tp: int, layer: int) -> dict[str, float]:
     """What a layer saves of each token on a rank, in bytes, by where it is needed.
 
     Example:
         >>> sizes = ModuleSizes(num_layers=1, hidden_size=64, num_attention_heads=4)
-        >>> layer_bytes(sizes, ModuleParallelism(), 0)["norm"]
+        >>> layer_bytes(sizes, tp=1, expert_tp=1, layer=0)["norm"]
         512.0
     """
-    width, tp = sizes.bytes_per_number, parallelism.tensor_model_parallel_size
-    whole = sizes.hidden_size / _sequence_shards(sizes, parallelism)  # hidden states between layers
+    width = sizes.bytes_per_number
+    whole = sizes.hidden_size / _sequence_shards(sizes, tp)  # hidden states between layers
     masks = 2 * MASK * whole if sizes.hidden_dropout else 0.0
     norms = 2 * width * whole
     if sizes.qk_layernorm:
@@ -137,14 +116,14 @@ def layer_bytes(sizes: ModuleSizes, parallelism: ModuleParallelism, layer: int) 
         MLP_INPUT: width * whole,
     }
     if sizes.has_experts(layer):
-        return {**attention, **_mixture(sizes, parallelism, whole)}
+        return {**attention, **_mixture(sizes, tp, expert_tp, whole)}
     hidden, activated = _mlp(sizes, sizes.ffn_hidden_size / tp)
     return {**attention, MLP: hidden, ACTIVATED: activated}
 
 
-def _sequence_shards(sizes: ModuleSizes, parallelism: ModuleParallelism) -> int:
+def _sequence_shards(sizes: ModuleSizes, tp: int) -> int:
     """Ranks that share the tokens between the tensor-parallel parts of a layer."""
-    return parallelism.tensor_model_parallel_size if sizes.sequence_parallel else 1
+    return tp if sizes.sequence_parallel else 1
 
 
 def _queries_keys_values(sizes: ModuleSizes) -> int:
@@ -175,31 +154,28 @@ def _mlp(sizes: ModuleSizes, width: float) -> tuple[float, float]:
     return outputs, number * width * (3 if unfused_gate else 1)
 
 
-def _mixture(sizes: ModuleSizes, parallelism: ModuleParallelism, whole: float) -> dict[str, float]:
+def _mixture(sizes: ModuleSizes, tp: int, expert_tp: int, whole: float) -> dict[str, float]:
     """A token goes to ``moe_router_topk`` experts, all of them equally often.
 
     Ranks that share an expert by tensor parallelism gather each other's tokens.
     """
     number = sizes.bytes_per_number
     tokens = whole / sizes.hidden_size * sizes.moe_router_topk
-    gathered = tokens * parallelism.expert_tensor_parallel_size
-    expert_width = sizes.moe_ffn_hidden_size / parallelism.expert_tensor_parallel_size
+    gathered = tokens * expert_tp
+    expert_width = sizes.moe_ffn_hidden_size / expert_tp
     hidden, activated = _mlp(sizes, expert_width)
     if not sizes.bias_activation_fusion:
         activated += number * expert_width  # before it is weighted by the router
     routed = gathered * number * sizes.hidden_size + tokens * ROUTING
     kept = {ROUTED: routed, MLP: gathered * hidden, ACTIVATED: gathered * activated}
     if sizes.moe_shared_expert_intermediate_size:
-        tp = parallelism.tensor_model_parallel_size
         shared = _mlp(sizes, sizes.moe_shared_expert_intermediate_size / tp)
         kept[MLP] += shared[0]
         kept[ACTIVATED] += shared[1]
     return kept
 
 
-def _recomputed(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, layers: list[dict[str, float]]
-) -> tuple[float, float]:
+def _recomputed(sizes: ModuleSizes, tp: int, layers: list[dict[str, float]]) -> tuple[float, float]:
     """(what stays, what comes back while one layer is recomputed) of a stage, for a token."""
     full = [sum(layer.values()) for layer in layers]
     backward = max(layer[MLP] + layer[ACTIVATED] for layer in layers)  # gradients of one layer
@@ -209,7 +185,7 @@ def _recomputed(
         dropped = {part for module in sizes.recompute_modules for part in DROPPED[module]}
         back = [sum(layer.get(part, 0.0) for part in dropped) for layer in layers]
         return sum(full) - sum(back), backward + max(back)
-    inputs = sizes.bytes_per_number * sizes.hidden_size / _sequence_shards(sizes, parallelism)
+    inputs = sizes.bytes_per_number * sizes.hidden_size / _sequence_shards(sizes, tp)
     length = sizes.recompute_num_layers or 1
     if sizes.recompute_method == "block":
         return inputs * min(length, len(layers)) + sum(full[length:]), backward + max(full)
@@ -217,18 +193,18 @@ def _recomputed(
     return inputs * len(chunks), backward + max(chunks)
 
 
-def _embedding(sizes: ModuleSizes, parallelism: ModuleParallelism) -> float:
+def _embedding(sizes: ModuleSizes, tp: int) -> float:
     """What a token leaves before the first layer."""
     if not sizes.is_language:
         return sizes.bytes_per_number * (sizes.patch_size or 0)
-    masks = MASK * sizes.hidden_size / _sequence_shards(sizes, parallelism)
+    masks = MASK * sizes.hidden_size / _sequence_shards(sizes, tp)
     return 16 + (masks if sizes.hidden_dropout else 0)  # its number and its position
 
 
-def _output(sizes: ModuleSizes, parallelism: ModuleParallelism) -> tuple[float, float]:
+def _output(sizes: ModuleSizes, tp: int) -> tuple[float, float]:
     """(what a token leaves behind the last layer, what the loss needs besides)."""
-    width, tp = sizes.bytes_per_number, parallelism.tensor_model_parallel_size
-    norm = width * sizes.hidden_size / _sequence_shards(sizes, parallelism)
+    width = sizes.bytes_per_number
+    norm = width * sizes.hidden_size / _sequence_shards(sizes, tp)
     if sizes.vocab_size is not None:
         words = sizes.vocab_size / tp
         return 2 * norm + 4 * words + TARGETS, width * words

@@ -70,16 +70,16 @@ class Candidates:
         self.ways = cache(self.ways)  # type: ignore[method-assign]
         self.held = cache(self.held)  # type: ignore[method-assign]
         self._bridged = cache(self._bridged)  # type: ignore[method-assign]
+        self._options = cache(self._options)  # type: ignore[method-assign]
 
     def __iter__(self) -> Iterator[Candidate]:
         for root in self._roots():
             yield from self._with_encoders(root)
 
-    def best(self, count: int, cost: Callable[[float, int], float]) -> list[Candidate]:
-        """The candidates that seem to be best, the best first.
+    def best_first(self, cost: Callable[[float, int], float]) -> Iterator[Candidate]:
+        """The candidates, those that seem to be better before others.
 
         Args:
-            count: how many.
             cost: what (seconds, GPUs) cost; more of either costs no less.
         """
 
@@ -88,23 +88,33 @@ class Candidates:
 
         found: list[Candidate] = []
         for root in sorted(self._roots(), key=rank):
-            if len(found) >= count and rank(root) > rank(found[count - 1]):
-                break  # the encoders, and what is recomputed, only add to it
+            while found and rank(found[0]) <= rank(root):
+                yield found.pop(0)  # encoders, and what is recomputed, only add to a root
             for candidate in self._with_encoders(root):
                 insort(found, candidate, key=rank)
-        return found[:count]
+        yield from found
 
     def _roots(self) -> Iterator[Candidate]:
-        """The language model alone, in each layout, with each microbatch; perhaps it fits."""
+        """The language model in each layout, with each microbatch; perhaps it fits.
+
+        The step is at least as long: all GPUs that encoders may be on share their work.
+        """
+        batch = self.request.global_batch_size
+        work = batch * sum(
+            min((each.whole * each.gpus / each.stages for each in self.choices[name]), default=0.0)
+            for name in self.request.encoders
+        )
         for samples in self.request.microbatches:
-            number = self.request.global_batch_size // samples
             for language in self.choices[LANGUAGE]:
-                if samples % language.replicas == 0:
-                    seconds = pipeline_seconds(language, None, samples, number)
-                    root = Candidate(seconds, language.gpus, (language,), samples, shared=False)
-                    yield root
-                    if self.request.encoders:
-                        yield evolve(root, shared=True)
+                if samples % language.replicas:
+                    continue
+                alone = pipeline_seconds(language, None, samples, batch // samples)
+                gpus, others = language.gpus, self.request.gpus - language.gpus
+                if not work or others:
+                    seconds = max(alone, work / others) if work else alone
+                    yield Candidate(seconds, gpus, (language,), samples, shared=False)
+                if self.request.encoders:
+                    yield Candidate(alone + work / gpus, gpus, (language,), samples, shared=True)
 
     def _with_encoders(self, root: Candidate) -> Iterator[Candidate]:
         """With as little recomputation as fits."""
@@ -122,8 +132,12 @@ class Candidates:
                     (seconds, held if root.shared else root.gpus, root.choices)
                 ]
                 for name in self.request.encoders:
-                    found = self._combinations(root, found, list(self._options(root, name)))
-                if found:
+                    beside = base if root.shared else language  # whatever that recomputes
+                    options = self._options(name, beside, root.samples, root.shared, kept)
+                    found = self._combinations(root, found, options)
+                    if not found:
+                        break
+                else:
                     yield from self._candidates(root, found)
                     break
 
@@ -137,28 +151,29 @@ class Candidates:
                 yield evolve(root, seconds=seconds, gpus=gpus, choices=chosen)
                 least, rented = seconds, allocated
 
-    def _options(self, root: Candidate, name: str) -> Iterator[Combination]:
+    def _options(
+        self, name: str, language: Choice, samples: int, shared: bool, kept: int | None
+    ) -> list[Combination]:
         """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
-        (language,), samples = root.choices, root.samples
-        number = self.request.global_batch_size // samples
-        repeated = root.encoder_microbatches is not None
-        kept = 1 if repeated or language.stages == 1 else number
+        found: list[Combination] = []
+        number, repeated = self.request.global_batch_size // samples, kept is not None
+        held = 1 if repeated or language.stages == 1 else number
         of_stage, fastest = language.gpus // language.stages, inf
         for encoder in self._bridged(name, samples, language.replicas):
-            if root.shared and encoder.gpus <= language.gpus:
+            if shared and encoder.gpus <= language.gpus:
                 if encoder.stages == 1 and encoder.gpus % of_stage == 0:
                     for way in self.ways(encoder):
                         seconds = turn_seconds(way, language, samples, number, repeated)
-                        yield seconds, self.held(way, samples, kept - 1), (way,)
-            elif not root.shared and encoder.gpus + language.gpus <= self.request.gpus:
+                        found.append((seconds, self.held(way, samples, held - 1), (way,)))
+            elif not shared and encoder.gpus + language.gpus <= self.request.gpus:
                 if pipeline_seconds(language, encoder, samples, number) >= fastest:
                     continue  # those with fewer GPUs are as fast
                 for way in self.ways(encoder):
                     if self.held(way, samples, language.stages) <= self.request.memory_bytes:
-                        seconds = pipeline_seconds(language, way, samples, number)
-                        yield seconds, way.gpus, (way,)
-                        fastest = min(fastest, seconds)
+                        fastest = min(fastest, pipeline_seconds(language, way, samples, number))
+                        found.append((fastest, way.gpus, (way,)))
                         break
+        return found
 
     def ways(self, choice: Choice) -> list[Choice]:
         """A choice with more and more recomputed."""

@@ -149,6 +149,11 @@ class ModuleCosts:
             )
         return self.layers_per_stage[stage] / sum(self.layers_per_stage)
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether samples have different numbers of images."""
+        return self.images_per_sample > 0 and self.images_per_sample_deviation > 0
+
     def unevenness(self, replicas: int, samples: float) -> float:
         """Largest number of images of a data-parallel rank, divided by the mean: what is expected.
 
@@ -170,9 +175,9 @@ class ModuleCosts:
             >>> [round(costs(assigned).unevenness(4, 16), 2) for assigned in (False, True)]
             [1.57, 1.04]
         """
-        mean, deviation = self.images_per_sample, self.images_per_sample_deviation
-        if replicas == 1 or not mean or not deviation:
+        if replicas == 1 or not self.is_uneven:
             return 1.0
+        mean, deviation = self.images_per_sample, self.images_per_sample_deviation
         shape = samples / replicas * (mean / deviation) ** 2
         above = NormalDist().inv_cdf(1 - exp(-EULER) / replicas)
         largest = max(0.0, 1 - 1 / (9 * shape) + above / (3 * shape**0.5)) ** 3

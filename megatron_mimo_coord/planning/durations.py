@@ -79,15 +79,13 @@ class Durations:
         parts = max(source.data_parallel_size, target.data_parallel_size)
         message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
         messages = busiest(*(ends if forward else reversed(ends))) * message
-        last = source.dim("pp") - 1
+        senders, receivers = source.replica_starts(source.dim("pp") - 1), target.replica_starts(0)
         pairs = (
-            (
-                source.rank_at(pp=last, dp=part * source.data_parallel_size // parts),
-                target.rank_at(dp=part * target.data_parallel_size // parts),
-            )
+            (senders[part * len(senders) // parts], receivers[part * len(receivers) // parts])
             for part in range(parts)
         )
-        return max(self.cluster.message_seconds(pair, messages) for pair in pairs)
+        links = {self.cluster.link(pair) for pair in pairs}
+        return max(latency + messages / bandwidth for latency, bandwidth in links)
 
     def exchange(self, encoder: str) -> float:
         """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.

@@ -8,8 +8,10 @@ from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import (
+    Shards,
+    layers_numel,
     layers_parameters,
-    num_parameters,
+    shards_of,
     stage_layers,
 )
 
@@ -96,20 +98,33 @@ def estimated_costs(
         accelerator: how fast a rank computes.
         cluster: how fast ranks reach each other.
     """
-    shares = [
-        forward_flops(sizes, language_hidden_size, stage_layers(sizes, parallelism, stage))
-        for stage in range(parallelism.pipeline_model_parallel_size)
-    ]
+    stages = stage_layers(sizes, parallelism)
+    shards = shards_of(parallelism)
+    return _estimated(sizes, stages, shards, language_hidden_size, accelerator, cluster)
+
+
+@cache
+def _estimated(
+    sizes: ModuleSizes,
+    stages: tuple[range, ...],
+    shards: Shards,
+    language_hidden_size: int,
+    accelerator: Accelerator,
+    cluster: Cluster,
+) -> ModuleCosts:
+    """The same whatever the replicas are."""
+    shares = [forward_flops(sizes, language_hidden_size, layers) for layers in stages]
     forward = sum(shares) / accelerator.flops_per_second
-    tp, width = parallelism.tensor_model_parallel_size, sizes.bytes_per_number
-    parameters = tp * num_parameters(sizes, parallelism, language_hidden_size)
+    (tp, *_), width = shards, sizes.bytes_per_number
+    numel = (layers_numel(sizes, layers, language_hidden_size, shards) for layers in stages)
+    parameters = tp * sum(numel)
     hidden = sizes.tokens(1) * sizes.hidden_size * width
     message = hidden
     if sizes.sequence_parallel:
-        message /= parallelism.tensor_model_parallel_size
+        message /= tp
     waiting = tensor_parallel_seconds(sizes, tp, cluster)
     efficiency = 3 * forward / tp / (3 * forward / tp + waiting) if forward else 1.0
-    exchanged = _exchange(sizes, parallelism, cluster) * efficiency
+    exchanged = _exchange(sizes, shards, cluster) * efficiency
     output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
     recomputed = _recomputed(sizes) / accelerator.flops_per_second
     return ModuleCosts(
@@ -169,13 +184,13 @@ def scaled(
     )
 
 
-def _exchange(sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Cluster) -> float:
+def _exchange(sizes: ModuleSizes, shards: Shards, cluster: Cluster) -> float:
     """Seconds in which a sample's tokens go to their experts and back, times TP, one pass.
 
     Tensor-parallel ranks send a part of the tokens each, ``moe_router_topk`` times; one of EP
     stays.
     """
-    ep, expert_tp = parallelism.expert_model_parallel_size, parallelism.expert_tensor_parallel_size
+    _, expert_tp, ep = shards
     layers = sum(map(sizes.has_experts, range(sizes.num_layers)))
     if ep == 1 or not layers:
         return 0.0
@@ -184,6 +199,7 @@ def _exchange(sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Clust
     return 2 * layers * sent * (1 - 1 / ep) / bandwidth
 
 
+@cache
 def _recomputed(sizes: ModuleSizes) -> float:
     """Operations that selective recomputation adds to a sample's backward pass."""
     if sizes.recompute_granularity != "selective":

@@ -149,7 +149,7 @@ def stage_memory(
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
-        optimizer=max(states.optimizer),
+        optimizer=states.optimizer,
         activations=in_flight * kept.saved if needs_backward else 0.0,
         working=kept.working,
         messages=message_bytes(name, sizes, parallelism, stage, samples, in_flight, waiting),

@@ -29,12 +29,13 @@ class ModelStates:
     Args:
         weights: parameters; with the distributed optimizer, the buffer they lie in.
         gradients: buffers of gradients.
-        optimizer: moments and master copies, of each rank of the stage in order.
+        optimizer: moments and master copies, on the rank that has most; with the distributed
+            optimizer a part of the padded buffer.
     """
 
     weights: int
     gradients: int
-    optimizer: tuple[int, ...]
+    optimizer: int
 
 
 @cache
@@ -52,46 +53,32 @@ def model_states(
     Example:
         >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
         >>> model_states(sizes, ModuleParallelism(data_parallel_size=2), 0, 64)
-        ModelStates(weights=465920, gradients=465920, optimizer=(931840, 931840))
+        ModelStates(weights=465920, gradients=465920, optimizer=465920)
     """
     parameters = stage_parameters(sizes, parallelism, stage, language_hidden_size)
     width = sizes.bytes_per_number
     if sizes.frozen:
-        weights = width * sum(each.numel for each in parameters)
-        return ModelStates(weights, 0, (0,) * _stage_ranks(parallelism))
-    numel, kept = 0, _optimizer_bytes(sizes)
-    optimizer = [0] * _stage_ranks(parallelism)
+        return ModelStates(width * sum(each.numel for each in parameters), 0, 0)
+    numel = optimized = 0
     for is_expert in (False, True):
         chosen = [each for each in parameters if each.is_expert == is_expert]
         replicas = _replicas(parallelism, is_expert)
-        buffer = lay_out(
-            chosen,
-            replicas,
-            is_distributed=sizes.use_distributed_optimizer,
-            bucket_size=_bucket_size(sizes, parallelism, stage),
-            pad_for_busbw=sizes.pad_buckets_for_high_nccl_busbw,
-        )
-        numel += buffer.numel
-        for rank in range(len(optimizer)):
-            optimizer[rank] += kept * buffer.shards[rank * replicas // len(optimizer)]
+        length = sum(each.numel for each in chosen)
+        if sizes.use_distributed_optimizer:
+            pad_to = BUSBW_END if sizes.pad_buckets_for_high_nccl_busbw else END
+            bucket_size = _bucket_size(sizes, parallelism, stage)
+            length = padded(chosen, lcm(replicas, pad_to), bucket_size)
+        numel += length
+        optimized += length // (replicas if sizes.use_distributed_optimizer else 1)
     return ModelStates(
         weights=width * numel,
         gradients=(4 if sizes.grad_reduce_in_fp32 else width) * numel,
-        optimizer=tuple(optimizer),
+        optimizer=(MOMENTS + (MASTER if width < MASTER else 0)) * optimized,
     )
 
 
-def _optimizer_bytes(sizes: ModuleSizes) -> int:
-    """Bytes of optimizer state for a parameter."""
-    return MOMENTS + (MASTER if sizes.bytes_per_number < MASTER else 0)
-
-
-def _stage_ranks(parallelism: ModuleParallelism) -> int:
-    return parallelism.size // parallelism.pipeline_model_parallel_size
-
-
 def _replicas(parallelism: ModuleParallelism, is_expert: bool) -> int:
-    """Ranks that hold the same parameters; those that differ in the replica's index follow on."""
+    """Ranks that hold the same parameters."""
     if is_expert:
         return parallelism.expert_shape[2]
     return parallelism.data_parallel_size * parallelism.context_parallel_size
@@ -105,86 +92,37 @@ def _bucket_size(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int)
     return sizes.bucket_size or least
 
 
-@frozen
-class Buffer:
-    """A buffer of gradients, and of parameters if the optimizer is distributed.
+def padded(parameters: Sequence[Parameter], align: int, bucket_size: int | None = None) -> int:
+    """Numbers in the buffer of parameters whose optimizer is distributed.
 
-    Args:
-        numel: numbers in it, padding included.
-        shards: numbers of parameters, without padding, that each data-parallel rank optimizes.
-    """
-
-    numel: int
-    shards: Sequence[int]
-
-
-def lay_out(
-    parameters: Sequence[Parameter],
-    replicas: int,
-    *,
-    is_distributed: bool,
-    bucket_size: int | None = None,
-    pad_for_busbw: bool = False,
-) -> Buffer:
-    """The buffer of parameters that are reduced over ``replicas`` ranks.
-
-    With the distributed optimizer each bucket is padded until all ranks can have an equal part of
-    it, and each rank optimizes its part (``DistributedOptimizer._compute_per_buffer_param_layout``
-    of Megatron-Core 0.19). Without, nothing is padded and every rank optimizes everything.
+    Each bucket is padded until all ranks can have an equal part of it
+    (``DistributedOptimizer._compute_per_buffer_param_layout`` of Megatron-Core 0.19).
 
     Args:
         parameters: in the order in which they are registered.
-        replicas: data-parallel ranks.
-        is_distributed: whether the optimizer is.
+        align: what divides the length of a bucket.
         bucket_size: numbers after which a bucket is full; None for one bucket.
-        pad_for_busbw: ``pad_buckets_for_high_nccl_busbw``.
 
     Example:
-        >>> lay_out([Parameter(100), Parameter(10)], 2, is_distributed=True)
-        Buffer(numel=256, shards=[74, 36])
-        >>> lay_out([Parameter(100), Parameter(10)], 2, is_distributed=False)
-        Buffer(numel=110, shards=[110, 110])
+        >>> padded([Parameter(100), Parameter(10)], 128)
+        256
     """
-    if not is_distributed:
-        total = sum(parameter.numel for parameter in parameters)
-        return Buffer(total, [total] * replicas)
-    numel, shards = 0, [0] * replicas
-    align = lcm(replicas, END, BUSBW_END if pad_for_busbw else 1)
-    for places in _buckets(parameters, bucket_size):
-        length = -(-places[-1][1] // align) * align
-        _share(places, length // replicas, shards)
-        numel += length
-    return Buffer(numel, shards)
+    return sum(-(-end // align) * align for end in _buckets(parameters, bucket_size))
 
 
-def _buckets(
-    parameters: Sequence[Parameter], bucket_size: int | None
-) -> Iterator[list[tuple[int, int]]]:
-    """Where the parameters of each bucket begin and end in it.
+def _buckets(parameters: Sequence[Parameter], bucket_size: int | None) -> Iterator[int]:
+    """Where the last parameter of each bucket ends in it.
 
     Those registered last come first; a shared embedding has a bucket of its own.
     """
-    places: list[tuple[int, int]] = []
     end = 0
     for parameter in reversed(parameters):
-        if parameter.is_shared and places:
-            yield places
-            places, end = [], 0
-        first = -(-end // START) * START
-        end = first + parameter.numel
-        places.append((first, end))
+        if parameter.is_shared and end:
+            yield end
+            end = 0
+        end = -(-end // START) * START + parameter.numel
         if parameter.is_shared or (bucket_size is not None and end >= bucket_size):
-            yield places
-            places, end = [], 0
-    if places:
-        yield places
-
-
-def _share(places: Sequence[tuple[int, int]], part: int, shards: list[int]) -> None:
-    """Add to each rank the numbers of parameters that lie in its part of a bucket."""
-    for first, end in places:
-        while first < end:
-            rank = first // part
-            last = min(end, (rank + 1) * part)
-            shards[rank] += last - first
-            first = last
+            yield end
+            end = 0
+    if end:
+        yield end

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from attrs import frozen
@@ -57,9 +57,8 @@ def stage_parameters(
         >>> sum(each.numel for each in stage_parameters(sizes, pipeline, 1, 64))
         58304
     """
-    shards = parallelism.tensor_model_parallel_size, *parallelism.expert_shape[:2]
-    layers = stage_layers(sizes, parallelism, stage)
-    return layers_parameters(sizes, layers, language_hidden_size, shards)
+    layers = stage_layers(sizes, parallelism)[stage]
+    return layers_parameters(sizes, layers, language_hidden_size, shards_of(parallelism))
 
 
 def num_parameters(
@@ -72,22 +71,25 @@ def num_parameters(
         >>> num_parameters(sizes, ModuleParallelism(), 64)
         116480
     """
-    return sum(
-        each.numel
-        for stage in range(parallelism.pipeline_model_parallel_size)
-        for each in stage_parameters(sizes, parallelism, stage, language_hidden_size)
-    )
+    shards = shards_of(parallelism)
+    every = stage_layers(sizes, parallelism)
+    return sum(layers_numel(sizes, layers, language_hidden_size, shards) for layers in every)
 
 
-def stage_layers(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int) -> range:
-    """Indices of a stage's layers in the whole module."""
-    counts = parallelism.layers_of_stages(sizes.num_layers)
-    before = sum(counts[:stage])
-    return range(before, before + counts[stage])
+@cache
+def stage_layers(sizes: ModuleSizes, parallelism: ModuleParallelism) -> tuple[range, ...]:
+    """Indices of each stage's layers in the whole module."""
+    ends = [0, *accumulate(parallelism.layers_of_stages(sizes.num_layers))]
+    return tuple(range(start, stop) for start, stop in pairwise(ends))
 
 
 Shards = tuple[int, int, int]
 """TP, TP of an expert, and EP."""
+
+
+def shards_of(parallelism: ModuleParallelism) -> Shards:
+    """Into how many parts ranks cut a layer."""
+    return parallelism.tensor_model_parallel_size, *parallelism.expert_shape[:2]
 
 
 @cache
@@ -105,6 +107,16 @@ def layers_parameters(
         found += _norm(sizes, sizes.hidden_size)
         found += _outputs(sizes, tp, is_first, language_hidden_size)
     return tuple(found)
+
+
+@cache
+def layers_numel(
+    sizes: ModuleSizes, layers: range, language_hidden_size: int, shards: Shards
+) -> int:
+    """Numbers in :func:`layers_parameters`."""
+    return sum(
+        each.numel for each in layers_parameters(sizes, layers, language_hidden_size, shards)
+    )
 
 
 def _inputs(sizes: ModuleSizes, tp: int, is_last: bool) -> Iterator[Parameter]:
@@ -150,7 +162,12 @@ def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
         yield Parameter(width)
 
 
-def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
+@cache
+def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Sequence[Parameter]:
+    return tuple(_of_layer(sizes, shards, has_experts))
+
+
+def _of_layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
     hidden, tp = sizes.hidden_size, shards[0]
     yield from _norm(sizes, hidden)
     yield from _linear(sizes.query_size // tp, hidden, sizes.add_bias_linear)

@@ -5,8 +5,9 @@ on ranks of their own and colocated. All are ranked by a closed formula (:mod:`f
 few hundred are simulated, and the best of these listed.
 """
 
+from bisect import insort
 from collections.abc import Mapping
-from itertools import batched, product
+from itertools import islice, product
 from typing import Any
 
 from attrs import evolve, frozen
@@ -30,8 +31,7 @@ from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Timeline
 
 MOST = 200  # layouts that are simulated, or three times as many as are wanted
-BATCH = 20  # layouts that are simulated before looking whether more need be
-MARGIN = 1.05  # how much longer than another a step may seem and yet be shorter
+MARGIN = 1.1  # how much longer than another a step may seem and yet be shorter
 
 
 @frozen(eq=False)
@@ -171,7 +171,10 @@ def cost(
             distributed_optimizer=request.distributed_optimizer,
         )
 
-    slices = {name: evolve(each, images_assigned=False) for name, each in costs.items()}
+    slices = {
+        name: evolve(each, images_assigned=each.images_assigned and not each.is_uneven)
+        for name, each in costs.items()
+    }
     timeline = simulated(costs)
     return Proposal(
         request,
@@ -231,18 +234,16 @@ def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list
 
     found: list[Proposal] = []
     kept: list[Proposal] = []
-    for some in batched(Candidates(request).best(max(MOST, 3 * count), cost_of), BATCH):
-        if len(kept) == count:
-            least = cost_of(some[0].seconds, some[0].gpus)
-            if least > MARGIN * rank(kept[-1])[0]:
-                break
-        simulated = [costed(request, each) for each in some if each.modules]
-        found += [proposal for proposal in simulated if proposal.headroom >= 0]
-        found.sort(key=rank)
-        kept = []
-        for proposal in found:
-            if len(kept) < count and not any(_are_alike(proposal, each) for each in kept):
-                kept.append(proposal)
+    for candidate in islice(Candidates(request).best_first(cost_of), max(MOST, 3 * count)):
+        seems = cost_of(candidate.seconds, candidate.gpus)
+        if len(kept) == count and seems > MARGIN * rank(kept[-1])[0]:
+            break
+        if candidate.modules and (proposal := costed(request, candidate)).headroom >= 0:
+            insort(found, proposal, key=rank)
+            kept = []
+            for each in found:
+                if len(kept) < count and not any(_are_alike(each, other) for other in kept):
+                    kept.append(each)
     return kept
 
 

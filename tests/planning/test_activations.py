@@ -43,7 +43,7 @@ def test_the_formula_is_the_papers(heads, head, sequence, tp, sequence_parallel,
     if sequence_parallel:
         expected = h / t * (34 + attention)
     layer = ModuleParallelism(tensor_model_parallel_size=t)
-    kept = layer_bytes(sizes, layer, 0)
+    kept = layer_bytes(sizes, t, t, 0)
     if selective:
         del kept["core_attn"]
     assert sum(kept.values()) == pytest.approx(expected)

@@ -9,7 +9,7 @@ from layouts import parallel
 from ranks import world
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack
-from megatron_mimo_coord.planning.model_states import lay_out, model_states
+from megatron_mimo_coord.planning.model_states import model_states, padded
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import Parameter
 
@@ -104,28 +104,31 @@ def test_states_are_what_megatron_allocates(case):
     sizes = {name: sizes_of(name, CASES[case]) for name in modules}
     grids = pack(modules)
     allocated = world(4).run("megatron_memory:allocated", modules, sizes)
-    compared = 0
+    fullest: dict[tuple[str, int], list[float]] = {}
     for rank, found in enumerate(allocated):
-        for name, (weights, gradients, optimizer) in found.items():
-            stage, place = divmod(
-                rank - grids[name].rank_offset, grids[name].size // grids[name].dim("pp")
-            )
-            states = model_states(sizes[name], modules[name], stage, 64)
-            assert states.weights == weights
-            assert states.gradients == gradients
-            assert states.optimizer[place] == pytest.approx(optimizer, rel=0.01)
-            compared += 1
-    assert compared == sum(grid.size for grid in grids.values())
+        for name, held in found.items():
+            stage = grids[name].coordinate(rank, "pp")
+            most = fullest.setdefault((name, stage), list(held))
+            most[2] = max(most[2], held[2])
+            assert most[:2] == list(held[:2])
+    assert len(fullest) == sum(grid.dim("pp") for grid in grids.values())
+    for (name, stage), (weights, gradients, optimizer) in fullest.items():
+        states = model_states(sizes[name], modules[name], stage, 64)
+        assert states.weights == weights
+        assert states.gradients == gradients
+        assert optimizer <= states.optimizer <= 1.03 * optimizer, "padding of a small buffer"
 
 
 parameters = st.builds(Parameter, st.integers(1, 500), is_shared=st.booleans())
 
 
 @given(
-    st.lists(parameters, min_size=1, max_size=8), st.integers(1, 6), st.none() | st.integers(1, 900)
+    st.lists(parameters, min_size=1, max_size=8),
+    st.integers(1, 300),
+    st.none() | st.integers(1, 900),
 )
-def test_every_number_is_optimized_once(drawn, replicas, bucket_size):
-    buffer = lay_out(drawn, replicas, is_distributed=True, bucket_size=bucket_size)
-    assert sum(buffer.shards) == sum(parameter.numel for parameter in drawn)
-    assert buffer.numel % replicas == 0
-    assert max(buffer.shards) <= buffer.numel // replicas
+def test_a_buffer_has_room_for_all_and_little_more(drawn, align, bucket_size):
+    numel = sum(parameter.numel for parameter in drawn)
+    length = padded(drawn, align, bucket_size)
+    assert length % align == 0
+    assert numel <= length < numel + len(drawn) * (align + 64)
