@@ -24,6 +24,7 @@ Vocabulary, kept everywhere in the package:
     problem      a sentence about something that keeps a job from running, with what to change
 """
 
+from megatron_mimo_coord.layout.fields import MAX_RANKS, is_count, shown
 from megatron_mimo_coord.layout.gradient_scaling import gradient_scaling_factor
 from megatron_mimo_coord.layout.grids import (
     LANGUAGE,
@@ -41,12 +42,8 @@ from megatron_mimo_coord.layout.grids import (
 from megatron_mimo_coord.layout.parallelism import (
     DIM_NAMES,
     EXPERT_DIM_NAMES,
-    MAX_RANKS,
     SIZE_FIELDS,
     ModuleParallelism,
-    is_count,
-    must_be,
-    shown,
 )
 
 __all__ = [
@@ -62,7 +59,6 @@ __all__ = [
     "gradient_scaling_factor",
     "is_colocated",
     "is_count",
-    "must_be",
     "overlap",
     "pack",
     "ranks_taken",

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from megatron_mimo_coord.layout.fields import is_count, shown
 from megatron_mimo_coord.layout.grids import ModuleGrid
-from megatron_mimo_coord.layout.parallelism import is_count, shown
 from megatron_mimo_coord.layout.problems import Problem, raise_problems
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from megatron_mimo_coord.layout.fields import MAX_RANKS
 from megatron_mimo_coord.layout.grids import (
     LANGUAGE,
     ModuleGrid,
@@ -12,7 +13,6 @@ from megatron_mimo_coord.layout.grids import (
     runs_encoders_first,
     span,
 )
-from megatron_mimo_coord.layout.parallelism import MAX_RANKS
 
 
 def summarize(

@@ -11,8 +11,8 @@ from zlib import crc32
 
 from attrs import field, frozen
 
+from megatron_mimo_coord.layout.fields import shown
 from megatron_mimo_coord.layout.grids import LANGUAGE, ModuleGrid
-from megatron_mimo_coord.layout.parallelism import shown
 
 Nested = tuple[tuple[float, ...], ...]
 """A number for each image of each sample: [sample][image]."""

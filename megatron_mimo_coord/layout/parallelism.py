@@ -1,10 +1,11 @@
 """The parallel sizes of one module, as a user writes them down."""
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from attrs import Attribute, Converter, field, frozen
+from attrs import Converter, frozen
+
+from megatron_mimo_coord.layout.fields import checked, count, is_count
 
 # Megatron's own order (tp-cp-ep-dp-pp). pp comes last because only then do the dense and the
 # expert factorization share their pipeline groups whatever the other sizes are.
@@ -23,59 +24,8 @@ A grid that someone else made may have ``ep``, too, whose ranks read the same sa
 ``tp`` do. What other dims would mean for samples and gradients nobody knows.
 """
 
-MAX_RANKS = 2**31
-"""No job has more: a larger number is a slip of the pen."""
-
-
-def is_count(value: Any, least: int = 1) -> bool:
-    """Whether a value is an integer that can count ranks or samples."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    return is_integer and least <= value < MAX_RANKS
-
-
-def shown(value: Any) -> str:
-    """What a user gave, as far as it can be printed.
-
-    Example:
-        >>> shown("four"), shown(10**99)
-        ("'four'", 'an integer of 329 bits')
-    """
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)
-
-
-def must_be(is_good: Callable[[Any], bool], what: str, cure: str) -> Any:
-    """A validator of an attrs field that says what was given, what is needed and what to change.
-
-    Args:
-        is_good: whether a value will do.
-        what: what the field must be.
-        cure: what to do about it.
-    """
-
-    def check(_: Any, attribute: "Attribute[Any]", value: Any) -> None:
-        if not is_good(value):
-            raise ValueError(f"{attribute.name} must be {what}, got {shown(value)}; {cure}")
-
-    return check
-
-
-_positive = must_be(
-    is_count,
-    "a positive integer below 2**31",
-    "write a number of ranks, or leave it out for the default",
-)
-_layers = must_be(
-    lambda value: value is None or is_count(value),
-    "a positive integer below 2**31",
-    "write a number of layers, or leave it out for as many as the other stages have",
-)
-_offset = must_be(
-    lambda value: value is None or is_count(value, least=0),
-    "a rank, 0 or more and below 2**31",
-    "write the module's first rank, or leave it out to pack it behind those before",
-)
+_RANKS = "write a number of ranks, or leave it out for the default"
+_LAYERS = "write a number of layers, or leave it out for as many as the other stages have"
 
 
 def _same_as_tensor_parallel(size: Any, module: Any) -> Any:
@@ -107,19 +57,22 @@ class ModuleParallelism:
         8
     """
 
-    tensor_model_parallel_size: int = field(default=1, validator=_positive)
-    context_parallel_size: int = field(default=1, validator=_positive)
-    pipeline_model_parallel_size: int = field(default=1, validator=_positive)
-    data_parallel_size: int = field(default=1, validator=_positive)
-    expert_model_parallel_size: int = field(default=1, validator=_positive)
-    expert_tensor_parallel_size: int = field(
-        default=None,
-        converter=Converter(_same_as_tensor_parallel, takes_self=True),  # type: ignore[misc]
-        validator=_positive,
+    tensor_model_parallel_size: int = count(1, _RANKS)
+    context_parallel_size: int = count(1, _RANKS)
+    pipeline_model_parallel_size: int = count(1, _RANKS)
+    data_parallel_size: int = count(1, _RANKS)
+    expert_model_parallel_size: int = count(1, _RANKS)
+    expert_tensor_parallel_size: int = count(
+        None, _RANKS, converter=Converter(_same_as_tensor_parallel, takes_self=True)
     )
-    rank_offset: int | None = field(default=None, validator=_offset)
-    num_layers_in_first_pipeline_stage: int | None = field(default=None, validator=_layers)
-    num_layers_in_last_pipeline_stage: int | None = field(default=None, validator=_layers)
+    rank_offset: int | None = checked(
+        lambda value: is_count(value, least=0),
+        "a rank, 0 or more and below 2**31",
+        "write the module's first rank, or leave it out to pack it behind those before",
+        default=None,
+    )
+    num_layers_in_first_pipeline_stage: int | None = count(None, _LAYERS)
+    num_layers_in_last_pipeline_stage: int | None = count(None, _LAYERS)
 
     def __attrs_post_init__(self) -> None:
         if self.has_unequal_stages and self.pipeline_model_parallel_size == 1:

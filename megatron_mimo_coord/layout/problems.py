@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Self
 
+from megatron_mimo_coord.layout.fields import is_count, shown
 from megatron_mimo_coord.layout.grids import (
     LANGUAGE,
     ModuleGrid,
@@ -17,12 +18,7 @@ from megatron_mimo_coord.layout.grids import (
     ranks_taken,
     span,
 )
-from megatron_mimo_coord.layout.parallelism import (
-    SIZE_FIELDS,
-    ModuleParallelism,
-    is_count,
-    shown,
-)
+from megatron_mimo_coord.layout.parallelism import SIZE_FIELDS, ModuleParallelism
 
 NAME = re.compile("[A-Za-z0-9_-]+")  # TOML takes these without quotes, PyTorch takes no dots
 

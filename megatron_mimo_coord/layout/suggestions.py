@@ -78,7 +78,8 @@ def _has(module: ModuleParallelism, sizes: Mapping[str, int]) -> bool:
 def _changed(module: ModuleParallelism, sizes: Mapping[str, int]) -> ModuleParallelism:
     """A module with other sizes; an expert TP that was the same as TP stays the same as TP."""
     if module.expert_tensor_parallel_size == module.tensor_model_parallel_size:
-        return evolve(module, expert_tensor_parallel_size=None, **sizes)
+        tp = sizes.get(TP, module.tensor_model_parallel_size)
+        return evolve(module, expert_tensor_parallel_size=tp, **sizes)
     return evolve(module, **sizes)
 
 

@@ -20,10 +20,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from attrs import define, field, fields_dict, frozen
+from attrs import define, fields_dict, frozen
 
+from megatron_mimo_coord.layout.fields import count, flag, shown
 from megatron_mimo_coord.layout.grids import default_topology, pack
-from megatron_mimo_coord.layout.parallelism import ModuleParallelism, is_count, must_be, shown
+from megatron_mimo_coord.layout.parallelism import ModuleParallelism
 from megatron_mimo_coord.layout.problems import Problem, layout_problems, name_problems
 from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message, table_text
 
@@ -73,19 +74,13 @@ def layout_text(modules: Mapping[str, ModuleParallelism], job: Mapping[str, Any]
     return "\n".join(filter(None, parts))
 
 
-_samples = must_be(
-    is_count, "a positive integer below 2**31", "write a number of samples, such as 32"
-)
-_flag = must_be(lambda value: isinstance(value, bool), "true or false", "write true")
-
-
 @frozen
 class _Job:
     """What stands above the tables."""
 
-    global_batch_size: int = field(validator=_samples)
-    micro_batch_size: int = field(validator=_samples)
-    calculate_per_token_loss: bool = field(validator=_flag)
+    global_batch_size: int = count(None, "write a number of samples, such as 32")
+    micro_batch_size: int = count(None, "write a number of samples, such as 32")
+    calculate_per_token_loss: bool = flag()
 
 
 FIELDS, JOB_FIELDS = fields_dict(ModuleParallelism), fields_dict(_Job)

@@ -1,59 +1,20 @@
 """What a module costs, in seconds of computing and bytes of messages; what joins the ranks."""
 
 from collections.abc import Sequence
-from math import exp, inf, isfinite
+from math import exp, inf
 from statistics import NormalDist
-from typing import Any
 
-from attrs import field, frozen
+from attrs import frozen
 
-from megatron_mimo_coord.layout import ModuleParallelism, is_count, must_be
+from megatron_mimo_coord.layout import ModuleParallelism
+from megatron_mimo_coord.layout.fields import count, flag, is_number, list_of, number, positive
 
 EULER = 0.5772
 """The mean of the largest of n is where 1 - exp(-EULER) / n of all are smaller, if n is large."""
 
 
-def is_number(value: Any, least: float = 0.0, most: float = inf) -> bool:
-    """Whether a value is a finite number in a range."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and isfinite(value) and least <= value <= most
-
-
-def _is_speed(value: Any) -> bool:
-    return value == inf or (is_number(value) and value > 0)
-
-
-def _are_layers(value: Any) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and bool(value) and all(is_number(each) and each > 0 for each in value)
-
-
 _MEASURED = "give what was measured, or leave it out"
-_not_negative = must_be(is_number, "a number, 0 or more", _MEASURED)
-_positive = must_be(_is_speed, "a number above 0", _MEASURED)
-_efficiency = must_be(
-    lambda value: is_number(value, most=1) and value > 0,
-    "above 0 and at most 1",
-    "give the speed-up that was measured, divided by the ranks that share the work",
-)
-_share = must_be(lambda value: is_number(value, most=1), "from 0 to 1", "give a part of the whole")
-_at_least_one = must_be(
-    lambda value: is_number(value, least=1),
-    "1 or more",
-    "give the largest work of a rank divided by the mean",
-)
-flag = must_be(lambda value: isinstance(value, bool), "true or false", "write one of the two")
-_stage_layers = must_be(
-    lambda value: value is None or _are_layers(value),
-    "a list with a number above 0 for each pipeline stage",
-    "write (7, 8, 8, 7), say, or leave it out for equal stages",
-)
-_ranks = must_be(is_count, "a positive integer below 2**31", "give a number of ranks")
-_ranks_or_none = must_be(
-    lambda value: value is None or is_count(value),
-    "a positive integer below 2**31",
-    "give the ranks of a node, or leave it out for a cluster of one node",
-)
+_SPEED_UP = "give the speed-up that was measured, divided by the ranks that share the work"
 
 
 @frozen(kw_only=True)
@@ -110,23 +71,28 @@ class ModuleCosts:
         0.04
     """
 
-    forward_seconds_per_sample: float = field(validator=_not_negative)
-    backward_seconds_per_sample: float = field(validator=_not_negative)
-    output_bytes_per_sample: float = field(default=0.0, validator=_not_negative)
-    activation_bytes_per_sample: float = field(default=0.0, validator=_not_negative)
-    gradient_bytes: float = field(default=0.0, validator=_not_negative)
-    optimizer_seconds: float = field(default=0.0, validator=_not_negative)
-    tensor_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
-    context_parallel_efficiency: float = field(default=1.0, validator=_efficiency)
-    measured_tensor_parallel_size: int = field(default=1, validator=_ranks)
-    frozen: bool = field(default=False, validator=flag)
-    activation_gradient_share: float = field(default=0.5, validator=_share)
-    recompute: bool = field(default=False, validator=flag)
-    imbalance: float = field(default=1.0, validator=_at_least_one)
-    images_per_sample: float = field(default=0.0, validator=_not_negative)
-    images_per_sample_deviation: float = field(default=0.0, validator=_not_negative)
-    images_assigned: bool = field(default=False, validator=flag)
-    layers_per_stage: Sequence[float] | None = field(default=None, validator=_stage_layers)
+    forward_seconds_per_sample: float = number(cure=_MEASURED)
+    backward_seconds_per_sample: float = number(cure=_MEASURED)
+    output_bytes_per_sample: float = number(0.0, _MEASURED)
+    activation_bytes_per_sample: float = number(0.0, _MEASURED)
+    gradient_bytes: float = number(0.0, _MEASURED)
+    optimizer_seconds: float = number(0.0, _MEASURED)
+    tensor_parallel_efficiency: float = positive(1.0, _SPEED_UP, most=1)
+    context_parallel_efficiency: float = positive(1.0, _SPEED_UP, most=1)
+    measured_tensor_parallel_size: int = count(1, "give a number of ranks")
+    frozen: bool = flag()
+    activation_gradient_share: float = number(0.5, "give a part of the whole", most=1)
+    recompute: bool = flag()
+    imbalance: float = number(1.0, "give the largest work of a rank divided by the mean", least=1)
+    images_per_sample: float = number(0.0, _MEASURED)
+    images_per_sample_deviation: float = number(0.0, _MEASURED)
+    images_assigned: bool = flag()
+    layers_per_stage: Sequence[float] | None = list_of(
+        lambda value: is_number(value) and value > 0,
+        "a list with a number above 0 for each pipeline stage",
+        "write (7, 8, 8, 7), say, or leave it out for equal stages",
+        None,
+    )
 
     def stage_share(self, stages: int, stage: int) -> float:
         """Part of the module's layers that a pipeline stage holds.
@@ -265,11 +231,13 @@ class Cluster:
         0.02
     """
 
-    ranks_per_node: int | None = field(default=None, validator=_ranks_or_none)
-    node_latency_seconds: float = field(default=0.0, validator=_not_negative)
-    node_bytes_per_second: float = field(default=inf, validator=_positive)
-    network_latency_seconds: float = field(default=0.0, validator=_not_negative)
-    network_bytes_per_second: float = field(default=inf, validator=_positive)
+    ranks_per_node: int | None = count(
+        None, "give the ranks of a node, or leave it out for a cluster of one node"
+    )
+    node_latency_seconds: float = number(0.0, _MEASURED)
+    node_bytes_per_second: float = positive(inf, _MEASURED)
+    network_latency_seconds: float = number(0.0, _MEASURED)
+    network_bytes_per_second: float = positive(inf, _MEASURED)
 
     def link(self, ranks: Sequence[int]) -> tuple[float, float]:
         """(seconds of latency, bytes per second) of the slowest link that joins some ranks."""

@@ -3,66 +3,27 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from attrs import NOTHING, Factory, field, frozen
+from attrs import Factory, frozen
 
-from megatron_mimo_coord.layout import MAX_RANKS, is_count, must_be
-from megatron_mimo_coord.planning.costs import flag, is_number
+from megatron_mimo_coord.layout.fields import (
+    checked,
+    count,
+    flag,
+    is_count,
+    list_of,
+    number,
+    one_of,
+)
 
-MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # more are slips of the pen
+MOST = 10_000  # layers and experts: more are slips of the pen
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_PATTERNS = ({0}, {1}, {0, 1})
 RECOMPUTED_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
 
 
-def _is_count(value: Any, most: int = MAX_RANKS - 1) -> bool:
-    return is_count(value) and value <= most
-
-
-def _is_list(value: Any, known: Sequence[Any]) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and all(each in known for each in value)
-
-
-def _count(default: Any = NOTHING, most: int = MAX_RANKS - 1) -> Any:
-    """A whole number; None if the module need not have it."""
-    check = must_be(
-        lambda value: (default is None and value is None) or _is_count(value, most),
-        f"a whole number from 1 to {most}",
-        "write one",
-    )
-    return field(default=default, validator=check)
-
-
-def _counted(of: Callable[[Any], int]) -> Any:
-    """A whole number that follows from other sizes, if it is not given."""
-    return _count(Factory(of, takes_self=True))
-
-
-def _flag(default: bool = False) -> Any:
-    return field(default=default, validator=flag)
-
-
-def _one_of(*choices: str | None, default: str | None) -> Any:
-    known = ", ".join(repr(choice) for choice in choices if choice is not None)
-    check = must_be(lambda value: value in choices, f"one of {known}", "write one of them")
-    return field(default=default, validator=check)
-
-
-def _number(default: Any) -> Any:
-    check = must_be(lambda value: is_number(value, most=2**31), "a number, 0 or more", "write one")
-    return field(default=default, validator=check)
-
-
-_modules = must_be(
-    lambda value: _is_list(value, RECOMPUTED_MODULES),
-    f"a list of some of {', '.join(RECOMPUTED_MODULES)}",
-    "write such a list",
-)
-_layer_frequency = must_be(
-    lambda value: is_count(value) or (_is_list(value, (0, 1)) and len(value) > 0),
-    "a whole number N, for experts in every Nth layer, or a list with 1 for a layer with experts "
-    "and 0 for one without",
-    "write either",
-)
+def _follows(of: Callable[[Any], Any]) -> Any:
+    """A default that follows from other sizes."""
+    return Factory(of, takes_self=True)
 
 
 def _hashable(value: Any) -> Any:
@@ -115,61 +76,72 @@ class ModuleSizes:
         (256, 4, 16)
     """
 
-    num_layers: int = _count(most=MOST_LAYERS)
-    hidden_size: int = _count()
-    num_attention_heads: int = _count()
-    ffn_hidden_size: int = _counted(lambda self: 4 * self.hidden_size)
-    num_query_groups: int = _counted(lambda self: self.num_attention_heads)
-    kv_channels: int = _counted(lambda self: max(1, self.hidden_size // self.num_attention_heads))
-    gated_linear_unit: bool = _flag()
-    add_bias_linear: bool = _flag(True)
-    add_qkv_bias: bool = _flag()
-    normalization: str = _one_of("LayerNorm", "RMSNorm", default="LayerNorm")
-    qk_layernorm: bool = _flag()
-    hidden_dropout: float = _number(0.1)
-    attention_dropout: float = _number(0.1)
-    attention_backend: str = _one_of("auto", "flash", "fused", "unfused", "local", default="auto")
-    bias_activation_fusion: bool = _flag()
-    masked_softmax_fusion: bool = _flag()
-    sequence_parallel: bool = _flag()
-    num_moe_experts: int | None = _count(None, MOST_EXPERTS)
-    moe_layer_freq: int | Sequence[int] = field(
-        default=1, converter=_hashable, validator=_layer_frequency
+    num_layers: int = count(most=MOST)
+    hidden_size: int = count()
+    num_attention_heads: int = count()
+    ffn_hidden_size: int = count(_follows(lambda self: 4 * self.hidden_size))
+    num_query_groups: int = count(_follows(lambda self: self.num_attention_heads))
+    kv_channels: int = count(
+        _follows(lambda self: max(1, self.hidden_size // self.num_attention_heads))
     )
-    moe_ffn_hidden_size: int = _counted(lambda self: self.ffn_hidden_size)
-    moe_router_topk: int = _count(2)
-    moe_shared_expert_intermediate_size: int | None = _count(None)
-    recompute_granularity: str | None = _one_of("full", "selective", "none", None, default=None)
-    recompute_method: str | None = _one_of("uniform", "block", None, default=None)
-    recompute_num_layers: int | None = _count(None)
-    recompute_modules: Sequence[str] = field(
-        default=("core_attn",), converter=_hashable, validator=_modules
+    gated_linear_unit: bool = flag()
+    add_bias_linear: bool = flag(True)
+    add_qkv_bias: bool = flag()
+    normalization: str = one_of("LayerNorm", "RMSNorm", default="LayerNorm")
+    qk_layernorm: bool = flag()
+    hidden_dropout: float = number(0.1)
+    attention_dropout: float = number(0.1)
+    attention_backend: str = one_of("auto", "flash", "fused", "unfused", "local", default="auto")
+    bias_activation_fusion: bool = flag()
+    masked_softmax_fusion: bool = flag()
+    sequence_parallel: bool = flag()
+    num_moe_experts: int | None = count(None, most=MOST)
+    moe_layer_freq: int | Sequence[int] = checked(
+        lambda value: (
+            is_count(value) or (isinstance(value, list | tuple) and {*value} in _PATTERNS)
+        ),
+        "a whole number N, for experts in every Nth layer, or a list with 1 for a layer with "
+        "experts and 0 for one without",
+        "write either",
+        default=1,
+        converter=_hashable,
     )
-    deallocate_pipeline_outputs: bool = _flag()
-    params_dtype: str = _one_of(*BYTES, default="fp32")
-    vocab_size: int | None = _count(None)
-    seq_length: int | None = _count(None)
-    share_embeddings_and_output_weights: bool = _flag()
-    position_embedding_type: str = _one_of(
+    moe_ffn_hidden_size: int = count(_follows(lambda self: self.ffn_hidden_size))
+    moe_router_topk: int = count(2)
+    moe_shared_expert_intermediate_size: int | None = count(None)
+    recompute_granularity: str | None = one_of("full", "selective", "none", default=None)
+    recompute_method: str | None = one_of("uniform", "block", default=None)
+    recompute_num_layers: int | None = count(None)
+    recompute_modules: Sequence[str] = list_of(
+        lambda value: value in RECOMPUTED_MODULES,
+        f"a list of some of {', '.join(RECOMPUTED_MODULES)}",
+        "write such a list",
+        ("core_attn",),
+        converter=_hashable,
+    )
+    deallocate_pipeline_outputs: bool = flag()
+    params_dtype: str = one_of(*BYTES, default="fp32")
+    vocab_size: int | None = count(None)
+    seq_length: int | None = count(None)
+    share_embeddings_and_output_weights: bool = flag()
+    position_embedding_type: str = one_of(
         "learned_absolute", "rope", "mrope", "yarn", "none", default="learned_absolute"
     )
-    use_distributed_optimizer: bool = _flag()
-    grad_reduce_in_fp32: bool = _flag()
-    overlap_grad_reduce: bool = _flag()
-    bucket_size: int | None = _count(None)
-    pad_buckets_for_high_nccl_busbw: bool = _flag()
-    frozen: bool = _flag()
-    images_per_sample: float = _number(1.0)
-    max_images_per_sample: float = _number(
-        Factory(lambda self: self.images_per_sample, takes_self=True)
+    use_distributed_optimizer: bool = flag()
+    grad_reduce_in_fp32: bool = flag()
+    overlap_grad_reduce: bool = flag()
+    bucket_size: int | None = count(None)
+    pad_buckets_for_high_nccl_busbw: bool = flag()
+    frozen: bool = flag()
+    images_per_sample: float = number(1.0)
+    max_images_per_sample: float = number(_follows(lambda self: self.images_per_sample))
+    images_per_sample_deviation: float = number(
+        _follows(lambda self: max(0.0, self.max_images_per_sample - self.images_per_sample))
     )
-    images_per_sample_deviation: float = _number(
-        Factory(lambda self: max(0.0, self.max_images_per_sample - self.images_per_sample), True)
-    )
-    tokens_per_image: int | None = _count(None)
-    output_tokens_per_image: int | None = _count(None)
-    patch_size: int | None = _count(None)
-    projection_hidden_size: int | None = _count(None)
+    tokens_per_image: int | None = count(None)
+    output_tokens_per_image: int | None = count(None)
+    patch_size: int | None = count(None)
+    projection_hidden_size: int | None = count(None)
 
     @property
     def is_language(self) -> bool:

@@ -546,8 +546,8 @@ num_attention_heads = "8"
     assert (code, shown) == (2, "")
     for part in (
         "model.toml:1 hiden_size: there is no size 'hiden_size'; did you mean hidden_size?",
-        "model.toml:3 [vision] num_layers: num_layers must be a whole number from 1 to 10000, got 0",
-        "model.toml:8 [language] num_attention_heads: num_attention_heads must be a whole number",
+        "model.toml:3 [vision] num_layers: num_layers must be a positive integer up to 10000, got 0",
+        "model.toml:8 [language] num_attention_heads: num_attention_heads must be a positive integer",
         "model.toml:6 [language]: language has no num_layers",
         "layout.toml:5 [language] foo: there is no size 'foo'",
         "costs.toml:2 [audio] forward_seconds_per_sample",
@@ -570,7 +570,7 @@ num_attention_heads = "8"
         (MODEL + "num_query_groups = 3\n", ASKED, "model.toml:15 [language] num_query_groups: language has 8 attention heads, which 3"),
         (MODEL + "moe_layer_freq = [1, 0]\n", ASKED, "moe_layer_freq lists 2 layers, but language has 4"),
         (MODEL + 'recompute_granularity = "full"\n', ASKED, 'write recompute_method = "uniform"'),
-        (MODEL.replace("num_layers = 4", "num_layers = 4000000"), ASKED, "num_layers must be a whole number from 1 to 10000, got 4000000"),
+        (MODEL.replace("num_layers = 4", "num_layers = 4000000"), ASKED, "num_layers must be a positive integer up to 10000, got 4000000"),
         (MODEL.replace("num_layers = 4", "images_per_sample = nan\nnum_layers = 4", 1), ASKED, "images_per_sample must be a number, 0 or more, got nan"),
         (MODEL, ("--gpus", "8"), "--global-batch-size is needed"),
         (MODEL, (*ASKED, "--micro-batch-size", "5"), "global_batch_size 12 is not a multiple of micro_batch_size 5"),
