@@ -177,10 +177,13 @@ def table_text(name: str, instance: Any, usual: Mapping[str, Any] = {}) -> str:
         usual: what a field is that is left out, where that is not its default.
 
     Example:
-        >>> from megatron_mimo_coord.layout import ModuleParallelism
-        >>> print(table_text("vision", ModuleParallelism(data_parallel_size=2)))
+        >>> @define
+        ... class Sizes:
+        ...     data: int = 1
+        ...     pipeline: int = 1
+        >>> print(table_text("vision", Sizes(data=2)))
         [vision]
-        data_parallel_size = 2
+        data = 2
         <BLANKLINE>
     """
     lines = [f"[{name}]\n"]

@@ -1,7 +1,7 @@
 """What a layout is sought for, all ways to lay out one module, and what each costs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate, pairwise, permutations
+from itertools import accumulate, pairwise, permutations, product
 
 from attrs import Factory, evolve, field, frozen
 
@@ -123,7 +123,8 @@ class Choice:
         """Seconds of a message between two stages, for a microbatch of so many samples."""
         if self.stages == 1:
             return 0.0
-        message = self.costs.activation_bytes_per_sample * samples / self.replicas
+        parts = self.replicas * self.parallelism.context_parallel_size
+        message = self.costs.activation_bytes_per_sample * samples / parts
         return self.cluster.message_seconds((0, self.gpus // self.stages), message)
 
 
@@ -142,8 +143,8 @@ def choices(request: Request, name: str) -> list[Choice]:
     """Every way to lay out a module, those on fewer GPUs first.
 
     TP divides the GPUs of a node, PP the layers, DP the global batch; a language model may also
-    have stages of unequal numbers of layers. CP is 1, as bridges need. Experts are whole or shared
-    like the rest of a layer: expert TP is 1 or TP.
+    have stages of unequal numbers of layers, and CP that leaves each rank ``LEAST_TOKENS``. Experts
+    are whole or shared like the rest of a layer: expert TP is 1 or TP.
     """
     sizes = request.sizes[name]
     every = [Choice.of(request, name, sizes, each) for each in _parallelisms(request, name)]
@@ -182,6 +183,9 @@ def recomputations(sizes: ModuleSizes) -> list[ModuleSizes]:
     return [sizes, *selective, full]
 
 
+LEAST_TOKENS = 4096
+"""Of a sequence, that context-parallel ranks of the search have at least."""
+
 MOST_UNEQUAL = 16
 """Stages of a pipeline of which the search makes some shorter than others."""
 
@@ -191,16 +195,19 @@ def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
     pipelines = [{"pipeline_model_parallel_size": pp} for pp in divisors(sizes.num_layers)]
     if name == LANGUAGE and request.costs(name, sizes, ModuleParallelism()).layers_per_stage:
         pipelines += _unequal_stages(sizes, min(MOST_UNEQUAL, request.gpus, sizes.num_layers))
-    for tp in divisors(request.gpus_per_node):
+    most = sizes.sequence // LEAST_TOKENS if name == LANGUAGE else 1
+    contexts = [2**power for power in range(max(1, most).bit_length())]
+    for tp, cp in product(divisors(request.gpus_per_node), contexts):
         for pipeline in pipelines:
-            ranks = tp * pipeline["pipeline_model_parallel_size"]
-            alone = ModuleParallelism(tensor_model_parallel_size=tp, **pipeline)
-            if ranks > request.gpus or sharding_problems(name, sizes, alone):
+            alone = ModuleParallelism(
+                tensor_model_parallel_size=tp, context_parallel_size=cp, **pipeline
+            )
+            if alone.size > request.gpus or sharding_problems(name, sizes, alone):
                 continue
             for dp in divisors(request.global_batch_size):
-                if ranks * dp > request.gpus:
+                if alone.size * dp > request.gpus:
                     break
-                for expert_tp, ep in _expert_sizes(sizes, tp, dp):
+                for expert_tp, ep in _expert_sizes(sizes, tp, cp * dp):
                     yield evolve(
                         alone,
                         data_parallel_size=dp,
@@ -235,14 +242,14 @@ def _unequal_stages(sizes: ModuleSizes, most: int) -> Iterator[dict[str, int]]:
             }
 
 
-def _expert_sizes(sizes: ModuleSizes, tp: int, dp: int) -> Iterator[tuple[int, int]]:
+def _expert_sizes(sizes: ModuleSizes, tp: int, replicas: int) -> Iterator[tuple[int, int]]:
     """Pairs of (expert TP, EP) that divide the experts and the ranks of a stage."""
     if sizes.num_moe_experts is None:
         yield tp, 1
         return
     for expert_tp in sorted({1, tp}):
         for ep in divisors(sizes.num_moe_experts):
-            if sizes.moe_ffn_hidden_size % expert_tp == 0 and tp * dp % (expert_tp * ep) == 0:
+            if sizes.moe_ffn_hidden_size % expert_tp == 0 and tp * replicas % (expert_tp * ep) == 0:
                 yield expert_tp, ep
 
 

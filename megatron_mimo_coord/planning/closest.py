@@ -98,7 +98,8 @@ def in_words(candidate: Candidate) -> str:
     """A layout and its microbatch, in a line."""
     parts = []
     for choice in (*candidate.choices[1:], candidate.choices[0]):
-        tp, _, dp, pp = choice.parallelism.shape
+        tp, cp, dp, pp = choice.parallelism.shape
+        context = f" x CP {cp}" if cp > 1 else ""
         again = f" recomputing {choice.sizes.recomputed}" if choice.sizes.recomputed else ""
-        parts.append(f"{choice.name} TP {tp} x PP {pp} x DP {dp}{again}")
+        parts.append(f"{choice.name} TP {tp}{context} x PP {pp} x DP {dp}{again}")
     return f"{', '.join(parts)}, with a microbatch of {candidate.samples}"

@@ -29,6 +29,8 @@ ASSUMPTIONS = (
     "tokens to come and go; nothing overlaps",
     'assign_images deals images out, which vary by images_per_sample_deviation; "in slices" is the '
     "step without it",
+    "context-parallel ranks pass the keys and values of each layer around forward, and twice as "
+    "much backward; each has an equal part of the attention",
     "embedding and output layer come on top of the first and the last stage",
 )
 """What an estimate rests on, for a user to read."""
@@ -74,7 +76,7 @@ def forward_flops(
 def _attention_flops(sizes: ModuleSizes) -> float:
     """Operations of a layer's attention for a token."""
     is_halved = sizes.is_language and sizes.has_flash_attention
-    return 4 * sizes.sequence * sizes.query_size / (2 if is_halved else 1)
+    return 4 * sizes.attended * sizes.query_size / (2 if is_halved else 1)
 
 
 def estimated_costs(
@@ -100,7 +102,8 @@ def estimated_costs(
     """
     stages = stage_layers(sizes, parallelism)
     shards = shards_of(parallelism)
-    return _estimated(sizes, stages, shards, language_hidden_size, accelerator, cluster)
+    cp = parallelism.context_parallel_size
+    return _estimated(sizes, stages, shards, cp, language_hidden_size, accelerator, cluster)
 
 
 @cache
@@ -108,6 +111,7 @@ def _estimated(
     sizes: ModuleSizes,
     stages: tuple[range, ...],
     shards: Shards,
+    cp: int,
     language_hidden_size: int,
     accelerator: Accelerator,
     cluster: Cluster,
@@ -122,8 +126,9 @@ def _estimated(
     message = hidden
     if sizes.sequence_parallel:
         message /= tp
-    waiting = tensor_parallel_seconds(sizes, tp, cluster)
-    efficiency = 3 * forward / tp / (3 * forward / tp + waiting) if forward else 1.0
+    computing, waiting = 3 * forward / tp, tensor_parallel_seconds(sizes, tp, cluster)
+    efficiency = computing / (computing + waiting) if forward else 1.0
+    alone, passing = (computing + waiting) / cp, context_parallel_seconds(sizes, tp, cp, cluster)
     exchanged = _exchange(sizes, shards, cluster) * efficiency
     output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
     recomputed = _recomputed(sizes) / accelerator.flops_per_second
@@ -135,6 +140,7 @@ def _estimated(
         gradient_bytes=parameters * (4 if sizes.grad_reduce_in_fp32 else width),
         optimizer_seconds=parameters * OPTIMIZER_TRAFFIC / accelerator.memory_bytes_per_second,
         tensor_parallel_efficiency=efficiency,
+        context_parallel_efficiency=alone / (alone + passing) if forward else 1.0,
         frozen=sizes.frozen,
         recompute=sizes.recompute_granularity == "full",
         images_per_sample=0.0 if sizes.is_language else sizes.images_per_sample,
@@ -148,6 +154,19 @@ def tensor_parallel_seconds(sizes: ModuleSizes, tp: int, cluster: Cluster) -> fl
     """Seconds in which tensor-parallel ranks sum hidden states for a sample, forward and back."""
     hidden = sizes.tokens(1) * sizes.hidden_size * sizes.bytes_per_number
     return 4 * sizes.num_layers * cluster.reduction_seconds(range(tp), hidden)
+
+
+def context_parallel_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> float:
+    """Seconds in which ranks pass keys and values around for a sample, forward and back.
+
+    In a ring each sends its part, and then what it received, to the next (Liu et al. 2023, arXiv
+    2310.01889); backward the gradients of keys and values go along. Gathering sends as much.
+    """
+    if cp == 1:
+        return 0.0
+    part = sizes.tokens(1) / cp * 2 * sizes.key_size / tp * sizes.bytes_per_number
+    message = cluster.message_seconds((0, tp * cp - 1), part)
+    return 3 * sizes.num_layers * (cp - 1) * message
 
 
 def scaled(

@@ -81,7 +81,8 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
         )
         every = products(module, sizes[LANGUAGE].hidden_size)
         took = sum(times * product(*widths) for widths, times in every.items())
-        took += module.num_layers * seconds(lambda: attend(heads, heads, heads))
+        attending = module.num_layers * seconds(lambda: attend(heads, heads, heads))
+        took += attending * module.attended / module.sequence
         return took * module.tokens(1) / module.sequence
 
     tables = []

@@ -25,7 +25,8 @@ ASSUMPTIONS = (
     "numbers of tokens",
     "1F1B: a stage holds its warm-up microbatches and one more; colocated modules hold one; "
     "encoders on ranks of a pipeline hold those of the step, or encoder_microbatches of them",
-    "working memory: the gradients of one layer's MLP, one recomputed layer, the logits once more",
+    "working memory: the gradients of one layer's MLP, one recomputed layer, the logits once more; "
+    "with CP, the embeddings of whole sequences",
     "not in it: CUDA context, NCCL's buffers, fragmentation, workspaces, what the optimizer's step "
     "needs for a moment",
 )
@@ -145,13 +146,16 @@ def stage_memory(
     samples = micro_batch_size / parallelism.data_parallel_size
     states = model_states(own, parallelism, stage, sizes[LANGUAGE].hidden_size)
     kept = stage_activations(own, parallelism, stage, samples)
+    working = kept.working
+    if parallelism.context_parallel_size > 1 and stage == 0:  # whole, before ranks cut their parts
+        working = max(working, hidden_bytes(own, samples))
     needs_backward = not own.frozen or name == LANGUAGE or stage > 0
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
         activations=in_flight * kept.saved if needs_backward else 0.0,
-        working=kept.working,
+        working=working,
         messages=message_bytes(name, sizes, parallelism, stage, samples, in_flight, waiting),
         microbatches=in_flight,
     )
@@ -179,13 +183,18 @@ def message_bytes(
         encoders = (encoder for other, encoder in sizes.items() if other != LANGUAGE)
         received = sum(encoder_output(each, language, samples) for each in encoders)
     if stage < last:
-        hidden = own.tokens(samples, at_most=True) * own.hidden_size * own.bytes_per_number
-        sent = hidden / (parallelism.tensor_model_parallel_size if own.sequence_parallel else 1)
+        shards = parallelism.tensor_model_parallel_size if own.sequence_parallel else 1
+        sent = hidden_bytes(own, samples) / shards / parallelism.context_parallel_size
     elif name != LANGUAGE and waiting is None:
         sent = encoder_output(own, language, samples)
     if own.deallocate_pipeline_outputs:
         sent = 0.0
     return (waiting or in_flight) * received + in_flight * sent
+
+
+def hidden_bytes(sizes: ModuleSizes, samples: float) -> float:
+    """Bytes of the hidden states of so many samples, at most."""
+    return sizes.tokens(samples, at_most=True) * sizes.hidden_size * sizes.bytes_per_number
 
 
 def encoder_output(encoder: ModuleSizes, language: ModuleSizes, samples: float) -> float:

@@ -53,7 +53,7 @@ def model_states(
     Example:
         >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
         >>> model_states(sizes, ModuleParallelism(data_parallel_size=2), 0, 64)
-        ModelStates(weights=465920, gradients=465920, optimizer=465920)
+        ModelStates(weights=465920, gradients=465920, optimizer=931840)
     """
     parameters = stage_parameters(sizes, parallelism, stage, language_hidden_size)
     width = sizes.bytes_per_number

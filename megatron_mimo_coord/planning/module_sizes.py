@@ -50,6 +50,8 @@ class ModuleSizes:
         vocab_size: words of a language model, with padding; tensor parallelism must divide it.
             None for an encoder.
         seq_length: tokens of a sample, of a language model. None for an encoder.
+        packed_lengths: tokens of the samples that are packed into one row of ``seq_length``, whose
+            tokens attend within their own; a row then counts as a sample. None for no packing.
         share_embeddings_and_output_weights, position_embedding_type: as in ``GPTModel``.
         use_distributed_optimizer, grad_reduce_in_fp32, overlap_grad_reduce, bucket_size,
             pad_buckets_for_high_nccl_busbw: as in ``DistributedDataParallelConfig``.
@@ -123,6 +125,9 @@ class ModuleSizes:
     params_dtype: str = one_of(*BYTES, default="fp32")
     vocab_size: int | None = count(None)
     seq_length: int | None = count(None)
+    packed_lengths: Sequence[int] | None = list_of(
+        is_count, "a list of numbers of tokens", "write such a list", None, converter=_hashable
+    )
     share_embeddings_and_output_weights: bool = flag()
     position_embedding_type: str = one_of(
         "learned_absolute", "rope", "mrope", "yarn", "none", default="learned_absolute"
@@ -189,6 +194,20 @@ class ModuleSizes:
     def sequence(self) -> int:
         """Tokens that attend to each other."""
         return (self.seq_length if self.is_language else self.tokens_per_image) or 1
+
+    @property
+    def attended(self) -> float:
+        """Tokens that a token attends to on average, later ones included.
+
+        Example:
+            >>> ModuleSizes(
+            ...     num_layers=1, hidden_size=2, num_attention_heads=1, seq_length=8, vocab_size=8,
+            ...     packed_lengths=[6, 2],
+            ... ).attended
+            5.0
+        """
+        lengths = self.packed_lengths
+        return sum(n * n for n in lengths) / self.sequence if lengths else self.sequence
 
     @property
     def output_tokens(self) -> int:

@@ -12,6 +12,13 @@ from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.search import Proposal
 
 GB = 1e9
+SIZES = {
+    "TP": "tensor_model",
+    "CP": "context",
+    "PP": "pipeline_model",
+    "DP": "data",
+    "EP": "expert_model",
+}
 
 
 def headline(request: Request, count: int, is_given: bool) -> str:
@@ -26,24 +33,28 @@ def headline(request: Request, count: int, is_given: bool) -> str:
 def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     """A row for each layout, below a row of titles; idle are ranks that compute nothing."""
     names = list(proposals[0].modules)
-    has_experts = any(
-        module.expert_model_parallel_size > 1
-        for proposal in proposals
-        for module in proposal.modules.values()
-    )
-    sizes = "TP PP DP EP" if has_experts else "TP PP DP"
+    every = [module for each in proposals for module in each.modules.values()]
+    sizes = {
+        title: f"{name}_parallel_size"
+        for title, name in SIZES.items()
+        if title in "TP PP DP" or any(getattr(each, f"{name}_parallel_size") > 1 for each in every)
+    }
     is_uneven = any(each.seconds_in_slices != each.timeline.seconds for each in proposals)
-    titles = ["", *(f"{name}\n{sizes}" for name in names), "micro\nbatch", "step\nseconds"]
+    titles = [
+        "",
+        *(f"{name}\n{' '.join(sizes)}" for name in names),
+        "micro\nbatch",
+        "step\nseconds",
+    ]
     titles += ["in\nslices"] if is_uneven else []
     titles += ["samples\n/s", "per\nGPU", "GPUs", "ranks", "empty"]
     titles += [*(f"{name}\nidle" for name in names), "free\nGB"]
     table = [titles]
     for index, each in enumerate(proposals, 1):
-        shapes = []
-        for module in each.modules.values():
-            tp, _, dp, pp = module.shape
-            shape = [tp, pp, dp, *([module.expert_model_parallel_size] if has_experts else [])]
-            shapes.append(" ".join(f"{number:>2}" for number in shape))
+        shapes = [
+            " ".join(f"{getattr(module, size):>2}" for size in sizes.values())
+            for module in each.modules.values()
+        ]
         table.append(
             [
                 *(str(index), *shapes, str(each.micro_batch_size), f"{each.timeline.seconds:.4g}"),

@@ -264,8 +264,9 @@ class _Step:
         for name in reversed(ranks.modules) if self.encoders_first else ranks.modules:
             seconds = self.durations.reduction(name, self._own(name, ranks))
             if self.encoders_first and name == LANGUAGE:
-                behind = sum(self.durations.backward(each, 0) for each in ranks.modules[:-1])
-                seconds = max(0.0, seconds - self.num_microbatches * behind)
+                number, encoders = self.num_microbatches, ranks.modules[:-1]
+                behind = sum(self.durations.backward(each, 0, number) for each in encoders)
+                seconds = max(0.0, seconds - number * behind)
             yield Action(REDUCE, name, seconds)
 
     def _actions(self, ranks: StageRanks) -> dict[str, list[Action]]:

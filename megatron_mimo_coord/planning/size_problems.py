@@ -27,6 +27,12 @@ def _of_module(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
         ):
             if getattr(sizes, field) is None:
                 yield Problem(f"{name} has no {field}; write how many {what}", (name, field))
+        if sizes.packed_lengths and sum(sizes.packed_lengths) > sizes.sequence:
+            yield Problem(
+                f"{name} packs {sum(sizes.packed_lengths)} tokens into rows of seq_length "
+                f"{sizes.sequence}; leave out some of packed_lengths, or raise seq_length",
+                (name, "packed_lengths"),
+            )
     else:
         yield from _of_encoder(name, sizes)
     if sizes.num_attention_heads % sizes.num_query_groups:
@@ -106,6 +112,16 @@ def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> 
     has_mlp = not all(map(sizes.has_experts, range(sizes.num_layers)))
     has_experts = sizes.num_moe_experts is not None
     tokens = "seq_length" if sizes.is_language else "tokens_per_image"
+    cp, shards = parallelism.context_parallel_size, parallelism.tensor_model_parallel_size
+    if cp > 1 and sizes.is_language:
+        parts = 2 * cp * (shards if sizes.sequence_parallel else 1)
+        what = f"2 x CP{' x TP' if sizes.sequence_parallel else ''} = {parts}"
+        if sizes.sequence % parts:
+            message = f"{name} has seq_length {sizes.sequence}, which {what} does not divide"
+            yield Problem(message, (name, "context_parallel_size"))
+        if any(length % (2 * cp) for length in sizes.packed_lengths or ()):
+            message = f"{name} has packed_lengths that 2 x CP = {2 * cp} does not divide"
+            yield Problem(message, (name, "context_parallel_size"))
     shared = sizes.moe_shared_expert_intermediate_size
     for what, number, field in (
         ("num_attention_heads", sizes.num_attention_heads, tp),

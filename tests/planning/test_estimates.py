@@ -110,6 +110,35 @@ def test_tensor_parallel_ranks_wait_for_four_sums_a_layer():
     assert both == pytest.approx(step)
 
 
+def test_context_parallel_ranks_pass_keys_and_values_around():
+    grouped = {"num_query_groups": 2}
+    found = costs(WORDS, parallel(tp=2, context_parallel_size=4), **grouped)
+    part = 32 / 4 * 2 * 2 * 16 / 2 * 2  # tokens x keys and values x groups x width / TP x bytes
+    passing = 2 * 3 * 3 * (1e-3 + part / 1e9)  # layers x others x forward and twice back
+    whole = costs(WORDS, parallel(tp=2), **grouped)
+
+    def both(costs, layout):
+        forward = costs.forward_seconds(layout, 0, 1)
+        return forward + costs.backward_seconds(layout, 0, 1, receives=True)
+
+    alone = both(whole, parallel(tp=2))
+    assert both(found, parallel(tp=2, context_parallel_size=4)) == pytest.approx(
+        alone / 4 + passing
+    )
+    assert found.activation_bytes_per_sample == whole.activation_bytes_per_sample
+
+
+def test_packed_samples_attend_within_themselves():
+    flops = {
+        lengths: forward_flops(evolve(WORDS, packed_lengths=lengths), 64)
+        for lengths in (None, (32,), (16, 16), (20, 8))
+    }
+    of_a_pair = 2 * 4 * 64  # layers x operations x width
+    assert flops[None] == flops[32,]
+    assert flops[None] - flops[16, 16] == of_a_pair * (32**2 - 2 * 16**2)
+    assert flops[None] - flops[20, 8] == of_a_pair * (32**2 - 20**2 - 8**2)
+
+
 def test_tokens_go_to_their_experts_and_back():
     experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_layer_freq": [0, 1]}
     alone = costs(WORDS, parallel(dp=2), **experts)

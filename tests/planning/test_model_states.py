@@ -116,7 +116,9 @@ def test_states_are_what_megatron_allocates(case):
         states = model_states(sizes[name], modules[name], stage, 64)
         assert states.weights == weights
         assert states.gradients == gradients
-        assert optimizer <= states.optimizer <= 1.03 * optimizer, "padding of a small buffer"
+        assert 0.999 * optimizer <= states.optimizer <= 1.03 * optimizer, (
+            "padding of a small buffer"
+        )
 
 
 parameters = st.builds(Parameter, st.integers(1, 500), is_shared=st.booleans())

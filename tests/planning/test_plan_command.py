@@ -617,6 +617,48 @@ def test_a_last_node_may_be_rented_in_part(ask):
     assert {4, 6} <= set(allocated.values())
 
 
+def test_long_sequences_are_shared_by_context_parallel_ranks(ask):
+    long = MODEL.replace("seq_length = 128", "seq_length = 32768")
+    options = ("--gpus", "8", "--gpus-per-node", "4", "--global-batch-size", "2")
+    shown = ask(long, *options)[1]
+    assert "TP CP PP DP" in shown and "TP CP" not in ask(MODEL, *ASKED)[1]
+    found = json.loads(ask(long, *options, "--json")[1])["proposals"]
+    sizes = {each["modules"]["language"]["context_parallel_size"] for each in found}
+    assert 1 < max(sizes) <= 8 and all(each["gpus"] <= 8 for each in found)
+    assert {each["modules"]["vision"]["context_parallel_size"] for each in found} == {1}
+    layout = "micro_batch_size = 1\n[vision]\n[language]\ncontext_parallel_size = {}\n"
+    held = []
+    for cp in (1, 4):
+        asked = ("--layout", "layout.toml", "--json", *options)
+        (each,) = json.loads(ask(long, *asked, layout=layout.format(cp))[1])["proposals"]
+        held.append(each["modules"]["language"]["stages"][0])
+    assert held[0]["activations"] == pytest.approx(4 * held[1]["activations"])
+    assert held[0]["weights"] == pytest.approx(held[1]["weights"], rel=1e-3)
+    assert held[0]["optimizer"] == pytest.approx(4 * held[1]["optimizer"], rel=1e-3)
+    assert held[0]["messages"] == held[1]["messages"], "all get an image's tokens"
+    code, _, complaints = ask(long, *options, "--layout", "layout.toml", layout=layout.format(3))
+    assert code == 2
+    assert (
+        "layout.toml:4 [language] context_parallel_size: language has seq_length 32768"
+        in complaints
+    )
+
+
+def test_packed_lengths_shorten_the_attention(ask):
+    layout = "global_batch_size = 2\nmicro_batch_size = 2\n[vision]\n[language]\n"
+    long = MODEL.replace("seq_length = 128", "seq_length = 32768")
+    packed = long + f"packed_lengths = {[1024] * 32}\n"
+    times = []
+    for model in (long, packed):
+        shown = ask(model, "--layout", "layout.toml", "--json", layout=layout)[1]
+        times.append(json.loads(shown)["proposals"][0]["step_seconds"])
+    attention = 3 * 4 * 2 * (32768 - 1024) * 512 * 32768 / 400e12  # halved, as it is causal
+    assert times[0] - times[1] == pytest.approx(2 * attention, rel=1e-3)
+    code, _, complaints = ask(packed.replace("[1024,", "[1025,"), *ASKED)
+    assert code == 2
+    assert "language packs 32769 tokens into rows of seq_length 32768" in complaints
+
+
 def test_what_encoders_do_not_share_is_an_assumption(ask):
     audio = MODEL[MODEL.index("[vision]") : MODEL.index("[language]")].replace("vision", "audio")
     line = "encoders share ranks with each other only where"

@@ -98,7 +98,7 @@ def requests(draw: st.DrawFn) -> Request:
 Found = tuple[dict[str, ModuleParallelism], int, int | None]
 
 
-def every_layout(request: Request) -> Iterator[Found]:
+def every_layout(request: Request, contexts: tuple[int, ...] = (1,)) -> Iterator[Found]:
     """Every layout that runs and fits, with microbatch and encoder_microbatches, by brute force."""
     gpus, batch = request.gpus, request.global_batch_size
     numbers = range(1, gpus + 1)
@@ -107,7 +107,8 @@ def every_layout(request: Request) -> Iterator[Found]:
         for tp, pp, dp in product(numbers, repeat=3)
         if tp * pp * dp <= gpus and request.gpus_per_node % tp == 0
     ]
-    for chosen in product(every, repeat=len(request.sizes)):
+    in_parts = [evolve(each, context_parallel_size=cp) for each in every for cp in contexts]
+    for chosen in product(*[every] * (len(request.sizes) - 1), in_parts):
         modules = dict(zip(request.sizes, chosen, strict=True))
         ranks = [module.size for module in chosen]
         if sum(ranks) > gpus and max(ranks) != ranks[-1]:
@@ -185,6 +186,30 @@ def test_the_best_is_the_best_of_all_layouts(request):
         if found:
             least = min(each[index] for each in ranked)
             assert least <= found[0][index] * (1 + 1e-9) <= 1.05 * least, "a formula chose them"
+
+
+def test_context_parallelism_is_searched(monkeypatch):
+    """With one sample there are no replicas; the ranks share its sequence, as far as it pays."""
+    monkeypatch.setattr("megatron_mimo_coord.planning.choices.LEAST_TOKENS", 4)
+    known = ModuleCosts(
+        forward_seconds_per_sample=1, backward_seconds_per_sample=2, gradient_bytes=3,
+        context_parallel_efficiency=0.9, tensor_parallel_efficiency=0.7, output_bytes_per_sample=1,
+    )  # fmt: skip
+    request = Request(
+        sizes={"vision": VISION, LANGUAGE: WORDS},
+        gpus=6,
+        gpus_per_node=2,
+        global_batch_size=1,
+        memory_bytes=1e9,
+        costs=lambda *_: known,
+        cluster=Cluster(ranks_per_node=2, network_bytes_per_second=50),
+    )
+    every = list(every_layout(request, contexts=(1, 2, 4)))
+    least = min(seconds(request, layout, *how) for layout, *how in every)
+    best, *_ = propose(request, 1)
+    assert best.timeline.seconds == pytest.approx(least)
+    assert best.modules[LANGUAGE].context_parallel_size > 1
+    assert {each[0][LANGUAGE].context_parallel_size for each in every} == {1, 2, 4}
 
 
 def batch(proposal):
