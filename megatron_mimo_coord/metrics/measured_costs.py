@@ -37,11 +37,12 @@ def measured_costs(
     *,
     micro_batch_size: int,
     num_microbatches: int,
+    sequence_length: int,
 ) -> dict[str, ModuleCosts]:
     """What each module costs, as if the whole of it ran on one rank.
 
-    Seconds are medians over microbatches. Tensor-parallel ranks count as if they shared the work
-    without loss; at which TP that was is told.
+    Seconds are medians over microbatches. Tensor- and context-parallel ranks count as if they
+    shared the work without loss; with how many, and of which samples that was, is told.
 
     Args:
         steps: the spans of every rank in each step.
@@ -49,6 +50,7 @@ def measured_costs(
         grids: where each module lies.
         micro_batch_size: samples in a microbatch over all ranks.
         num_microbatches: microbatches in a step.
+        sequence_length: tokens of a sample.
     """
     samples = micro_batch_size * num_microbatches
     costs = {}
@@ -60,7 +62,8 @@ def measured_costs(
         gradients += sum(each.expert_gradients[name] for _, each in here)
         sent: dict[bool, float] = defaultdict(float)
         for rank, each in firsts:
-            sent[grid.is_on_last_stage(rank)] += each.sent_forward.get(name, 0.0)
+            forwards = _forwards(steps, rank, name) / num_microbatches  # those again run twice
+            sent[grid.is_on_last_stage(rank)] += each.sent_forward.get(name, 0.0) / forwards
         stages = grid.dim("pp")
         is_frozen = not gradients
         sharded = any(name in each.shards_optimizer for _, each in here)
@@ -74,6 +77,9 @@ def measured_costs(
             gradient_bytes=gradients,
             optimizer_seconds=_optimizer_seconds(steps, grid, sharded),
             measured_tensor_parallel_size=grid.dim("tp"),
+            measured_context_parallel_size=grid.dim("cp"),
+            measured_seq_length=sequence_length if name == LANGUAGE else None,
+            measured_samples=micro_batch_size / grid.data_parallel_size,
             frozen=is_frozen,
             imbalance=data_parallel_imbalance(steps, grid),
         )
@@ -95,6 +101,14 @@ def to_toml(costs: Mapping[str, ModuleCosts]) -> str:
         <BLANKLINE>
     """
     return "\n".join(table_text(name, module) for name, module in costs.items())
+
+
+def _forwards(steps: Sequence[Step], rank: int, name: str) -> float:
+    """How often a rank runs a module forward in a step; once, if it was not seen."""
+    seen = sum(
+        span.kind == FORWARD and span.module == name for step in steps for span in step[rank]
+    )
+    return max(1, seen / len(steps))
 
 
 def _is_first_replica(grid: ModuleGrid, rank: int) -> bool:

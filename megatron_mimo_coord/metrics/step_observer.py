@@ -12,6 +12,7 @@ from attrs import asdict, astuple
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
 from megatron_mimo_coord.gradients import profiler_ranges
 from megatron_mimo_coord.gradients.finalize import WHOLE_FINALIZE
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.mimo_model import input_ids_of
@@ -150,6 +151,8 @@ class StepObserver:
         """Around a module's forward; its backward begins when its output has a gradient."""
 
         def watch(output: Any) -> None:
+            if self._recorder and LANGUAGE in self._ddps and name != LANGUAGE:
+                self._sent[name] += _nbytes(output)  # past the schedule's communicator
             if torch.is_tensor(output) and output.requires_grad:
                 output.register_hook(lambda grad: self._compute(BACKWARD, name))
 

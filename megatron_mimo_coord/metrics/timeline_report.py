@@ -53,6 +53,7 @@ class TimelineReport:
             self.grids,
             micro_batch_size=micro_batch_size,
             num_microbatches=num_microbatches,
+            sequence_length=sequence_length,
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_name("costs.toml").write_text(to_toml(costs))

@@ -44,8 +44,13 @@ class ModuleCosts:
         optimizer_seconds: the optimizer's update of the whole module on one rank, in seconds.
         tensor_parallel_efficiency: speed-up by TP ranks divided by TP, above 0 and at most 1.
         context_parallel_efficiency: the same for CP.
-        measured_tensor_parallel_size: TP at which seconds were measured, times which they are here:
-            ``mimo-plan`` takes the sums over so many ranks out of them, and adds a layout's own.
+        measured_tensor_parallel_size, measured_context_parallel_size: TP and CP at which seconds
+            were measured, times which they are here: ``mimo-plan`` takes what so many ranks wait
+            for out of them, and adds a layout's own.
+        measured_seq_length: tokens of the samples that were measured, of a language model:
+            ``mimo-plan`` scales seconds and bytes to the model's; None for as many as that has.
+        measured_samples: samples of a microbatch on a rank that were measured: with others
+            ``mimo-plan`` says that it extrapolates; None if nobody knows.
         frozen: no weight learns: no gradients of weights, no reduction, no optimizer. Gradients of
             activations still flow wherever something before the stage asks for them: see
             :meth:`backward_seconds`.
@@ -80,6 +85,9 @@ class ModuleCosts:
     tensor_parallel_efficiency: float = positive(1.0, _SPEED_UP, most=1)
     context_parallel_efficiency: float = positive(1.0, _SPEED_UP, most=1)
     measured_tensor_parallel_size: int = count(1, "give a number of ranks")
+    measured_context_parallel_size: int = count(1, "give a number of ranks")
+    measured_seq_length: int | None = count(None, "give a number of tokens")
+    measured_samples: float | None = positive(None, _MEASURED)
     frozen: bool = flag()
     activation_gradient_share: float = number(0.5, "give a part of the whole", most=1)
     recompute: bool = flag()

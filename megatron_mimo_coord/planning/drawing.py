@@ -1,11 +1,13 @@
 """Pictures of a layout: which ranks hold which module, pipeline stage and replica."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, span
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, overlap, span
 from megatron_mimo_coord.layout.description import bridge
+from megatron_mimo_coord.planning.sharing import sharing
 from megatron_mimo_coord.planning.svg import boxes, module_colors, picture, text
 
 SHOWN = 6  # stages or replicas of a module; of more, those in the middle are left out
@@ -14,13 +16,13 @@ GAP = "…"
 
 @frozen
 class Block:
-    """The ranks of a module as a table.
+    """The ranks of a module as a table; those of the language model with the encoders on them.
 
     Args:
-        name: the module.
+        name: the module, and those on its ranks.
         stages: title of each column.
         replicas: title of each row.
-        cells: ranks of each stage in each replica, by row.
+        cells: of each stage in each replica, by row: its ranks, and a line for each encoder there.
     """
 
     name: str
@@ -29,26 +31,45 @@ class Block:
     cells: list[list[str]]
 
     @classmethod
-    def of(cls, grid: ModuleGrid) -> "Block":
+    def of(cls, grid: ModuleGrid, guests: Sequence[ModuleGrid] = ()) -> "Block":
         """The block of a grid whose dims are in the order of ``DIM_NAMES``.
 
         Example:
             >>> from megatron_mimo_coord.layout import DIM_NAMES
-            >>> Block.of(ModuleGrid("language", (2, 1, 2, 2), DIM_NAMES, rank_offset=4)).cells
-            [['4-5', '8-9'], ['6-7', '10-11']]
+            >>> language = ModuleGrid("language", (2, 1, 2, 2), DIM_NAMES)
+            >>> Block.of(language, [ModuleGrid("vision", (1, 1, 4, 1), DIM_NAMES)]).cells
+            [['0-1\\nvision dp 0-1', '4-5'], ['2-3\\nvision dp 2-3', '6-7']]
         """
         stages, replicas = _shown(grid.dim("pp")), _shown(grid.data_parallel_size)
         return cls(
-            name=grid.name,
+            name=", ".join(each.name for each in (grid, *guests)),
             stages=[GAP if stage is None else f"stage {stage}" for stage in stages],
             replicas=[GAP if replica is None else f"dp {replica}" for replica in replicas],
-            cells=[[_ranks(grid, stage, replica) for stage in stages] for replica in replicas],
+            cells=[
+                [_cell(grid, guests, stage, replica) for stage in stages] for replica in replicas
+            ],
         )
+
+    @classmethod
+    def of_layout(cls, grids: Mapping[str, ModuleGrid]) -> "list[Block]":
+        """A block for each module, encoders before the language model; one for all on its ranks."""
+        shared = sharing(grids)
+        apart = [cls.of(grid) for name, grid in grids.items() if name not in (LANGUAGE, *shared)]
+        return [*apart, cls.of(grids[LANGUAGE], [grids[name] for name in shared])]
+
+    @property
+    def height(self) -> int:
+        """Lines of a cell."""
+        return max(cell.count("\n") + 1 for row in self.cells for cell in row)
 
     @property
     def rows(self) -> list[list[str]]:
-        """A row for each replica, its title first."""
-        return [[title, *cells] for title, cells in zip(self.replicas, self.cells, strict=True)]
+        """The lines of each replica, its title first."""
+        return [
+            list(line)
+            for title, cells in zip(self.replicas, self.cells, strict=True)
+            for line in zip_longest([title], *(cell.split("\n") for cell in cells), fillvalue="")
+        ]
 
 
 def _shown(count: int) -> list[int | None]:
@@ -59,11 +80,19 @@ def _shown(count: int) -> list[int | None]:
     return [*range(half), None, *range(count - half + 1, count)]
 
 
-def _ranks(grid: ModuleGrid, stage: int | None, replica: int | None) -> str:
+def _cell(
+    grid: ModuleGrid, guests: Sequence[ModuleGrid], stage: int | None, replica: int | None
+) -> str:
     if stage is None or replica is None:
         return GAP
     first = grid.rank_at(pp=stage, dp=replica)
-    return span(range(first, first + grid.dim("tp") * grid.dim("cp")))
+    ranks = range(first, first + grid.dim("tp") * grid.dim("cp"))
+    lines = [span(ranks)]
+    for guest in guests:
+        if here := overlap(guest.ranks, ranks):
+            replicas = range(guest.coordinate(here[0], "dp"), guest.coordinate(here[-1], "dp") + 1)
+            lines.append(f"{guest.name} dp {span(replicas)}")
+    return "\n".join(lines)
 
 
 CELL, LINE, LABELS, LETTER, SPACE = 104, 26, 56, 8, 24  # pixels
@@ -71,34 +100,34 @@ CELL, LINE, LABELS, LETTER, SPACE = 104, 26, 56, 8, 24  # pixels
 
 def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
     """A layout as an SVG document: encoders on the left, the language model on the right."""
-    together = ", same ranks" if is_colocated(grids.values()) else ""
-    names = sorted(grids, key=lambda name: name == LANGUAGE)
-    titles = {
-        name: name if name == LANGUAGE else f"{name}: {bridge(grids[name], grids[LANGUAGE])} \u2192"
-        for name in names
+    bridges = {
+        name: f"{name}: {bridge(grid, grids[LANGUAGE])} \u2192"
+        for name, grid in grids.items()
+        if name != LANGUAGE
     }
-    blocks = {name: Block.of(grids[name]) for name in names}
-    widths = {
-        name: SPACE + max(LABELS + CELL * len(block.stages), LETTER * len(titles[name] + together))
-        for name, block in blocks.items()
-    }
-    height = LINE * (2 + max(len(block.replicas) for block in blocks.values()))
     parts, colors, left = [], module_colors(grids), SPACE
-    for name, block in blocks.items():
-        parts.append(text(titles[name] + together, left, LINE / 2, "start", colors[name][1]))
-        parts += _drawn(block, left, colors[name][0])
-        left += widths[name]
-    return picture(f"Ranks of {', '.join(grids)}", 0, sum(widths.values()), height, parts)
+    blocks = Block.of_layout(grids)
+    for block in blocks:
+        names = block.name.split(", ")
+        title = ", ".join(bridges.get(name, name) for name in reversed(names))
+        parts.append(text(title, left, LINE / 2, "start", colors[names[0]][1]))
+        parts += _drawn(block, left, colors[names[0]][0])
+        left += SPACE + max(LABELS + CELL * len(block.stages), LETTER * len(title))
+    height = LINE * (2 + max(block.height * len(block.replicas) for block in blocks))
+    return picture(f"Ranks of {', '.join(grids)}", 0, left - SPACE, height, parts)
 
 
 def _drawn(block: Block, left: int, fill: str) -> Iterator[str]:
-    """A line of stages, then a line for each replica."""
+    """A line of stages, then a box for each replica and stage."""
+    height = LINE * block.height
     for column, stage in enumerate(block.stages):
         yield text(stage, left + LABELS + CELL * (column + 0.5), LINE * 1.5)
-    for row, (replica, cells) in enumerate(zip(block.replicas, block.cells, strict=True), 2):
-        yield text(replica, left, LINE * (row + 0.5), "start")
-        for column, ranks in enumerate(cells):
-            x = left + LABELS + CELL * column
-            if ranks != GAP:
-                yield boxes([(x + 2, CELL - 4)], LINE * row + 2, LINE - 4, fill)
-            yield text(ranks, x + CELL / 2, LINE * (row + 0.5))
+    for row, (replica, cells) in enumerate(zip(block.replicas, block.cells, strict=True)):
+        top = 2 * LINE + height * row
+        yield text(replica, left, top + height / 2, "start")
+        for column, cell in enumerate(cells):
+            x, lines = left + LABELS + CELL * column, cell.split("\n")
+            if cell != GAP:
+                yield boxes([(x + 2, CELL - 4)], top + 2, height - 4, fill)
+            for number, line in enumerate(lines, 1):
+                yield text(line, x + CELL / 2, top + height * (number - 0.5) / len(lines))

@@ -172,10 +172,11 @@ def context_parallel_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Clus
 def scaled(
     measured: ModuleCosts, sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Cluster
 ) -> ModuleCosts:
-    """Costs that were measured, for a layout with another TP.
+    """Costs that were measured, for a layout with another TP or CP, or a model of longer sequences.
 
-    What ranks computed is what was measured without the sums over its tensor-parallel ranks; those
-    of the layout come on top. At the TP of the measurement nothing changes.
+    What ranks computed is what was measured without what they waited for each other, and grows as
+    the operations do; what they wait for in the layout comes on top. Nothing changes where all is
+    as it was measured.
 
     Example:
         >>> sizes = ModuleSizes(num_layers=1, hidden_size=2, num_attention_heads=1, vocab_size=2)
@@ -190,17 +191,31 @@ def scaled(
         (2.25, 3.75)
     """
     seconds = measured.forward_seconds_per_sample + measured.backward_seconds_per_sample
-    before, tp = measured.measured_tensor_parallel_size, parallelism.tensor_model_parallel_size
-    if before == tp or not seconds:
+    before = measured.measured_tensor_parallel_size, measured.measured_context_parallel_size
+    shards = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
+    length = measured.measured_seq_length if sizes.is_language else None
+    then = sizes
+    if length not in (None, sizes.seq_length):
+        then = evolve(sizes, seq_length=length, packed_lengths=None)
+    if (before, then) == (shards, sizes) or not seconds:
         return measured
-    waited = before * tensor_parallel_seconds(sizes, before, cluster)
-    computed = max(seconds - waited, LEAST_COMPUTED * seconds)
-    factor = (computed + tp * tensor_parallel_seconds(sizes, tp, cluster)) / seconds
+    computed = max(seconds - waiting_seconds(then, *before, cluster), LEAST_COMPUTED * seconds)
+    computed *= forward_flops(sizes, sizes.hidden_size) / forward_flops(then, sizes.hidden_size)
+    factor = (computed + waiting_seconds(sizes, *shards, cluster)) / seconds
     return evolve(
         measured,
         forward_seconds_per_sample=factor * measured.forward_seconds_per_sample,
         backward_seconds_per_sample=factor * measured.backward_seconds_per_sample,
+        activation_bytes_per_sample=(
+            measured.activation_bytes_per_sample * sizes.sequence / then.sequence
+        ),
     )
+
+
+def waiting_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> float:
+    """Seconds that ranks of a layer wait for each other for a sample, added up over them."""
+    passing = context_parallel_seconds(sizes, tp, cp, cluster)
+    return tp * (tensor_parallel_seconds(sizes, tp, cluster) + cp * passing)
 
 
 def _exchange(sizes: ModuleSizes, shards: Shards, cluster: Cluster) -> float:

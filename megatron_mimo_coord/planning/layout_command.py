@@ -196,6 +196,6 @@ def stage_ranks(grid: ModuleGrid) -> list[list[int]]:
 
 def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
     """Numbers and a picture in the terminal."""
-    blocks = map(Block.of, grids.values())
+    blocks = Block.of_layout(grids)
     ranks = [table([["", *block.stages], *block.rows], block.name) for block in blocks]
     print_parts([headline(summary)], table(module_rows(summary)), beside(ranks))

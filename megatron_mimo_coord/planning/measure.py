@@ -88,7 +88,11 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
     tables = []
     for name, module in sizes.items():
         took = forward(module)
-        costs = ModuleCosts(forward_seconds_per_sample=took, backward_seconds_per_sample=2 * took)
+        costs = ModuleCosts(
+            forward_seconds_per_sample=took,
+            backward_seconds_per_sample=2 * took,
+            measured_seq_length=module.seq_length,
+        )
         tables.append(table_text(name, costs))
     if ranks > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")

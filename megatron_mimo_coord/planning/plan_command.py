@@ -103,6 +103,7 @@ def plan(options: argparse.Namespace) -> None:
         problems = list(map(as_problem, reasons))
         answer = as_answer(problems, [], nearest, inputs.assumptions, opened)
         end_with(head, answer, options)
+    inputs.assumptions[:0] = extrapolated(proposals[0])
     inputs.assumptions[:0] = if_gpus_are_slower(proposals[0], inputs.at)
     lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
     wrong = [*lacks, *write_files(proposals[0], options)]
@@ -163,6 +164,24 @@ def if_gpus_are_slower(best: Proposal, at: Callable[[float], Request]) -> Iterat
         f"if GPUs compute 20 % slower than assumed, the step of layout 1 takes {slower:.4g} s, and "
         f"{faster:.4g} s if 20 % faster: measure (--measure, or record_timeline), and give --costs"
     )
+
+
+def extrapolated(best: Proposal) -> Iterator[str]:
+    """What was measured of other samples than those of a layout."""
+    for name, module in best.modules.items():
+        measured = best.request.costs(name, best.sizes[name], module)
+        samples, length = measured.measured_samples, best.sizes[name].seq_length
+        here = best.micro_batch_size / module.data_parallel_size
+        if samples not in (None, here):
+            yield (
+                f"extrapolated: {name} was measured with {samples:g} samples of a microbatch on a "
+                f"rank, layout 1 has {here:g}; a sample takes as long"
+            )
+        if length and measured.measured_seq_length not in (None, length):
+            yield (
+                f"extrapolated: {name} was measured with {measured.measured_seq_length:,} tokens a "
+                f"sample, and has {length:,}; seconds grow as the operations do"
+            )
 
 
 def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:

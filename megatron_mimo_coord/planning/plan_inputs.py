@@ -212,9 +212,11 @@ def _costs(
             told.pop("layers_per_stage", None)  # of other stages
         if "imbalance" in told:  # as it was measured
             estimated = evolve(estimated, images_per_sample_deviation=0.0)
-        if "tensor_parallel_efficiency" in told:
+        if {"tensor_parallel_efficiency", "context_parallel_efficiency"} & told.keys():
             return evolve(estimated, **told)
-        found = evolve(estimated, **told, tensor_parallel_efficiency=1.0)
+        found = evolve(
+            estimated, **told, tensor_parallel_efficiency=1.0, context_parallel_efficiency=1.0
+        )
         return scaled(found, sizes, parallelism, cluster)
 
     return of
@@ -229,8 +231,9 @@ def _assumptions(
             continue
         yield (
             f"{name} costs what {options.costs} says, measured at TP "
-            f"{told.get('measured_tensor_parallel_size', 1)}: sums over another TP are estimated "
-            f"from the links, and what it leaves out from sizes"
+            f"{told.get('measured_tensor_parallel_size', 1)} and CP "
+            f"{told.get('measured_context_parallel_size', 1)}: what ranks of others wait for is "
+            f"estimated from the links, and what it leaves out from sizes"
         )
         if "layers_per_stage" in told:
             yield (

@@ -147,6 +147,7 @@ def test_the_costs_by_hand(sharded, optimizer):
         GRIDS,
         micro_batch_size=MICRO_BATCH_SIZE,
         num_microbatches=NUM_MICROBATCHES,
+        sequence_length=100,
     )
     assert costs["vision"] == ModuleCosts(
         forward_seconds_per_sample=(1 + 3) / 8,
@@ -154,6 +155,7 @@ def test_the_costs_by_hand(sharded, optimizer):
         output_bytes_per_sample=(160 + 320) / 16,
         gradient_bytes=100,
         optimizer_seconds=optimizer,  # of one replica, or the shards of both
+        measured_samples=4,
         imbalance=8 / 7,
     )
     assert costs["language"] == ModuleCosts(
@@ -162,6 +164,8 @@ def test_the_costs_by_hand(sharded, optimizer):
         activation_bytes_per_sample=800 / 16,
         gradient_bytes=300 + 200 + 7 + 3,
         optimizer_seconds=1.0,
+        measured_seq_length=100,
+        measured_samples=8,
     )
     read = {name: ModuleCosts(**table) for name, table in tomllib.loads(to_toml(costs)).items()}
     assert read["language"] == costs["language"]
@@ -182,6 +186,7 @@ def test_a_frozen_module_has_the_backward_that_it_would_have():
         {"vision": GRIDS["vision"]},
         micro_batch_size=MICRO_BATCH_SIZE,
         num_microbatches=NUM_MICROBATCHES,
+        sequence_length=100,
     )
     assert costs["vision"].frozen
     assert costs["vision"].backward_seconds_per_sample == 2 * 3 / 8

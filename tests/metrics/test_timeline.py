@@ -134,10 +134,9 @@ def test_every_rank_is_recorded(layout, tmp_path):
         assert replicas * SECONDS < each.forward_seconds_per_sample * case.micro_batch_size < 30
         weights = first["weights"][name]
         assert 4 * weights <= each.gradient_bytes < 8 * weights, "fp32, padded for its shards"
-    if layout not in (COLOCATED, AROUND):
-        hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
-        for name in costs.keys() - {"language"}:
-            assert costs[name].output_bytes_per_sample == PATCHES * hidden * itemsize, name
+    hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
+    for name in costs.keys() - {"language"}:
+        assert costs[name].output_bytes_per_sample == PATCHES * hidden * itemsize, name
 
 
 def _cut_short(case: Case, zeroes: bool, folder: str) -> list[str]:

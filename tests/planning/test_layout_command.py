@@ -153,6 +153,29 @@ def test_the_picture_has_each_rank_under_its_stage_and_beside_its_replica(look, 
         assert len(around) == (text in cells.values()), text
 
 
+def test_a_rank_that_two_modules_share_has_both_in_its_box(look, tmp_path):
+    """Vision TP 2 on the first ranks, or all, of a language model of TP 2, PP 2, DP 2."""
+    vision = "[vision]\nrank_offset = 0\ntensor_model_parallel_size = 2\ndata_parallel_size = {}\n"
+    language = FAN_IN[FAN_IN.index("[language]") :] + "rank_offset = 0\n"
+    _, shown, _ = look(vision.format(2) + language, "--svg", "layout.svg")
+    lines = [line.split() for line in shown.splitlines()]
+    start = lines.index(["language,", "vision"])
+    assert lines[start + 4 :] == [
+        ["dp", "0", "0-1", "4-5"], ["vision", "dp", "0"],
+        ["dp", "1", "2-3", "6-7"], ["vision", "dp", "1"],
+    ]  # fmt: skip
+    _, wide, _ = look(vision.format(4) + language)
+    assert wide.splitlines()[-1].split() == ["vision", "dp", "1", "vision", "dp", "3"]
+    svg = ElementTree.parse(tmp_path / "layout.svg").getroot()
+    boxes = [path.get("d") for path in svg.iter("{http://www.w3.org/2000/svg}path")]
+    within = [
+        [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")
+         if is_inside(float(text.get("x")), float(text.get("y")), box)]
+        for box in boxes
+    ]  # fmt: skip
+    assert within == [["0-1", "vision dp 0"], ["4-5"], ["2-3", "vision dp 1"], ["6-7"]]
+
+
 def is_inside(x: float, y: float, path: str) -> bool:
     left, top, width, height = map(float, re.match(r"M(\S+) (\S+)h(\S+?)v(\S+?)h", path).groups())
     return left < x < left + width and top < y < top + height

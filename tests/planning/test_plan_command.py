@@ -311,7 +311,7 @@ def test_what_is_measured_can_be_planned_with(ask):
         ), name
     options = (*ASKED, "--costs", "costs.toml", "--json", "--count", "1")
     (best,) = json.loads(ask(MODEL, *options, costs=text)[1])["proposals"]
-    work = 12 * sum(sum(costs.values()) for costs in told.values())
+    work = 12 * sum(3 * costs["forward_seconds_per_sample"] for costs in told.values())
     assert best["step_seconds"] >= work / 8 * 0.99
     sizes = read_model("model.toml")
     for module in sizes.values():  # twice the products' sizes are the operations but attention's
@@ -403,11 +403,33 @@ def test_costs_of_one_tp_are_scaled_to_another(ask):
     assert seconds(1) == pytest.approx(computed, rel=1e-3)
     assert seconds(4) == pytest.approx(computed / 4 + sums[4], rel=1e-3)
     shown = ask(MODEL, *options[:-1], *links, layout="[vision]\n[language]\n", costs=costs)[1]
-    assert "language costs what costs.toml says, measured at TP 2: sums over another TP" in shown
+    assert "language costs what costs.toml says, measured at TP 2 and CP 1: what ranks" in shown
     assert "another model" not in shown
     other = costs.replace("[language]", "[language]\ngradient_bytes = 1e12")
     shown = ask(MODEL, *options[:-1], *links, layout="[vision]\n[language]\n", costs=other)[1]
     assert "extrapolated: costs.toml has 1e+03 GB of gradients for language" in shown
+
+
+def test_costs_of_shorter_samples_are_scaled_and_it_is_said(ask):
+    """Twice the tokens of linear layers, and four times those of attention."""
+    measured = "[language]\nmeasured_seq_length = 64\nmeasured_samples = 3"
+    costs = COSTS_BY_HAND.replace("[language]", measured)
+    options = ("--layout", "layout.toml", "--costs", "costs.toml", "--json")
+    layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
+    found = json.loads(ask(MODEL, *options, layout=layout, costs=costs)[1])
+    (each,) = found["proposals"]
+    (stage,) = each["modules"]["language"]["stages"]
+    sizes = read_model("model.toml")["language"]
+    flops = [forward_flops(evolve(sizes, seq_length=length), 512) for length in (64, 128)]
+    assert 2 < flops[1] / flops[0] < 4
+    took = stage["busy"] * each["step_seconds"]
+    assert took == pytest.approx(12 * 3 * flops[1] / flops[0])
+    said = "\n".join(found["assumptions"])
+    assert "language was measured with 3 samples of a microbatch on a rank, layout 1 has 12" in said
+    assert "language was measured with 64 tokens a sample, and has 128" in said
+    same = costs.replace("= 64", "= 128").replace("samples = 3", "samples = 12")
+    known = json.loads(ask(MODEL, *options, layout=layout, costs=same)[1])
+    assert "extrapolated" not in "\n".join(known["assumptions"])
 
 
 def test_what_stands_in_the_costs_counts_even_if_it_is_the_default(ask):
