@@ -14,7 +14,8 @@ from layouts import COLOCATED, LAYOUTS, SHARDED, layout_name, parallel
 from ranks import world
 
 from megatron_mimo_coord.gradients import profiler_ranges
-from megatron_mimo_coord.planning import ModuleCosts
+from megatron_mimo_coord.layout import pack
+from megatron_mimo_coord.planning import ModuleCosts, simulate_step
 
 STEPS, MICROBATCHES = 2, 3
 SECONDS = 0.01  # that each forward of an encoder sleeps, and each batch until it is there
@@ -117,6 +118,7 @@ def test_every_rank_is_recorded(layout, tmp_path):
             if event["cat"] == "data":
                 number = event["args"]["microbatch"]
                 assert (following["cat"], following["args"]["microbatch"]) == ("forward", number)
+    assert_simulated_order(case, spans, names)
     assert first["samples"] == pytest.approx(MICROBATCHES * case.micro_batch_size)
     assert first["gpus"] == (case.world_size, 8)
     assert all(
@@ -137,6 +139,30 @@ def test_every_rank_is_recorded(layout, tmp_path):
     hidden, itemsize = 16, 4  # the encoders project to the language model's hidden size
     for name in costs.keys() - {"language"}:
         assert costs[name].output_bytes_per_sample == PATCHES * hidden * itemsize, name
+
+
+def assert_simulated_order(case: Case, spans: list[dict[str, Any]], names: dict[int, str]) -> None:
+    """Each rank computes what it does in a simulated step, in the same order."""
+    grids = pack(case.modules)
+    costs = ModuleCosts(forward_seconds_per_sample=1, backward_seconds_per_sample=2)
+    simulated = simulate_step(
+        case.modules,
+        dict.fromkeys(case.modules, costs),
+        micro_batch_size=case.micro_batch_size,
+        num_microbatches=MICROBATCHES,
+    )
+    for rank in range(case.world_size):
+        here = [name for name, grid in grids.items() if rank in grid.ranks]
+        stage = max(grids[name].coordinate(rank, "pp") for name in here)
+        expected = [
+            (span.kind, span.module, span.microbatch)
+            for span in simulated.spans
+            if span.module in here and span.stage == stage and span.kind in ("forward", "backward")
+        ]
+        on_rank = [e for e in spans if e["tid"] == rank and e["cat"] in ("forward", "backward")]
+        on_rank.sort(key=lambda event: event["ts"])
+        computed = [(e["cat"], names[e["pid"]], e["args"]["microbatch"]) for e in on_rank]
+        assert computed == STEPS * expected, rank
 
 
 def _cut_short(case: Case, zeroes: bool, folder: str) -> list[str]:
