@@ -1,7 +1,7 @@
 """Proposes layouts for a model and some GPUs: step time, idle time, memory, empty GPUs.
 
 Every layout whose sizes divide is ranked, on ranks of its own or colocated, with every microbatch;
-the steps of the best few hundred are simulated. Seconds are estimated from the model's sizes or
+the steps of the best hundred are simulated. Seconds are estimated from the model's sizes or
 read from a file of measured costs. Neither torch nor Megatron-Core is imported. Installed as
 mimo-plan.
 """

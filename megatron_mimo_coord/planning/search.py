@@ -2,7 +2,7 @@
 
 Every combination of sizes that divide is considered, with every microbatch that divides the batch,
 on ranks of their own and colocated. All are ranked by a closed formula (:mod:`formula`); the best
-few hundred are simulated, and the best of these listed.
+hundred or so are simulated, and the best of these listed.
 """
 
 from bisect import insort
@@ -30,7 +30,7 @@ from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Timeline
 
-MOST = 200  # layouts that are simulated, or three times as many as are wanted
+MOST = 120  # layouts that are simulated, or three times as many as are wanted
 MARGIN = 1.1  # how much longer than another a step may seem and yet be shorter
 
 

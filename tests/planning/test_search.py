@@ -294,6 +294,7 @@ def fullest(request, layout, samples, kept=None):
 @settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 @given(requests())
 def test_the_closest_has_the_least_memory_of_all_layouts(request):
+    assume(len(request.sizes) < 4)
     everything = every_layout(evolve(request, memory_bytes=inf))
     least = min(fullest(request, *each) for each in everything)
     short = evolve(request, memory_bytes=least / 2)
@@ -307,7 +308,7 @@ def test_the_closest_has_the_least_memory_of_all_layouts(request):
 
 @pytest.mark.parametrize(
     ("layers", "batch", "memory_bytes", "most"),
-    [((24,), 2048, 80e9, 100), ((24, 12, 48), 4096, 16e9, 200), ((24, 12, 48), 5040, 24e9, 200)],
+    [((24,), 2048, 80e9, 100), ((24, 12, 48), 1024, 16e9, 120), ((24, 12, 48), 720, 24e9, 120)],
 )
 def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most):
     """Counted, not timed: 1,024 GPUs have hundreds of thousands of layouts and microbatches."""
