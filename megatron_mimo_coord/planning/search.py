@@ -6,7 +6,7 @@ hundred or so are simulated, and the best of these listed.
 """
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -233,17 +233,22 @@ def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list
         return cost_of(proposal.timeline.seconds, proposal.gpus), proposal.gpus
 
     found: list[Proposal] = []
-    kept: list[Proposal] = []
     for candidate in islice(Candidates(request).best_first(cost_of), max(MOST, 3 * count)):
+        listed = _apart(found, count) if len(found) >= count else []
         seems = cost_of(candidate.seconds, candidate.gpus)
-        if len(kept) == count and seems > MARGIN * rank(kept[-1])[0]:
+        if len(listed) == count and seems > MARGIN * rank(listed[-1])[0]:
             break
         if candidate.modules and (proposal := costed(request, candidate)).headroom >= 0:
             insort(found, proposal, key=rank)
-            kept = []
-            for each in found:
-                if len(kept) < count and not any(_are_alike(each, other) for other in kept):
-                    kept.append(each)
+    return _apart(found, count)
+
+
+def _apart(found: Sequence[Proposal], count: int) -> list[Proposal]:
+    """The first of some layouts of which no two are alike."""
+    kept: list[Proposal] = []
+    for proposal in found:
+        if len(kept) < count and not any(_are_alike(proposal, each) for each in kept):
+            kept.append(proposal)
     return kept
 
 
