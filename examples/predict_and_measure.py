@@ -5,7 +5,8 @@
 
 Every layout is a training job of its own, timed_job.py: Megatron's schedule and optimizer, the
 coordinator, a small vision-language model. On the first, ``coordinator.record_timeline`` measures
-what each module costs. From that ``simulate_step`` predicts the others, and they run.
+what each module costs, and ``mimo-plan --measure`` what a sum over two ranks takes. From that
+``mimo-plan --costs`` predicts the others, and they run.
 
 Layers that sleep take a known time however few cores there are. Layers that compute share the
 cores, and a machine computes for at most as many ranks at once as it has cores: layouts with more
@@ -16,6 +17,7 @@ than that come out in the other order.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -26,12 +28,11 @@ from statistics import median
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import ModuleParallelism, pack, ranks_taken
+from megatron_mimo_coord.layout import pack, ranks_taken
 from megatron_mimo_coord.layout.toml_file import read_layout
-from megatron_mimo_coord.planning import simulate_step
-from megatron_mimo_coord.planning.costs_file import read_costs
 
 TIMED_JOB = Path(__file__).with_name("timed_job.py")
+MIMO_PLAN = Path(sys.executable).with_name("mimo-plan")
 TOLERANCE = 0.1
 MICRO_BATCH_SIZE = 4
 DP, TP, PP = "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -47,7 +48,26 @@ LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # costs are measured on the f
     "vision DP 2 → language PP 2": {"vision": {DP: 2}, "language": {PP: 2}},
     "vision → language PP 4": {"vision": {}, "language": {PP: 4}},
     "vision DP 2 → language PP 2, DP 2": {"vision": {DP: 2}, "language": {PP: 2, DP: 2}},
+    "vision DP 2 on the ranks of PP 2": {
+        "vision": {DP: 2, **SHARED},
+        "language": {PP: 2, **SHARED},
+    },
+    "vision DP 4 on the ranks of PP 2, DP 2": {
+        "vision": {DP: 4, **SHARED},
+        "language": {PP: 2, DP: 2, **SHARED},
+    },
 }
+MODEL = """\
+num_layers = 4
+hidden_size = {hidden}
+num_attention_heads = 4
+[vision]
+patch_size = 16
+tokens_per_image = {patches}
+[language]
+vocab_size = 32
+seq_length = {sequence}
+"""
 
 
 @frozen
@@ -89,7 +109,9 @@ def main() -> None:
             ranks = ranks_taken(pack(sizes).values())
             record = [] if comparisons else ["--record", str(folder / "timeline.json")]
             measured = run(ranks, [str(file), *record], options)
-            predicted = predict(sizes, folder / "costs.toml", options)
+            if not comparisons:
+                measure_links(folder, options)
+            predicted = predict(file, folder, options)
             counts = bool(comparisons) and (not options.compute or ranks <= cores)
             comparisons.append(Comparison(layout, ranks, predicted, measured, counts))
             print(comparisons[-1].row() if comparisons[1:] else measured_row(comparisons[0]))
@@ -118,33 +140,49 @@ def as_toml(modules: dict[str, dict[str, int]]) -> str:
 
 def run(ranks: int, arguments: list[str], options: argparse.Namespace) -> float:
     """Seconds of a step of the job on real ranks."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), str(TIMED_JOB), *arguments),
+    said = launch(
+        ranks,
+        *(str(TIMED_JOB), *arguments),
         *("--micro-batch-size", str(MICRO_BATCH_SIZE), "--steps", str(options.steps)),
         *("--num-microbatches", str(options.num_microbatches)),
         *(["--compute"] if options.compute else []),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return float(done.stdout.split()[-1])
-
-
-def predict(
-    modules: dict[str, ModuleParallelism], costs_file: Path, options: argparse.Namespace
-) -> float:
-    """Seconds of a step as planning sees it."""
-    costs, cluster = read_costs(costs_file)
-    timeline = simulate_step(
-        modules,
-        costs,
-        micro_batch_size=MICRO_BATCH_SIZE,
-        num_microbatches=options.num_microbatches,
-        cluster=cluster,
     )
-    return timeline.seconds
+    return float(said.split()[-1])
+
+
+def launch(ranks: int, *command: str) -> str:
+    """What a program says that runs on some ranks, or on none of torchrun's if these are 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    arguments = [sys.executable, *(torchrun if ranks else []), *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def measure_links(folder: Path, options: argparse.Namespace) -> None:
+    """Write the model's file, and what links between ranks were measured to do into its costs."""
+    hidden, patches = (256, 64) if options.compute else (16, 4)
+    sizes = MODEL.format(hidden=hidden, patches=patches, sequence=2 * patches)
+    (folder / "model.toml").write_text(sizes, encoding="utf-8")
+    measured = folder / "links.toml"
+    launch(2, str(MIMO_PLAN), str(folder / "model.toml"), "--measure", str(measured))
+    links = measured.read_text(encoding="utf-8").partition("[cluster]")
+    with (folder / "costs.toml").open("a", encoding="utf-8") as costs:
+        costs.write("\n" + "".join(links[1:]))
+
+
+def predict(layout: Path, folder: Path, options: argparse.Namespace) -> float:
+    """Seconds of a step as ``mimo-plan`` sees it."""
+    samples = MICRO_BATCH_SIZE * options.num_microbatches
+    said = launch(
+        0,
+        *(str(MIMO_PLAN), str(folder / "model.toml"), "--json"),
+        *("--layout", str(layout), "--costs", str(folder / "costs.toml")),
+        *("--micro-batch-size", str(MICRO_BATCH_SIZE), "--global-batch-size", str(samples)),
+    )
+    return float(json.loads(said)["proposals"][0]["step_seconds"])
 
 
 def measured_row(first: Comparison) -> str:

@@ -18,9 +18,6 @@ from attrs import frozen
 from job import start_ranks, stop_ranks
 from megatron.core.models.mimo import MimoModel
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_pipelining_without_interleaving,
-)
 from megatron.core.transformer.transformer_block import TransformerBlock
 from vlm import (
     LANGUAGE,
@@ -104,7 +101,7 @@ class Job:
     def _step(self) -> None:
         self.optimizer.zero_grad()
         self.coordinator.zero_grad_buffer()
-        forward_backward_pipelining_without_interleaving(
+        self.coordinator.forward_backward_func(
             forward_step_func=self._forward,
             data_iterator=self._data(),
             model=[self.model],

@@ -20,7 +20,7 @@ from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import layers_parameters
 
 ROUNDS = 5
-SUMMED = 2**24  # numbers in fp32
+SUMMED = 2**22  # numbers in fp32
 
 
 def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, int], float]:
@@ -96,9 +96,11 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
         tables.append(table_text(name, costs))
     if ranks > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        summed = torch.ones(SUMMED, device=device)
-        took = seconds(lambda: dist.all_reduce(summed))
+        summed, hops = torch.ones(SUMMED, device=device), 2 * (ranks - 1)
+        latency = seconds(lambda: dist.all_reduce(summed[:1])) / hops
+        sending = seconds(lambda: dist.all_reduce(summed)) / hops - latency
         dist.destroy_process_group()
-        rate = 2 * (ranks - 1) / ranks * 4 * SUMMED / took
-        tables.append(table_text(CLUSTER, Cluster(node_bytes_per_second=rate)))
+        rate = 4 * SUMMED / ranks / sending
+        links = Cluster(node_latency_seconds=latency, node_bytes_per_second=rate)
+        tables.append(table_text(CLUSTER, links))
     return "\n".join(tables)
