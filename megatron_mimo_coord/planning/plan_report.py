@@ -85,7 +85,7 @@ def settings(proposals: Sequence[Proposal]) -> list[str]:
                 layers = module.layers_of_stages(each.sizes[name].num_layers)
                 said.append(f"{name} has stages of {', '.join(map(str, layers))} layers")
         if runs_encoders_first(each.grids):
-            kept = each.encoder_microbatches
+            kept = each.how.get("encoder_microbatches")
             said.append("encoders before and after the pipeline")
             said += [] if kept is None else [f"encoder_microbatches = {kept}"]
         if said:
@@ -125,7 +125,7 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
         "empty_gpus": proposal.allocated - proposal.gpus,
         "colocated": proposal.is_colocated,
         "encoders_first": runs_encoders_first(proposal.grids),
-        "encoder_microbatches": proposal.encoder_microbatches,
+        "encoder_microbatches": proposal.how.get("encoder_microbatches"),
         "micro_batch_size": proposal.micro_batch_size,
         "num_microbatches": proposal.num_microbatches,
         "headroom_bytes": proposal.headroom,
@@ -133,8 +133,6 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
             name: {
                 **asdict(module),
                 **_recompute(proposal.sizes[name]),
-                "idle": proposal.idle(name),
-                "waiting": proposal.waiting(name),
                 "ranks_idle": proposal.ranks_idle(name),
                 "stages": [
                     {

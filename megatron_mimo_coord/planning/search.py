@@ -58,11 +58,6 @@ class Proposal:
     seconds_in_slices: float
     how: Mapping[str, Any]
 
-    @property
-    def encoder_microbatches(self) -> int | None:
-        """Of how many microbatches encoders before a pipeline keep activations; None for all."""
-        return self.how.get("encoder_microbatches")
-
     def again(self, request: Request) -> "Proposal":
         """The same layout for another request."""
         return cost(request, self.modules, self.micro_batch_size, self.sizes, **self.how)
@@ -112,14 +107,6 @@ class Proposal:
         """Bytes that are left on the fullest GPU; below zero if the layout does not fit."""
         return self.request.memory_bytes - max(self.rank_memory.values())
 
-    def idle(self, module: str) -> float:
-        """Share of a step in which a rank of a module neither computes nor waits on a bridge."""
-        return self._mean(module, "idle")
-
-    def waiting(self, module: str) -> float:
-        """Share of a step in which a rank of a module waits on a bridge."""
-        return self._mean(module, "waiting")
-
     def ranks_idle(self, module: str) -> float:
         """Share of a step in which a rank of a module computes nothing, for this or another."""
         stages = self.timeline.stages
@@ -129,12 +116,6 @@ class Proposal:
             if module in names
         ]
         return max(0.0, sum(idle) / len(idle))
-
-    def _mean(self, module: str, share: str) -> float:
-        """A share of the step, of all stages of a module."""
-        stages = self.timeline.stages.items()
-        shares = [getattr(stage, share) for (name, _), stage in stages if name == module]
-        return sum(shares) / len(shares)
 
 
 def cost(
