@@ -13,11 +13,11 @@ from megatron_mimo_coord.planning.search import Proposal
 
 GB = 1e9
 SIZES = {
-    "TP": "tensor_model",
-    "CP": "context",
-    "PP": "pipeline_model",
-    "DP": "data",
-    "EP": "expert_model",
+    "TP": "tensor_model_parallel_size",
+    "CP": "context_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "DP": "data_parallel_size",
+    "EP": "expert_model_parallel_size",
 }
 
 
@@ -33,16 +33,19 @@ def headline(request: Request, count: int, is_given: bool) -> str:
 def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     """A row for each layout, below a row of titles; idle are ranks that compute nothing."""
     names = list(proposals[0].modules)
-    every = [module for each in proposals for module in each.modules.values()]
     sizes = {
-        title: f"{name}_parallel_size"
-        for title, name in SIZES.items()
-        if title in "TP PP DP" or any(getattr(each, f"{name}_parallel_size") > 1 for each in every)
+        name: {
+            title: size
+            for title, size in SIZES.items()
+            if title in "TP PP DP"
+            or any(getattr(each.modules[name], size) > 1 for each in proposals)
+        }
+        for name in names
     }
     is_uneven = any(each.seconds_in_slices != each.timeline.seconds for each in proposals)
     titles = [
         "",
-        *(f"{name}\n{' '.join(sizes)}" for name in names),
+        *(f"{name}\n{' '.join(sizes[name])}" for name in names),
         "micro\nbatch",
         "step\nseconds",
     ]
@@ -52,8 +55,8 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     table = [titles]
     for index, each in enumerate(proposals, 1):
         shapes = [
-            " ".join(f"{getattr(module, size):>2}" for size in sizes.values())
-            for module in each.modules.values()
+            " ".join(f"{getattr(module, size):>2}" for size in sizes[name].values())
+            for name, module in each.modules.items()
         ]
         table.append(
             [
