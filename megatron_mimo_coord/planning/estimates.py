@@ -25,8 +25,8 @@ copy and both moments twice, all in fp32."""
 
 ASSUMPTIONS = (
     "a backward pass takes two forward passes; every shape computes at the same rate",
-    "tensor-parallel ranks wait for four sums of hidden states a layer, experts' ranks for their "
-    "tokens to come and go; nothing overlaps",
+    "tensor-parallel ranks wait for four sums of hidden states a layer and two of a vocabulary, "
+    "experts' ranks for their tokens to come and go; nothing overlaps",
     'assign_images deals images out, which vary by images_per_sample_deviation; "in slices" is the '
     "step without it",
     "context-parallel ranks pass the keys and values of each layer around forward, and twice as "
@@ -151,9 +151,14 @@ def _estimated(
 
 
 def tensor_parallel_seconds(sizes: ModuleSizes, tp: int, cluster: Cluster) -> float:
-    """Seconds in which tensor-parallel ranks sum hidden states for a sample, forward and back."""
+    """Seconds in which tensor-parallel ranks sum hidden states for a sample, forward and back.
+
+    Behind attention and MLP of each layer forward, and before them backward; a language model's
+    vocabulary adds one behind the embedding, and one backward before the output layer.
+    """
     hidden = sizes.tokens(1) * sizes.hidden_size * sizes.bytes_per_number
-    return 4 * sizes.num_layers * cluster.reduction_seconds(range(tp), hidden)
+    sums = 4 * sizes.num_layers + (2 if sizes.is_language else 0)
+    return sums * cluster.reduction_seconds(range(tp), hidden)
 
 
 def context_parallel_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> float:
@@ -184,7 +189,7 @@ def scaled(
         ...     forward_seconds_per_sample=3, backward_seconds_per_sample=5,
         ...     measured_tensor_parallel_size=2,
         ... )
-        >>> links = Cluster(node_bytes_per_second=32)  # 4 sums of 8 bytes take 1 s over two ranks
+        >>> links = Cluster(node_bytes_per_second=48)  # 6 sums of 8 bytes take 1 s over two ranks
         >>> layout = ModuleParallelism()
         >>> alone = scaled(costs, sizes, layout, links)
         >>> alone.forward_seconds_per_sample, alone.backward_seconds_per_sample

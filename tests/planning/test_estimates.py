@@ -99,11 +99,11 @@ def test_stages_share_layers_and_the_last_has_the_logits():
     assert shares == pytest.approx([LAYERS / 2, LAYERS / 2 + LOGITS])
 
 
-def test_tensor_parallel_ranks_wait_for_four_sums_a_layer():
+def test_tensor_parallel_ranks_wait_for_four_sums_a_layer_and_two_of_the_vocabulary():
     found = costs(WORDS, parallel(tp=2))
     one_sum = 2 * (1e-3 + 32 * 64 * 2 / 2 / 1e9)  # a ring of two
     computing = 3 * (LAYERS + LOGITS) / 1e12 / 2
-    step = computing + 4 * 2 * one_sum
+    step = computing + (4 * 2 + 2) * one_sum
     assert found.tensor_parallel_efficiency == pytest.approx(computing / step)
     both = found.forward_seconds(parallel(tp=2), 0, 1)
     both += found.backward_seconds(parallel(tp=2), 0, 1, receives=True)

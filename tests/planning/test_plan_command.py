@@ -384,12 +384,12 @@ def test_an_encoder_inside_the_first_stage(ask):
 
 
 def test_costs_of_one_tp_are_scaled_to_another(ask):
-    """Four sums of 128 KiB a layer for each sample, over the links that options tell."""
+    """Four sums of 128 KiB a layer and two of the vocabulary for each sample, over given links."""
     costs = COSTS_BY_HAND.replace("[language]", "[language]\nmeasured_tensor_parallel_size = 2")
     options = ("--layout", "layout.toml", "--costs", "costs.toml", "--gpus", "8", "--json")
     links = ("--micro-batch-size", "12", "--global-batch-size", "12", "--node-bandwidth", "0.01")
     costs = costs[: costs.index("[cluster]")] + "[cluster]\nnode_latency_seconds = 0\n"
-    sums = {tp: 4 * 4 * 2 * (tp - 1) / tp * 128 * 512 * 2 / 1e7 for tp in (1, 2, 4)}
+    sums = {tp: (4 * 4 + 2) * 2 * (tp - 1) / tp * 128 * 512 * 2 / 1e7 for tp in (1, 2, 4)}
 
     def seconds(tp: int) -> float:
         layout = f"[vision]\n[language]\ntensor_model_parallel_size = {tp}\n"
