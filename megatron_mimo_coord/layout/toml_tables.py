@@ -108,6 +108,11 @@ class TomlFile:
         return lines
 
 
+def as_problem(message: str) -> dict[str, Any]:
+    """A problem that is in no file, in types that JSON knows."""
+    return {"message": message, "places": [], "text": message}
+
+
 def table_problems(
     module: str, table: Any, kind: type, what: str, *, example: str = "", known: Iterable[str] = ()
 ) -> list[Problem]:

@@ -69,7 +69,6 @@ class Candidates:
         self.choices = {name: choices(request, name) for name in request.sizes}
         self.ways = cache(self.ways)  # type: ignore[method-assign]
         self.held = cache(self.held)  # type: ignore[method-assign]
-        self._bridged = cache(self._bridged)  # type: ignore[method-assign]
         self._options = cache(self._options)  # type: ignore[method-assign]
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -159,7 +158,10 @@ class Candidates:
         number, repeated = self.request.global_batch_size // samples, kept is not None
         held = 1 if repeated or language.stages == 1 else number
         of_stage, fastest = language.gpus // language.stages, inf
-        for encoder in self._bridged(name, samples, language.replicas):
+        for encoder in self.choices[name]:
+            few, many = sorted((encoder.replicas, language.replicas))
+            if samples % encoder.replicas or many % few:
+                continue
             if shared and encoder.gpus <= language.gpus:
                 if encoder.stages == 1 and encoder.gpus % of_stage == 0:
                     for way in self.ways(encoder):
@@ -180,15 +182,6 @@ class Candidates:
         request, name = self.request, choice.name
         more = recomputations(request.sizes[name])[1:]
         return [choice, *(Choice.of(request, name, sizes, choice.parallelism) for sizes in more)]
-
-    def _bridged(self, name: str, samples: int, replicas: int) -> list[Choice]:
-        """The choices of an encoder that share a microbatch, and feed so many replicas."""
-        return [
-            choice
-            for choice in self.choices[name]
-            if samples % choice.replicas == 0
-            and max(replicas, choice.replicas) % min(replicas, choice.replicas) == 0
-        ]
 
     def _combinations(
         self, root: Candidate, found: list[Combination], options: list[Combination]

@@ -14,6 +14,7 @@ from megatron_mimo_coord.layout.description import headline, module_rows, summar
 from megatron_mimo_coord.layout.problems import Problem, idle_ranks
 from megatron_mimo_coord.layout.suggestions import in_words, suggestions
 from megatron_mimo_coord.layout.toml_file import LayoutFile
+from megatron_mimo_coord.layout.toml_tables import as_problem
 from megatron_mimo_coord.planning.drawing import Block, to_svg
 from megatron_mimo_coord.planning.terminal import (
     STDOUT,
@@ -59,7 +60,7 @@ def look(options: argparse.Namespace) -> None:
     try:
         layout = LayoutFile.read(options.layout)
     except ValueError as error:
-        end_with([{"message": str(error), "places": [], "text": str(error)}], options)
+        end_with([as_problem(str(error))], options)
     job = {**layout.job, **given(options)}
     if found := problems(layout, job, options):
         end_with([layout.as_json(each) for each in found], options, *fits(layout, job, options))

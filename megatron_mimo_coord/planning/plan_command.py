@@ -17,12 +17,13 @@ from typing import Any, NoReturn
 from attrs import fields_dict
 
 from megatron_mimo_coord.layout.toml_file import layout_text
+from megatron_mimo_coord.layout.toml_tables import as_problem
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.closest import closest, shortages
 from megatron_mimo_coord.planning.model_file import read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.openings import openings
-from megatron_mimo_coord.planning.plan_inputs import InputError, Inputs, as_problem
+from megatron_mimo_coord.planning.plan_inputs import InputError, Inputs
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows, settings
 from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
 from megatron_mimo_coord.planning.terminal import (

@@ -10,7 +10,7 @@ from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack, ranks_
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import Problem
 from megatron_mimo_coord.layout.toml_file import LayoutFile
-from megatron_mimo_coord.layout.toml_tables import TomlFile
+from megatron_mimo_coord.layout.toml_tables import TomlFile, as_problem
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
@@ -66,8 +66,7 @@ class Inputs:
             InputError: something is wrong.
         """
         files = _Files(options)
-        told = [file.as_json(each) if file else as_problem(each) for file, each in files.problems()]
-        if told or not files.model:
+        if (told := files.problems()) or not files.model:
             raise InputError(told)
         measured = files.costs.told if files.costs else {}
         modules = files.layout.modules if files.layout else None
@@ -88,11 +87,6 @@ class Inputs:
             )
 
         return cls(at(1.0), modules, list(_assumptions(options, measured, at(1.0))), at)
-
-
-def as_problem(message: str) -> dict[str, Any]:
-    """A problem that is in no file, in types that JSON knows."""
-    return {"message": message, "places": [], "text": message}
 
 
 class _Files:
@@ -118,17 +112,16 @@ class _Files:
         """Ranks that the layout takes."""
         return ranks_taken(pack(self.layout.modules).values()) if self.layout else 0
 
-    def problems(self) -> Iterator[tuple[TomlFile | None, Problem]]:
-        """All that is wrong, each with the file that it is in."""
-        for file, found in (
-            (None, self.unread),
-            (self.model, self.model.problems if self.model else ()),
-            (self.costs, self.costs.problems if self.costs else ()),
-            (self.layout, self._of_layout(self.layout) if self.layout else ()),
-            (self.costs, self._of_costs(self.costs) if self.costs else ()),
-            (None, self._of_options()),
-        ):
-            yield from ((file, problem) for problem in found)
+    def problems(self) -> list[dict[str, Any]]:
+        """All that is wrong, with its places in the files, in types that JSON knows."""
+        told = list(map(as_problem, self.unread))
+        if self.model:
+            told += map(self.model.as_json, self.model.problems)
+        if self.layout:
+            told += map(self.layout.as_json, self._of_layout(self.layout))
+        if self.costs:
+            told += map(self.costs.as_json, [*self.costs.problems, *self._of_costs(self.costs)])
+        return told + list(map(as_problem, self._of_options()))
 
     def _of_layout(self, layout: LayoutFile) -> Iterator[Problem]:
         yield from layout.problems_on(None)
@@ -147,8 +140,7 @@ class _Files:
         if self.model and not self.model.problems:
             sizes, modules = self.model.sizes, layout.modules
             for name in sizes.keys() - modules.keys():
-                lacks = f"the layout has no module {name}, which the model has: add [{name}]"
-                yield Problem(lacks)
+                yield Problem(f"the layout has no module {name} of the model: add [{name}]")
             for name in modules.keys() - sizes.keys():
                 yield Problem(f"the model has no module {name}; remove it", (name, ""))
             for name in sizes.keys() & modules.keys():

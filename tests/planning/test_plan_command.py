@@ -697,7 +697,7 @@ def test_what_encoders_do_not_share_is_an_assumption(ask):
         ("[vision]\n[language]\ntensor_model_parallel_size = 3\n", "layout.toml:3 [language] tensor_model_parallel_size: language has num_attention_heads 8, which tensor_model_parallel_size 3 does not divide"),
         ("[vision]\npipeline_model_parallel_size = 3\n[language]\n", "layout.toml:2 [vision] pipeline_model_parallel_size: vision has num_layers 4"),
         ("[vision]\ndata_parallel_size = 5\n[language]\n", "layout.toml:2 [vision] data_parallel_size: global_batch_size 12 is not divisible by the DP 5"),
-        ("[language]\n", "the layout has no module vision, which the model has"),
+        ("[language]\n", "the layout has no module vision of the model: add [vision]"),
         ("[vision]\n[audio]\n[language]\n", "layout.toml:2 [audio]: the model has no module audio"),
         ("[vision]\ndata_parallel_size = 12\n[language]\n", "the layout takes 13 ranks, but --gpus is 8"),
     ],

@@ -213,7 +213,7 @@ def test_context_parallelism_is_searched(monkeypatch):
 
 
 def batch(proposal):
-    return proposal.micro_batch_size, proposal.encoder_microbatches
+    return proposal.micro_batch_size, proposal.how.get("encoder_microbatches")
 
 
 def of_language(layout):
