@@ -72,12 +72,18 @@ class Checkpoints:
         job: the modules, their grids, and which of them are here.
         gather_params: makes this rank's weights those of the last step, where they come late.
         optimizer_steps: knows the optimizers of the model.
+        obstacles: what keeps this rank from saving or loading between these two steps.
     """
 
     def __init__(
-        self, job: Job, gather_params: Callable[[], None], optimizer_steps: OptimizerSteps
+        self,
+        job: Job,
+        gather_params: Callable[[], None],
+        optimizer_steps: OptimizerSteps,
+        obstacles: Callable[[], list[str]],
     ) -> None:
         self._job = job
+        self._obstacles = obstacles
         self._gather_params = gather_params
         self._optimizer_steps = optimizer_steps
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
@@ -99,7 +105,7 @@ class Checkpoints:
     ) -> CheckpointSave:
         """Write a checkpoint. Collective."""
         headline = f"the checkpoint of step {step} cannot be saved"
-        folder = _agreed_path(folder, headline)
+        folder = self._agreed_path(folder, headline)
         self._wait(folder)
         saving = CheckpointSave(folder, step, self._job.rank, keep)
         saving.content = {"trainable_only": bool(trainable_only)}
@@ -119,6 +125,12 @@ class Checkpoints:
         else:
             saving.wait()
         return saving
+
+    def _agreed_path(self, folder: Path | str, headline: str) -> Path:
+        """The same folder on every rank, absolute."""
+        path = Path(folder).absolute()
+        _agree(lambda: RankFacts({"folder": str(path)}, {}, self._obstacles()), headline)
+        return path
 
     def _wait(self, folder: Path) -> None:
         """Wait for what is being written by this coordinator, or into the folder by another."""
@@ -226,7 +238,7 @@ class Checkpoints:
     ) -> LoadedCheckpoint:
         """Go on from a checkpoint, the newest if none is chosen. Collective."""
         headline = f"the checkpoint in {folder} cannot be loaded"
-        folder = _agreed_path(folder, headline)
+        folder = self._agreed_path(folder, headline)
         self._wait(folder)
         # The first rank looks, lest others see the folder as it was a moment ago.
         options = {"step": step, "strict": strict, "names": dict(names or {})}
@@ -272,6 +284,7 @@ class Checkpoints:
     ) -> LoadedCheckpoint:
         """Fill the weights of one module with whole ones. Collective."""
         headline = f"the weights of module {name!r} cannot be loaded"
+        _agree(lambda: RankFacts({}, {}, self._obstacles()), headline)
         self._wait(Path())
         loading = CheckpointLoad(self._job, self._layout, None, strict or False, names or {})
         _agree(lambda: loading.prepare_module(name, tensors), headline)
@@ -356,12 +369,6 @@ def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
         raise
     except Exception as error:
         raise ValueError(f"{headline}: {type(error).__name__}: {error}") from error
-
-
-def _agreed_path(folder: Path | str, headline: str) -> Path:
-    """The same folder on every rank, absolute."""
-    _agree(lambda: RankFacts({"folder": str(Path(folder).absolute())}, {}), headline)
-    return Path(folder).absolute()
 
 
 def _facts(
