@@ -121,8 +121,9 @@ class EncoderAhead:
                 )
             except StopIteration:  # there is no later step
                 break
-            taken = filter(self._assignments.next, self._modules)
-            queue.append(_Encoded(outputs, [self._assignments.take(name) for name in taken]))
+            assigned = filter(self._assignments.next, self._modules)
+            taken = [self._assignments.take(name) for name in assigned]
+            queue.append(_Encoded(outputs, [each for each in taken if each is not None]))
         if not queue:
             del self._waiting[id(source)]
 
