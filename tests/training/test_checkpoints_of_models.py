@@ -10,7 +10,7 @@ from attrs import evolve, frozen
 from cases import Case
 from layouts import FAN_IN, SHARDED, parallel
 from ranks import world
-from test_checkpoints import change, refusal, whole_tensors
+from test_checkpoints import refusal, whole_tensors
 
 TENSOR_PARALLEL = {"vision": parallel(tp=2), "language": parallel(pp=2)}
 PIPELINED = {"vision": parallel(pp=2), "language": parallel(tp=2)}
@@ -163,35 +163,6 @@ def test_layers_that_differ_are_saved_and_loaded_on_every_layout(name, tmp_path)
         assert [key for key in weights if "adapter" in key] == [
             "language_model.decoder.layers.1.adapter.weight"
         ]
-
-
-def stacked_layers_are_read(folder: Path, case: Case) -> None:
-    """A checkpoint as 0.2.0 wrote it."""
-    import torch.distributed as dist
-    from trainings import training
-
-    from megatron_mimo_coord.training import checkpoints
-
-    model_state = checkpoints.ModelState
-    with training(case) as one:
-        one.steps(0)
-        checkpoints.ModelState = lambda job: model_state(job, stacked=True)
-        try:
-            path = one.coordinator.save_checkpoint(folder, one.optimizer, step=1).path
-        finally:
-            checkpoints.ModelState = model_state
-        saved, undisturbed = one.fingerprint(), one.steps(1)
-    if dist.get_rank() == 0:
-        change(path, format=1)
-    dist.barrier()
-    with training(case) as one:
-        one.coordinator.load_checkpoint(folder, one.optimizer)
-        assert one.fingerprint() == saved
-        assert one.steps(1) == undisturbed
-
-
-def test_a_checkpoint_with_equal_layers_as_one_tensor_is_read(tmp_path):
-    world(3).run(stacked_layers_are_read, tmp_path, Case(modules=FAN_IN))
 
 
 # -- replicas that are none ------------------------------------------------------------------------
