@@ -83,7 +83,7 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
     from trainings import training
 
     with training(cases[0]) as first:
-        first.steps(0, 1)
+        first.steps(1)
         saved = first.coordinator.save_checkpoint(folder / "0", first.optimizer, step=2)
         undisturbed = first.steps(2, 3)
     expected = whole_tensors(saved.path)
