@@ -174,11 +174,12 @@ class CheckpointLoad:
             self._layout,
             dist.get_world_size(),
         )
-        if self.is_same_layout:
-            restore_random_states(self._rank_file(path, self._job.rank))
-        else:
+        if not self.is_same_layout:
             ranks = [*range(world_size)] if content["has_rank_states"] else []
-        self.rank_states = [decode(self._rank_file(path, r).get(RANK_STATE)) for r in ranks]
+        states = [self._rank_file(path, rank) for rank in ranks]
+        if self.is_same_layout:
+            restore_random_states(states[0])
+        self.rank_states = [each[RANK_STATE] for each in states]
         return RankFacts({}, {})
 
     def fill_weights(self) -> RankFacts:
@@ -198,7 +199,7 @@ class CheckpointLoad:
         return RankFacts({}, {})
 
     def _rank_file(self, path: Path, rank: int) -> Any:
-        return json.loads((path / random_states_name(rank)).read_text())
+        return decode(json.loads((path / random_states_name(rank)).read_text()))
 
     @property
     def has_trainable_only(self) -> bool:

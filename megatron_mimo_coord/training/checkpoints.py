@@ -222,7 +222,7 @@ class Checkpoints:
         return Share(
             chunks=[chunk for chunk in chunks if chunk.writes],
             objects={key: value for key, value, writes in weights.objects() if writes},
-            states={**random_states(), RANK_STATE: given.rank_state},
+            states={**encode(random_states()), RANK_STATE: given.rank_state},
             sizes={name: model_sizes(ddp.module) for name, ddp in ddps.items()},
             settings=states.settings(),
         )
