@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 6 examples/benchmark_step.py
     torchrun --nproc-per-node 4 examples/benchmark_step.py --encoder real
     torchrun --nproc-per-node 4 examples/benchmark_step.py --shared
+    torchrun --nproc-per-node 4 examples/benchmark_step.py --ahead 2 --microbatches 8
 
 Three ways to run the same steps on the same ranks, in turns:
 
@@ -26,6 +27,10 @@ With --shared four ranks hold both an encoder of DP 4 and a language model of PP
 layers sleep too: coordinator.forward_backward_func runs the encoders before and after the pipeline.
 At best a step takes what it takes without images, and a fourth of the encoder's work. Beside it
 stand layouts on which the modules have ranks of their own.
+
+With --ahead the encoder is frozen and runs ahead by so many microbatches, or not, and the language
+model's layers sleep as long for a microbatch, forward and backward. Each step that is timed comes
+behind another one.
 """
 
 import argparse
@@ -48,7 +53,7 @@ from benchmark_layouts import (
 )
 from tables import interval, show, with_interval
 
-MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
+MEGATRON, SLICES, ASSIGNED, AHEAD = "Megatron", "slices", "assigned", "ahead"
 NO_IMAGES = "without images"
 SKEWS = ("none", "mild", "strong", "sorted")
 SKEWED_GOAL, EVEN_GOAL = 1.15, 1.02
@@ -107,8 +112,9 @@ def main() -> None:
     from job import start_ranks, stop_ranks
 
     start_ranks()
-    if options.shared:
-        compare_shared(layouts, options)
+    if options.shared or options.ahead:
+        compare = compare_shared if options.shared else compare_ahead
+        compare(layouts, options)
         stop_ranks()
         return
     measurements = []
@@ -157,6 +163,9 @@ def parse_options() -> argparse.Namespace:
     )
     work.add_argument(
         "--shared", action="store_true", help="on four ranks: both modules on all, or on their own"
+    )
+    work.add_argument(
+        "--ahead", type=int, default=0, metavar="N", help="microbatches that a frozen encoder runs"
     )
     parser.add_argument(
         "--rounds", type=positive, default=10, metavar="N", help="steps of each way and case"
@@ -226,6 +235,27 @@ def compare_shared(layouts: Sequence[Layout], options: argparse.Namespace) -> No
     print(steps.machine(options))
     header = ["skew", "at best ms", "shared, slices", "shared, assigned"]
     show([*header, *(f"own ranks {layout}" for layout in others), "assigned / best"], rows)
+
+
+# -- a frozen encoder that runs ahead --------------------------------------------------------------
+
+
+def compare_ahead(layouts: Sequence[Layout], options: argparse.Namespace) -> None:
+    """Measure and print: steps whose encoder has run ahead in the step before, and others."""
+    import steps
+
+    rows = []
+    for layout in layouts:
+        with steps.Bench.build(layout.modules(), options) as bench:
+            for skew in options.skew:
+                seconds = bench.measure((SLICES, AHEAD), skew)["seconds"]
+                times = [f"{1e3 * statistics.median(seconds[way]):.0f}" for way in (SLICES, AHEAD)]
+                ratios = [a / b for a, b in zip(seconds[AHEAD], seconds[SLICES], strict=True)]
+                rows.append([str(layout), skew, *times, with_interval(ratios)])
+                note("  ".join(rows[-1]))
+    if IS_MAIN:
+        print(steps.machine(options))
+        show(["DP", "skew", "ms", "ms, running ahead", "running ahead / not"], rows)
 
 
 # -- what it tells ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
 from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
 
 VISION = "vision"
-MEGATRON, SLICES, ASSIGNED = "Megatron", "slices", "assigned"
+MEGATRON, SLICES, ASSIGNED, AHEAD = "Megatron", "slices", "assigned", "ahead"
 NO_IMAGES = "without images"
 OF_SAMPLE = 0.01  # seconds that a layer of the language model takes forward, on shared ranks
 PATCHES, PATCH_DIM, TEXT = 2, 16, 4
@@ -98,8 +98,9 @@ class _Sleep(torch.autograd.Function):
         return grad, None
 
 
-def fall_asleep(model: MimoModel, seconds: float, of_sample: float) -> None:
+def fall_asleep(model: MimoModel, seconds: float, of_sample: float, freeze: bool) -> None:
     """Have the encoder on this rank take so long for each image, and layers for each sample."""
+    model.modality_submodules.requires_grad_(not freeze)
     for layer in model.language_model.decoder.layers if of_sample and model.language_model else ():
         layer.register_forward_hook(
             lambda layer, _, outputs: (
@@ -153,7 +154,12 @@ class Bench:
         prepare: Callable[[MimoModel], None] = lambda model: None  # noqa: E731
         if sleeping:
             seconds, of_sample = options.milliseconds / 1e3, OF_SAMPLE * options.shared
-            prepare = partial(fall_asleep, seconds=seconds, of_sample=of_sample)
+            if options.ahead:  # a stage takes as long for a microbatch, forward and backward
+                replicas = [modules[name].data_parallel_size for name in (VISION, LANGUAGE)]
+                of_sample = seconds * EVEN * replicas[1] / replicas[0] / 3
+            prepare = partial(
+                fall_asleep, seconds=seconds, of_sample=of_sample, freeze=bool(options.ahead)
+            )
         grids, groups = infra.module_to_grid_map, infra.pg_collections
         infra.initialize_megatron(seed=1)
         model = build_model(shape, grids, groups, prepare=prepare)
@@ -161,7 +167,7 @@ class Bench:
         optimizer = coordinator.build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4))
         coordinator.attach(model.config, optimizer)
         ours = coordinator.build_pipeline_communicator(model.config)
-        ways: dict[str, Any] = {NO_IMAGES: ours, SLICES: ours, ASSIGNED: ours}
+        ways: dict[str, Any] = {NO_IMAGES: ours, SLICES: ours, ASSIGNED: ours, AHEAD: ours}
         if not options.shared:
             ways[MEGATRON] = MultiModulePipelineCommunicator(
                 grids,
@@ -209,6 +215,15 @@ class Bench:
 
     def _step(self, way: str, data: list[Microbatch]) -> tuple[float, list[Sequence[float]]]:
         """Seconds of the slowest rank, and the loads of the encoder's ranks in each microbatch."""
+        if not self.options.ahead:
+            return self._timed(way, iter(data), len(data))
+        batches = iter(data * 2)
+        self._timed(way, batches, len(data), self.options.ahead if way == AHEAD else 0)
+        return self._timed(way, batches, len(data))
+
+    def _timed(
+        self, way: str, batches: Iterator[Microbatch], number: int, ahead: int = 0
+    ) -> tuple[float, list[Sequence[float]]]:
         loads: list[Sequence[float]] = []
         dist.barrier()
         start = time.perf_counter()
@@ -216,11 +231,13 @@ class Bench:
         schedule: Any = self.coordinator.forward_backward_func
         if way == MEGATRON:
             schedule = forward_backward_pipelining_without_interleaving
+        elif ahead:
+            schedule = partial(schedule, encoder_ahead=ahead)
         schedule(
             forward_step_func=partial(self._forward, way, loads),
-            data_iterator=iter(data),
+            data_iterator=batches,
             model=[self.model],
-            num_microbatches=len(data),
+            num_microbatches=number,
             seq_length=MOST * PATCHES + TEXT,
             micro_batch_size=self.options.micro_batch_size,
             p2p_communicator=self.communicators[way],

@@ -72,6 +72,7 @@ from megatron_mimo_coord.metrics.timeline_recording import (
 from megatron_mimo_coord.metrics.timeline_report import TimelineReport
 from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
 from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoint
+from megatron_mimo_coord.training.encoder_ahead import EncoderAhead
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
 from megatron_mimo_coord.world.device import world_device
@@ -175,8 +176,12 @@ class MultiModuleCoordinator:
         )
         self._modules, self._step = self._gradients.modules, self._gradients.step
         self._finalizer = self._gradients.finalizer
+        self._ahead = EncoderAhead(job.ddps, self._pending_assignments)
         self._checkpoints = Checkpoints(
-            job, self._finalizer.gather_params_now, self._gradients.optimizer_steps
+            job,
+            self._finalizer.gather_params_now,
+            self._gradients.optimizer_steps,
+            self._ahead.problems,
         )
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
@@ -847,6 +852,7 @@ class MultiModuleCoordinator:
         pg_collection: Any = None,
         encoders_first: bool = False,
         encoder_microbatches: int | None = None,
+        encoder_ahead: int = 0,
         **options: Any,
     ) -> Any:
         """Megatron's ``forward_backward_pipelining_without_interleaving``, on every layout.
@@ -873,10 +879,16 @@ class MultiModuleCoordinator:
             encoder_microbatches: in three phases, of how many microbatches the encoders'
                 activations are kept at a time: those of the others are computed again in the third.
                 All if left out; with 0 no more than one is ever there.
+            encoder_ahead: how many microbatches of the next step ranks encode at the end of this
+                one, where all they hold is frozen encoders (first stages); nothing elsewhere. They
+                call ``forward_step_func`` with the same ``data_iterator`` meanwhile, and send what
+                came of it in the next step that reads it: results are the same bit for bit. With 0
+                in the step before a checkpoint is saved or loaded.
 
         Raises:
-            ValueError: ``encoder_microbatches`` is no number of microbatches, or
-                ``p2p_communicator`` is not this coordinator's, which three phases need.
+            ValueError: ``encoder_microbatches`` or ``encoder_ahead`` is no number of microbatches,
+                or ``p2p_communicator`` is not this coordinator's, which three phases need.
+            RuntimeError: weights of an encoder were changed after it ran ahead.
         """
         arguments = {
             "forward_step_func": forward_step_func,
@@ -894,9 +906,15 @@ class MultiModuleCoordinator:
                 f"encoder_microbatches must be a number of microbatches, 0 or more, got "
                 f"{encoder_microbatches!r}; leave it out to keep the activations of all"
             )
+        if not is_count(encoder_ahead, least=0):
+            raise ValueError(
+                f"encoder_ahead must be a number of microbatches, 0 or more, got {encoder_ahead!r}"
+            )
         can_choose = is_colocated(self._grids.values()) and len(self._grids) > 1
         if not runs_encoders_first(self._grids) and not (encoders_first and can_choose):
-            return run_pipeline(p2p_communicator=p2p_communicator, **arguments)
+            arguments["p2p_communicator"] = p2p_communicator
+            with self._ahead.step(encoder_ahead, **arguments) as forward_step:
+                return run_pipeline(**arguments | {"forward_step_func": forward_step})
         if not any(p2p_communicator is each for each in self._communicators):
             raise ValueError(
                 f"p2p_communicator is {type(p2p_communicator).__name__}, which carries nothing "
@@ -918,12 +936,14 @@ class MultiModuleCoordinator:
     def no_sync(self) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; the schedule's ``no_sync_func``.
 
-        The schedule enters it where a step begins: parameters are gathered from there on.
+        The schedule enters it where a step begins: parameters are gathered from there on. It leaves
+        it before its last backward.
         """
         if not self._encoders_first.is_running:
             self._begin_pass()
         with self._finalizer.no_sync():
             yield
+        self._ahead.encode()  # the last output was sent
 
     def _begin_pass(self) -> None:
         self._pending_assignments.begin_pass()

@@ -3,7 +3,9 @@
 Leans on it being asked of each module by itself, with the process groups that ``MimoModel`` would
 take from the module: a module that carries none asks ``parallel_state``, which for its time has the
 groups of the module's own grid. Layers are named by their number (``non_homogeneous_layers``), so
-that they may differ in what they hold and in what is trained; stacked ones may not.
+that they may differ in what they hold and in what is trained; stacked ones may not. Some weights it
+takes apart, such as the halves of a gated MLP, and puts together again when they are loaded. Copies
+are numbered by (pipeline stage, tensor-parallel rank, data-parallel rank).
 
 Whole tensors are named as in bare modules, whatever is around them here:
 ``language_model.decoder.layers.1.mlp.linear_fc1.weight``.
@@ -12,37 +14,243 @@ Whole tensors are named as in bare modules, whatever is around them here:
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+from attrs import evolve, frozen
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factory_merges,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import sharded_state_dict_default
 
+from megatron_mimo_coord.layout.boxes import Box, boxes_of_range
+
 _LAYER = re.compile(r"(?<=\.)(layers\.\d+)(?=\.)")
 _EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
 
 
-def sharded_state_dict(
-    model: MimoModel,
-    pg_collections: Mapping[str, ProcessGroupCollection | None],
-    language: str,
-    stacked: bool = False,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What Megatron says of every weight on this rank, by the keys of ``model.state_dict()``.
+@frozen(eq=False)
+class Chunk:
+    """The part of a whole tensor that a rank holds.
+
+    Args:
+        key: name of the whole tensor, the same on every layout.
+        shape: of the whole tensor.
+        box: which part this is.
+        data: the part, in any shape with its number of elements.
+        writes: whether this rank writes it; others hold the same.
+        padded_for: TP, of a tensor whose first dim is padded to a multiple of it, as embeddings
+            are: it may have another size on another TP. What the file lacks becomes zero.
+        weight: of what an optimizer keeps for one, the key of the weight.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    box: Box
+    data: torch.Tensor
+    writes: bool = True
+    padded_for: int = 0
+    weight: str = ""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the data type, such as ``float32``."""
+        return str(self.data.dtype).removeprefix("torch.")
+
+    def copied(self) -> "Chunk":
+        """With a copy of the data in host memory, complete once the GPU has come this far."""
+        pinned = self.data.is_cuda
+        host = torch.empty(self.data.shape, dtype=self.data.dtype, pin_memory=pinned, device="cpu")
+        return evolve(self, data=host.copy_(self.data.detach(), non_blocking=True))
+
+
+class ShardedWeights:
+    """The weights and buffers of a model's modules on this rank.
 
     Args:
         model: the model.
         pg_collections: process groups of the modules on this rank.
         language: name of the language model among them.
-        stacked: whether equal layers are one tensor, as in checkpoints of format 1.
+        stacked: whether equal layers are one tensor, as Megatron's trainers may have them.
 
-    Returns:
-        That, and for the key of each tensor its name in the whole model: norms have the keys that
-        they would have if they were fused into the layer behind them, and experts share a tensor.
+    Attributes:
+        names: for the key of each tensor here, what the whole bare model's ``state_dict`` calls it:
+            norms have the keys that they would have if they were fused into the layer behind them,
+            and experts share a tensor.
     """
+
+    def __init__(
+        self,
+        model: MimoModel,
+        pg_collections: Mapping[str, ProcessGroupCollection | None],
+        language: str,
+        stacked: bool = False,
+    ) -> None:
+        self._model = model
+        sharded, self.names = _sharded_state_dict(model, pg_collections, language, stacked)
+        self._of_param = {
+            id(each.data): each
+            for each in nested_values(sharded)
+            if isinstance(each, ShardedTensor | ShardedTensorFactory)
+        }
+        self._sharded, self._local, self._factories = load_preprocess(sharded)
+
+    def __contains__(self, param: torch.nn.Parameter) -> bool:
+        return id(param) in self._of_param
+
+    def chunks(self) -> list[Chunk]:
+        """All tensors of this rank."""
+        tensors = [x for x in nested_values(self._sharded) if isinstance(x, ShardedTensor)]
+        return [
+            Chunk(
+                key=each.key,
+                shape=tuple(each.global_shape),
+                box=Box(each.global_offset, (*(1 for _ in range(_added(each))), *each.local_shape)),
+                data=each.data.detach(),
+                writes=is_main_replica(each.replica_id),
+                padded_for=_padded_for(each),
+            )
+            for each in tensors
+        ]
+
+    def objects(self) -> Iterator[tuple[str, Any, bool]]:
+        """(key, object, whether this rank writes it) of what modules keep beside tensors.
+
+        Transformer Engine's do, for fp8.
+        """
+        for each in nested_values(self._sharded):
+            if isinstance(each, ShardedObject):
+                yield each.unique_key, each.data, is_main_replica(each.replica_id)
+
+    def keys(self, param: torch.nn.Parameter) -> list[str]:
+        """Those of the whole tensors that a parameter is made of.
+
+        Raises:
+            KeyError: the parameter is not in the model's ``sharded_state_dict``.
+        """
+        return [shard.key for shard, _ in self._shards(param)]
+
+    def is_replicated(self, param: torch.nn.Parameter) -> bool:
+        """Whether no dim of a parameter is shared out."""
+        return not any(
+            count > 1
+            for shard, _ in self._shards(param)
+            for count in (shard.axis_fragmentations or ())[_added(shard) :]
+        )
+
+    def frozen_keys(self) -> set[str]:
+        """Keys of the weights that are not trained."""
+        frozen = [param for param in self._model.parameters() if not param.requires_grad]
+        return {key for param in frozen if param in self for key in self.keys(param)}
+
+    def chunks_beside(
+        self,
+        param: torch.nn.Parameter,
+        start: int,
+        tensors: Mapping[str, torch.Tensor],
+        alone: bool,
+    ) -> Iterator[Chunk]:
+        """What is kept beside some of a parameter's elements, as boxes of whole tensors.
+
+        Args:
+            param: the parameter.
+            start: the first of its elements, in memory order.
+            tensors: what is kept, by name, each with a number for each of the elements.
+            alone: whether data-parallel ranks keep other elements.
+        """
+        stop = start + max((tensor.numel() for tensor in tensors.values()), default=0)
+        for shard, begin in self._shards(param):
+            writes = is_main_replica(shard.replica_id)
+            if alone:
+                writes = isinstance(shard.replica_id, int) or not any(shard.replica_id[:-1])
+            first, last = max(start, begin), min(stop, begin + shard.data.numel())
+            added, at = tuple(shard.global_offset[: _added(shard)]), first - start
+            for box in boxes_of_range(tuple(shard.local_shape), first - begin, last - begin):
+                starts = zip(shard.global_offset[len(added) :], box.offset, strict=True)
+                whole = Box((*added, *map(sum, starts)), (*(1 for _ in added), *box.size))
+                for name, tensor in tensors.items():
+                    yield Chunk(
+                        key=f"optimizer.state.{name}.{shard.key}",
+                        shape=tuple(shard.global_shape),
+                        box=whole,
+                        data=tensor.detach().view(-1)[at : at + box.volume],
+                        writes=writes,
+                        padded_for=_padded_for(shard),
+                        weight=shard.key,
+                    )
+                at += box.volume
+
+    def _shards(self, param: torch.nn.Parameter) -> Iterator[tuple[ShardedTensor, int]]:
+        """The parts of whole tensors that a parameter is made of, and at which element each begins.
+
+        One part, but for those that Megatron takes apart.
+        """
+        found = self._of_param[id(param)]
+        if isinstance(found, ShardedTensor):
+            yield found, 0
+            return
+        # Which elements does each part take? Let Megatron take a tensor apart that nobody fills.
+        whole = torch.empty(param.shape, dtype=torch.uint8, device="cpu")
+        parts = found.build_fn(found.key, whole, found.replica_id, None)
+        for part in nested_values(parts if isinstance(parts, dict | list) else [parts]):
+            is_view = part.data.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            if not is_view or not part.data.is_contiguous():
+                raise ValueError(
+                    f"{part.key} is no run of elements of its parameter: what the optimizer keeps "
+                    f"for it cannot be saved"
+                )
+            yield part, part.data.storage_offset()
+
+    def load_filled(self, objects: Mapping[str, Any]) -> None:
+        """Make the model that of its shards, which were filled, and of some of its objects."""
+        for each in nested_values(self._sharded):
+            if isinstance(each, ShardedObject):
+                each.data = objects.get(each.unique_key, each.data)
+        state = dict_list_map_outplace(lambda each: each.data, self._sharded)
+        merge(state, self._local)
+        self._model.load_state_dict(apply_factory_merges(state, self._factories))
+
+
+def _added(tensor: ShardedTensor) -> int:
+    """Dims of the whole tensor before those of a part: layers or experts as one."""
+    return int(tensor.prepend_axis_num)
+
+
+def _padded_for(tensor: ShardedTensor) -> int:
+    """TP, of what Megatron pads to a multiple of it."""
+    return int(tensor.axis_fragmentations[0]) if tensor.allow_shape_mismatch else 0
+
+
+def declare_format(folder: Path) -> str:
+    """Say in a file that a folder is what ``dist_checkpointing.load`` reads; returns its name."""
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    return "metadata.json"
+
+
+def _sharded_state_dict(
+    model: MimoModel,
+    pg_collections: Mapping[str, ProcessGroupCollection | None],
+    language: str,
+    stacked: bool,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What Megatron says of every weight, by the keys of ``model.state_dict()``; names of keys."""
     here = {name: f"modality_submodules.{name}" for name in model.modality_submodules}
     if model.language_model is not None:
         here[language] = "language_model"

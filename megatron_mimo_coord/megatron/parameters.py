@@ -30,7 +30,7 @@ def unmarked_weights(ddp: DistributedDataParallel) -> Iterator[tuple[str, bool]]
             hasattr(parameter, attribute)
             for attribute in ("sequence_parallel", "average_gradients_across_tp_domain")
         )
-        is_shared = getattr(parameter, "tensor_model_parallel", False)
+        is_shared = is_tensor_parallel(parameter)
         is_expert = not getattr(parameter, "allreduce", True)
         is_summed = getattr(config, "qk_layernorm", False) and (
             "q_layernorm" in name or "k_layernorm" in name
@@ -43,4 +43,9 @@ def replicated_over(parameter: torch.nn.Parameter) -> str:
     """The process group in which all ranks hold the same parameter."""
     if not getattr(parameter, "allreduce", True):
         return "expt_dp"
-    return "dp_cp" if getattr(parameter, "tensor_model_parallel", False) else "tp_dp_cp"
+    return "dp_cp" if is_tensor_parallel(parameter) else "tp_dp_cp"
+
+
+def is_tensor_parallel(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is one of several shards."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))

@@ -12,15 +12,17 @@ import torch.distributed as dist
 from attrs import evolve
 from megatron.core import __version__ as megatron_version
 
+from megatron_mimo_coord.checks.copies import copy_problems
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.problems import raise_problems
+from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_matching import Matches, Rules
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, random_states_name
-from megatron_mimo_coord.training.checkpoint_states import ModelState, OptimizerState
-from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkReader, Index
+from megatron_mimo_coord.training.checkpoint_states import OptimizerStates
+from megatron_mimo_coord.training.checkpoint_tensors import ChunkReader, Index
 from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
 from megatron_mimo_coord.training.random_states import restore_random_states
@@ -31,7 +33,6 @@ from megatron_mimo_coord.world.gather import all_gather_text
 logger = logging.getLogger(__name__)
 
 _EXTRA = "extra."
-_NO_SETTINGS: dict[str, Any] = {"groups": [], "steps": {}, "grad_scaler": {}}
 _MODULE = re.compile(r"(?:^|\.)(language_model|modality_submodules\.([^.]+))\.")
 _WRAPPERS = re.compile(r"((?:^|\.)(?:language_model|modality_submodules\.[^.]+)\.)(?:module\.)+")
 
@@ -72,9 +73,14 @@ class CheckpointLoad:
         """Compare what the checkpoint holds with what there is here."""
         self._manifest, content = manifest, manifest.content
         path = {"checkpoint": str(manifest.path.absolute())}
-        if content["format"] not in (1, FORMAT):
+        if content["format"] != FORMAT:
             return RankFacts(
-                path, {}, [f"{manifest.path} has format {content['format']}, not 1 or {FORMAT}"]
+                path,
+                {},
+                [
+                    f"{manifest.path} has format {content['format']}, and this release reads "
+                    f"{FORMAT}: go on from it with the release that wrote it"
+                ],
             )
         problems = []
         if _series(content["megatron-core"]) != _series(megatron_version):
@@ -82,42 +88,43 @@ class CheckpointLoad:
                 f"it was written with megatron-core {content['megatron-core']}, and this is "
                 f"{megatron_version}: use one of the same series"
             )
-        self._rules = evolve(self._rules, without_frozen=content.get("trainable_only", False))
-        index = Index(content["tensors"], content["objects"])
-        self._index = index.renamed(_bare) if content["format"] == 1 else index
-        self._model = ModelState(self._job, stacked=content["format"] == 1)
-        problems += self._model.problems()
+        self._rules = evolve(self._rules, without_frozen=content["trainable_only"])
+        self._read_from(manifest.path, Index(content["tensors"], content["objects"]))
         for name, ddp in self._job.ddps.items():
-            saved_sizes = content.get("sizes", {}).get(name, [])
+            saved_sizes = content["sizes"].get(name, [])
             problems += size_problems(name, model_sizes(ddp.module), saved_sizes)
-        problems += self._match([*self._model.chunks()])
-        for key, _, _ in self._model.objects():
-            if self._rules.name_there(key) not in self._index.objects and not self._rules.may_lack(
-                is_frozen=False
-            ):
-                problems.append(f"the checkpoint has no {key}")
+        problems += self._match(self._sharded())
+        if not self._rules.may_lack(is_frozen=False):
+            there = [self._rules.name_there(key) for key, _, _ in self._weights.objects()]
+            objects = self._index.objects
+            problems += [f"the checkpoint has no {key}" for key in there if key not in objects]
         if self._rules.strict:
-            for state in self._states:
-                problems += state.unknown_groups(self._settings(state.name))
+            problems += self._states.unknown_groups(content["optimizer"])
         return RankFacts(path, {}, _shortened(problems))
 
-    def _match(self, weights: list[Chunk]) -> list[str]:
-        """Find what there is for chunks of weights, and for those of the optimizer."""
-        self._states: list[OptimizerState] = []
-        if self._optimizer is not None:
-            self._states = OptimizerState.collect(self._optimizer, self._job.ddps)
-        self._matches = Matches.find(
-            weights,
-            [chunk for each in self._states for chunk in each.chunks(self._model)],
-            self._model.frozen_keys(),
-            self._index,
-            self._rules,
-        )
-        return self._matches.problems
+    def _sharded(self, stacked: bool = False) -> ShardedWeights:
+        groups = self._job.infra.pg_collections
+        return ShardedWeights(self._job.model, groups, LANGUAGE, stacked)
 
-    def _settings(self, name: str) -> Mapping[str, Any]:
-        """What the checkpoint knows of a module's optimizer beside tensors."""
-        return self._manifest.content["optimizer"].get(name, _NO_SETTINGS)
+    def _read_from(self, path: Path, index: Index) -> None:
+        self._index = index
+        self._reader = ChunkReader(path, index)
+
+    def _match(self, weights: ShardedWeights, prefix: str = "") -> list[str]:
+        """Find what there is for the weights, and for what the optimizer keeps.
+
+        Args:
+            weights: those of this rank.
+            prefix: of a module's, the only ones, which are then called as in the whole model.
+        """
+        self._weights, chunks = weights, weights.chunks()
+        if prefix:
+            chunks = [chunk for chunk in chunks if chunk.key.startswith(prefix)]
+            chunks = [evolve(chunk, key=weights.names[chunk.key]) for chunk in chunks]
+        self._states = OptimizerStates(self._optimizer, self._job.ddps, weights)
+        kept, frozen = self._states.chunks(), weights.frozen_keys()
+        self._matches = Matches.find(chunks, kept, frozen, self._index, self._rules)
+        return [*copy_problems(self._job, weights), *self._matches.problems]
 
     def tell_differences(self, headline: str) -> None:
         """Raise if the checkpoint holds tensors that no rank has; say what is not as it was.
@@ -160,39 +167,39 @@ class CheckpointLoad:
     def fill(self) -> RankFacts:
         """Overwrite model, optimizer and random states."""
         content, path = self._manifest.content, self._manifest.path
-        self._reader = ChunkReader(path, self._index)
-        self._fill()
-        for state in self._states:
-            state.hand_back()
-            state.load_settings(self._settings(state.name), self._model, self._matches.fresh)
+        self.fill_weights()
+        self._states.load_filled(content["optimizer"], self._matches.fresh, self._rules.name_there)
         world_size, ranks = content["world_size"], [self._job.rank]
         self.is_same_layout = (content["layout"], world_size) == (
             self._layout,
             dist.get_world_size(),
         )
+        if not self.is_same_layout:
+            ranks = [*range(world_size)] if content["has_rank_states"] else []
+        states = [self._rank_file(path, rank) for rank in ranks]
         if self.is_same_layout:
-            restore_random_states(self._rank_file(path, self._job.rank))
-        else:
-            ranks = [*range(world_size)] if content.get("has_rank_states") else []
-        self.rank_states = [decode(self._rank_file(path, r).get(RANK_STATE)) for r in ranks]
+            restore_random_states(states[0])
+        self.rank_states = [each[RANK_STATE] for each in states]
         return RankFacts({}, {})
 
-    def _fill(self) -> None:
+    def fill_weights(self) -> RankFacts:
+        """Overwrite the weights, and tensors of the optimizer."""
         with torch.no_grad():
             for chunk in self._matches.begins:
                 chunk.data.zero_()
         for chunk in self._matches.fills:
             self._reader.fill(chunk)
-        there = {key: self._rules.name_there(key) for key, _, _ in self._model.objects()}
+        there = {key: self._rules.name_there(key) for key, _, _ in self._weights.objects()}
         objects = {
             here: self._reader.object(key)
             for here, key in there.items()
             if key in self._index.objects
         }
-        self._model.load_filled(objects)
+        self._weights.load_filled(objects)
+        return RankFacts({}, {})
 
     def _rank_file(self, path: Path, rank: int) -> Any:
-        return json.loads((path / random_states_name(rank)).read_text())
+        return decode(json.loads((path / random_states_name(rank)).read_text()))
 
     @property
     def has_trainable_only(self) -> bool:
@@ -214,18 +221,13 @@ class CheckpointLoad:
         Its layers are of one tensor or one by one, as its trainer chose.
         """
         index = Index.of_megatron(path).renamed(_bare)
-        self._index = Index(
-            {key: found for key, found in index.tensors.items() if _MODULE.match(key)},
-            index.objects,
+        tensors = {key: found for key, found in index.tensors.items() if _MODULE.match(key)}
+        self._read_from(path, Index(tensors, {}))
+        weights = max(
+            (self._sharded(stacked) for stacked in (False, True)),
+            key=lambda each: sum(chunk.key in tensors for chunk in each.chunks()),
         )
-        states = [ModelState(self._job, stacked) for stacked in (False, True)]
-        self._model = max(
-            states, key=lambda each: sum(c.key in self._index.tensors for c in each.chunks())
-        )
-        self._reader = ChunkReader(path, self._index)
-        return RankFacts(
-            {}, {}, _shortened([*self._model.problems(), *self._match([*self._model.chunks()])])
-        )
+        return RankFacts({}, {}, _shortened(self._match(weights)))
 
     def prepare_module(self, name: str, tensors: Mapping[str, torch.Tensor]) -> RankFacts:
         """Compare whole weights with those of a module."""
@@ -233,23 +235,10 @@ class CheckpointLoad:
             raise ValueError(f"there is no module {name!r}: there are {', '.join(self._job.grids)}")
         prefix = "language_model." if name == LANGUAGE else f"modality_submodules.{name}."
         whole = {prefix + key: each for key, each in _experts_joined(tensors).items()}
-        self._index = Index.of_tensors(whole)
-        self._model = ModelState(self._job)
-        problems = self._match(
-            [
-                evolve(chunk, key=self._model.names[chunk.key])
-                for chunk in self._model.chunks()
-                if chunk.key.startswith(prefix)
-            ]
-        )
-        self._reader = ChunkReader(Path(), self._index)
+        self._read_from(Path(), Index.of_tensors(whole))
+        problems = self._match(self._sharded(), prefix)
         shapes = {key: list(each.shape) for key, each in sorted(tensors.items())}
         return RankFacts({"module": name, "weights": str(shapes)}, {}, _shortened(problems))
-
-    def fill_weights(self) -> RankFacts:
-        """Overwrite the weights alone."""
-        self._fill()
-        return RankFacts({}, {})
 
 
 def _experts_joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

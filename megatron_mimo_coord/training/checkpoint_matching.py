@@ -11,7 +11,8 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from megatron_mimo_coord.training.checkpoint_tensors import Chunk, Index
+from megatron_mimo_coord.megatron.checkpoints import Chunk
+from megatron_mimo_coord.training.checkpoint_tensors import Index
 
 _STATE = "optimizer.state."
 _MASTER = "optimizer.state.fp32_param."

@@ -10,26 +10,49 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from attrs import define, evolve, field, frozen
 
+from megatron_mimo_coord.megatron.checkpoints import Chunk, declare_format
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_states import merge_settings
-from megatron_mimo_coord.training.checkpoint_tensors import Chunk, ChunkFile, Index
+from megatron_mimo_coord.training.checkpoint_tensors import ChunkFile, Index
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of what is written here; 1 had equal layers as one tensor
+FORMAT = 2  # of what is written here
 RANK_STATE = "rank_state"  # beside the random states: what this rank's trainer had given
 MAX_STEPS = 2**62  # what ranks can tell each other
 PATIENCE = 1800.0  # seconds that the first rank waits for the files of others, in the background
 LAST_PATIENCE = 30.0  # the same once its trainer has ended
+
+
+@frozen(eq=False)
+class Share:
+    """What one rank writes.
+
+    Args:
+        chunks: tensors.
+        objects: what Megatron keeps as objects, by their keys.
+        states: random states, and what this rank's trainer had given.
+        sizes: of each module on this rank.
+        settings: of the optimizer of each module on this rank.
+    """
+
+    chunks: list[Chunk]
+    objects: dict[str, Any]
+    states: dict[str, Any]
+    sizes: dict[str, Any]
+    settings: dict[str, Any]
+
+    def copied(self) -> "Share":
+        """With copies of the tensors in host memory, complete once the GPU has come this far."""
+        return evolve(self, chunks=[chunk.copied() for chunk in self.chunks])
 
 
 @define(eq=False)
@@ -46,12 +69,6 @@ class CheckpointSave:
 
     Attributes:
         holds: what it holds, such that equal things are the same.
-        chunks: tensors that this rank writes.
-        objects: what Megatron keeps as objects, the same.
-        sizes: of each module on this rank.
-        settings: of the optimizer of each module on this rank.
-        random_states: of this rank.
-        content: what the manifest says of the training.
     """
 
     parent: Path
@@ -61,13 +78,9 @@ class CheckpointSave:
     is_over: bool = field(default=False, repr=False)
     is_whole: bool = False
     holds: Any = field(default=None, init=False, repr=False)
-    chunks: list[Chunk] = field(factory=list, init=False, repr=False)
-    objects: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    sizes: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    settings: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    random_states: dict[str, Any] = field(factory=dict, init=False, repr=False)
-    content: dict[str, Any] = field(factory=dict, init=False, repr=False)
+    _share: Share | None = field(default=None, init=False, repr=False)
     _folder: Path = field(factory=Path, init=False, repr=False)
+    _content: Mapping[str, Any] = field(factory=dict, init=False, repr=False)
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
     _written: threading.Event = field(factory=threading.Event, init=False, repr=False)
     _abandoned: threading.Event = field(factory=threading.Event, init=False, repr=False)
@@ -87,6 +100,10 @@ class CheckpointSave:
         if type(self.keep) is not int or self.keep < 1:
             found.append(f"keep must be a number of checkpoints, 1 or more, not {self.keep!r}")
         return found
+
+    def prepare(self, share: Share, content: Mapping[str, Any]) -> None:
+        """Take what this rank writes, and what the manifest says of the training."""
+        self._share, self._content = share, content
 
     def start(self, attempt: int, background: bool) -> None:
         """Write this rank's part, now or in a thread of its own.
@@ -181,30 +198,30 @@ class CheckpointSave:
     def _write(self) -> None:
         """This rank's part: a file of tensors, one of random states, and the list of both."""
         folder, rank = self._folder, self.rank
-        chunks, self.chunks = self.chunks, []  # nothing holds their memory, also after an error
+        share, self._share = self._share, None  # nothing holds its memory, also after an error
+        assert share is not None, "prepared"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} was made, but not here: all ranks must share it")
         file = ChunkFile(folder / f"__{rank}_0.distcp")
-        tensors = [file.write_tensor(chunk) for chunk in chunks]
-        objects = [file.write_object(key, value) for key, value in self.objects.items()]
+        tensors = [file.write_tensor(chunk) for chunk in share.chunks]
+        objects = [file.write_object(key, value) for key, value in share.objects.items()]
         if rank == 0:  # what Megatron's load looks for; here it is in the manifest
             objects.append(file.write_object("common_state/shard_0_1", {"iteration": self.step}))
-        self.objects = {}
         files = {f"__{rank}_0.distcp": file.close()}
         states = folder / random_states_name(rank)
-        folders.write_durably(states, json.dumps(self.random_states))
+        folders.write_durably(states, json.dumps(share.states))
         files[states.name] = folders.describe_file(states)
         listed = {
             "tensors": tensors,
             "objects": objects,
             "files": files,
-            "sizes": self.sizes,
-            "settings": self.settings,
+            "sizes": share.sizes,
+            "settings": share.settings,
         }
         folders.write_durably(folder / f"rank-{rank}.json", json.dumps(listed))
 
     def _lists(self) -> list[Path]:
-        return [self._folder / f"rank-{rank}.json" for rank in range(self.content["world_size"])]
+        return [self._folder / f"rank-{rank}.json" for rank in range(self._content["world_size"])]
 
     def _await_others(self) -> None:
         """Wait until every rank has written its list."""
@@ -225,27 +242,21 @@ class CheckpointSave:
         lists = [json.loads(path.read_text()) for path in self._lists()]
         index = Index.merge(lists)
         folder = self._folder
-        index.save_for_megatron(folder)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        folders.put_on_disk(folder / "metadata.json")
         files = {name: found for each in lists for name, found in each["files"].items()}
-        for name in (".metadata", "metadata.json"):
+        index.save_for_megatron(folder)
+        for name in (".metadata", declare_format(folder)):
+            folders.put_on_disk(folder / name)
             files[name] = folders.describe_file(folder / name)
         for path in self._lists():
             path.unlink()
-        modules = {name for each in lists for name in each["settings"]}
-        settings = {
-            name: merge_settings([e["settings"][name] for e in lists if name in e["settings"]])
-            for name in sorted(modules)
-        }
         sizes: dict[str, list[Any]] = {}
         for name, parts in (pair for each in lists for pair in each["sizes"].items()):
             known = sizes.setdefault(name, [])
             known += [part for part in parts if part not in known]
         content = {
-            **self.content,
+            **self._content,
             "sizes": sizes,
-            "optimizer": settings,
+            "optimizer": merge_settings([each["settings"] for each in lists]),
             "files": files,
             "tensors": index.tensors,
             "objects": index.objects,

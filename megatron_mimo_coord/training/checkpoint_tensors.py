@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -27,48 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_mimo_coord.training.boxes import Box
+from megatron_mimo_coord.layout.boxes import Box
+from megatron_mimo_coord.megatron.checkpoints import Chunk
 
 _ALIGNMENT = 64  # of the elements in a file, so that they can be used where they are mapped
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before the lengths of its name and extra field
 
 Entry = dict[str, Any]
 """Where a chunk is: key, dtype, shape of the whole tensor, box, file and place in it. JSON."""
-
-
-@frozen(eq=False)
-class Chunk:
-    """The part of a whole tensor that a rank holds.
-
-    Args:
-        key: name of the whole tensor, the same on every layout.
-        shape: of the whole tensor.
-        box: which part this is.
-        data: the part, in any shape with its number of elements.
-        writes: whether this rank writes it; others hold the same.
-        padded_for: TP, of a tensor whose first dim is padded to a multiple of it, as embeddings
-            are: it may have another size on another TP. What the file lacks becomes zero.
-        weight: of what an optimizer keeps for one, the key of the weight.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    box: Box
-    data: torch.Tensor
-    writes: bool = True
-    padded_for: int = 0
-    weight: str = ""
-
-    @property
-    def dtype(self) -> str:
-        """Name of the data type, such as ``float32``."""
-        return str(self.data.dtype).removeprefix("torch.")
-
-    def copied(self) -> "Chunk":
-        """With a copy of the data in host memory, complete once the GPU has come this far."""
-        pinned = self.data.is_cuda
-        host = torch.empty(self.data.shape, dtype=self.data.dtype, pin_memory=pinned, device="cpu")
-        return evolve(self, data=host.copy_(self.data.detach(), non_blocking=True))
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -259,8 +225,6 @@ class Index:
             places |= {MetadataIndex(key, torch.Size(c["offset"])): _place(c) for c in chunks}
         with (path / ".metadata").open("wb") as file:
             pickle.dump(Metadata(found, storage_data=places), file)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _place(entry: Entry) -> Any:

@@ -11,23 +11,28 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from attrs import frozen
 from megatron.core import __version__ as megatron_version
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
+from megatron_mimo_coord.checks.copies import copy_problems, differing_copies
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
+from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.layout.boxes import Box
+from megatron_mimo_coord.megatron.checkpoints import Chunk, ShardedWeights
+from megatron_mimo_coord.megatron.optimizer_states import optimizer_problems
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
-from megatron_mimo_coord.training.boxes import Box
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad
-from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, CheckpointSave
-from megatron_mimo_coord.training.checkpoint_states import (
-    ModelState,
-    OptimizerState,
-    optimizer_problems,
+from megatron_mimo_coord.training.checkpoint_save import (
+    FORMAT,
+    RANK_STATE,
+    CheckpointSave,
+    Share,
 )
-from megatron_mimo_coord.training.checkpoint_tensors import Chunk
+from megatron_mimo_coord.training.checkpoint_states import OptimizerStates
 from megatron_mimo_coord.training.model_sizes import model_sizes
 from megatron_mimo_coord.training.plain_data import encode
 from megatron_mimo_coord.training.random_states import random_states
@@ -72,12 +77,18 @@ class Checkpoints:
         job: the modules, their grids, and which of them are here.
         gather_params: makes this rank's weights those of the last step, where they come late.
         optimizer_steps: knows the optimizers of the model.
+        obstacles: what keeps this rank from saving or loading between these two steps.
     """
 
     def __init__(
-        self, job: Job, gather_params: Callable[[], None], optimizer_steps: OptimizerSteps
+        self,
+        job: Job,
+        gather_params: Callable[[], None],
+        optimizer_steps: OptimizerSteps,
+        obstacles: Callable[[], list[str]],
     ) -> None:
         self._job = job
+        self._obstacles = obstacles
         self._gather_params = gather_params
         self._optimizer_steps = optimizer_steps
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
@@ -99,17 +110,15 @@ class Checkpoints:
     ) -> CheckpointSave:
         """Write a checkpoint. Collective."""
         headline = f"the checkpoint of step {step} cannot be saved"
-        folder = _agreed_path(folder, headline)
+        folder = self._agreed_path(folder, headline)
         self._wait(folder)
-        saving = CheckpointSave(folder, step, self._job.rank, keep)
-        saving.content = {"trainable_only": bool(trainable_only)}
         self._gather_params()
-        models: list[ModelState] = []
-        _agree(partial(self._read_model, models), headline)
-        problems = models[0].differing_replicas()
-        given = (extra or {}, rank_state)
-        request = partial(self._begin, saving, models[0], problems, optimizer, given, background)
-        flags = _agree(request, headline)
+        weights = self._agreed_weights(headline)
+        saving = CheckpointSave(folder, step, rank=self._job.rank, keep=keep)
+        differing = differing_copies(self._job, weights)
+        wanted = (optimizer, bool(trainable_only), extra or {}, rank_state)
+        begin = partial(self._begin, saving, weights, differing, wanted, background)
+        flags = _agree(begin, headline)
         if saving.is_whole:
             return saving
         saving.start(attempt=flags[0], background=background)
@@ -119,6 +128,14 @@ class Checkpoints:
         else:
             saving.wait()
         return saving
+
+    def _agreed_path(self, folder: Path | str, headline: str) -> Path:
+        """The same folder on every rank, absolute."""
+        _agree(
+            lambda: RankFacts({"folder": str(Path(folder).absolute())}, {}, self._obstacles()),
+            headline,
+        )
+        return Path(folder).absolute()
 
     def _wait(self, folder: Path) -> None:
         """Wait for what is being written by this coordinator, or into the folder by another."""
@@ -135,55 +152,57 @@ class Checkpoints:
         if self._last is not None:
             self._last.tell_failure()
 
-    def _read_model(self, models: list[ModelState]) -> RankFacts:
-        models.append(ModelState(self._job))
-        return RankFacts({}, {}, [*models[0].problems()])
+    def _agreed_weights(self, headline: str) -> ShardedWeights:
+        """Where the weights lie; every rank is told if Megatron cannot say so on one."""
+        found: list[ShardedWeights] = []
+
+        def read() -> RankFacts:
+            found.append(ShardedWeights(self._job.model, self._job.infra.pg_collections, LANGUAGE))
+            return RankFacts({}, {}, [*copy_problems(self._job, found[0])])
+
+        _agree(read, headline)
+        return found[0]
 
     def _begin(
         self,
         saving: CheckpointSave,
-        model: ModelState,
+        weights: ShardedWeights,
         differing: list[str],
-        optimizer: Any,
-        given: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+        wanted: tuple[Any, bool, Any, Any],
         background: bool,
     ) -> RankFacts:
         """Compare what the ranks were given; collect it, and make the folder to write into.
 
         Where the checkpoint is there already, and nothing has changed since, it is whole.
         """
-        problems = [*saving.problems(), *differing]
-        if optimizer is not None:
-            problems += optimizer_problems(optimizer, list(self._job.ddps))
-        for name, each in zip(("extra", "rank_state"), given, strict=True):
-            if not isinstance(each, Mapping | None):
-                raise ValueError(f"{name} is a {type(each).__name__}: give a dict with string keys")
-        tensors: list[torch.Tensor] = []
-        said, own = encode(given[0], tensors), encode(given[1], where="rank_state")
-        facts = _facts(saving, optimizer, said, tensors, given[1] is not None)
-        saving.holds = (dict(facts), own, self._optimizer_steps.num_changes)
+        problems, given = [*saving.problems(), *differing], _Given.encoded(*wanted)
+        if given.optimizer is not None:
+            problems += optimizer_problems(given.optimizer, list(self._job.ddps))
+        facts = given.facts(saving)
+        saving.holds = (dict(facts), given.rank_state, self._optimizer_steps.num_changes)
         last = self._last
-        if last is not None and last.is_whole and self._watches(optimizer):
+        if last is not None and last.is_whole and self._watches(given.optimizer):
             saving.is_over = saving.is_whole = last.holds == saving.holds
         options = {"keep": saving.keep, "background": background, "saved": saving.is_whole}
         facts |= {name: str(option) for name, option in options.items()}
         attempt = secrets.randbits(40)
         if not problems and not saving.is_whole:
-            self._collect(saving, model, optimizer, tensors, background)
-            saving.random_states[RANK_STATE] = own
-            saving.content |= {
-                "has_rank_states": given[1] is not None,
+            share = self._share(weights, given)
+            content = {
+                "trainable_only": given.trainable_only,
+                "has_rank_states": given.rank_state is not None,
                 "format": FORMAT,
                 "step": saving.step,
-                "extra": said,
+                "extra": given.extra,
                 "megatron-core": megatron_version,
                 "world_size": dist.get_world_size(),
                 "layout": self._layout,
             }
+            saving.prepare(share.copied() if background else share, content)
             if self._job.rank == 0:
-                problems += self._folder_problems(saving.path.parent, saving.step)
+                problems += self._folder_problems(saving.parent, saving.step)
                 if not problems:
-                    folders.begin(saving.path.parent, saving.step, attempt)
+                    folders.begin(saving.parent, saving.step, attempt)
         return RankFacts(facts, {}, problems, flags=attempt)
 
     def _watches(self, optimizer: Any) -> bool:
@@ -191,27 +210,22 @@ class Checkpoints:
         known = self._optimizer_steps.optimizers
         return bool(known) if optimizer is None else optimizer in known
 
-    def _collect(
-        self,
-        saving: CheckpointSave,
-        model: ModelState,
-        optimizer: Any,
-        extra: list[torch.Tensor],
-        background: bool,
-    ) -> None:
-        """What this rank writes; copies of it, if the training goes on meanwhile."""
-        states = OptimizerState.collect(optimizer, self._job.ddps) if optimizer else []
-        left_out = model.frozen_keys() if saving.content["trainable_only"] else ()
-        chunks = [chunk for chunk in model.chunks() if chunk.key not in left_out]
-        chunks += [chunk for each in states for chunk in each.chunks(model)]
+    def _share(self, weights: ShardedWeights, given: "_Given") -> Share:
+        """What this rank writes."""
+        ddps = self._job.ddps
+        states = OptimizerStates(given.optimizer, ddps, weights)
+        left_out = weights.frozen_keys() if given.trainable_only else ()
+        chunks = [chunk for chunk in weights.chunks() if chunk.key not in left_out]
+        chunks += states.chunks()
         if self._job.rank == 0:
-            chunks += [_extra_chunk(index, tensor) for index, tensor in enumerate(extra)]
-        chunks = [chunk for chunk in chunks if chunk.writes]
-        saving.chunks = [chunk.copied() for chunk in chunks] if background else chunks
-        saving.objects = {key: value for key, value, writes in model.objects() if writes}
-        saving.sizes = {name: model_sizes(ddp.module) for name, ddp in self._job.ddps.items()}
-        saving.settings = {each.name: each.settings(model) for each in states}
-        saving.random_states = random_states()
+            chunks += [_extra_chunk(index, tensor) for index, tensor in enumerate(given.tensors)]
+        return Share(
+            chunks=[chunk for chunk in chunks if chunk.writes],
+            objects={key: value for key, value, writes in weights.objects() if writes},
+            states={**encode(random_states()), RANK_STATE: given.rank_state},
+            sizes={name: model_sizes(ddp.module) for name, ddp in ddps.items()},
+            settings=states.settings(),
+        )
 
     # -- load --------------------------------------------------------------------------------------
 
@@ -226,7 +240,7 @@ class Checkpoints:
     ) -> LoadedCheckpoint:
         """Go on from a checkpoint, the newest if none is chosen. Collective."""
         headline = f"the checkpoint in {folder} cannot be loaded"
-        folder = _agreed_path(folder, headline)
+        folder = self._agreed_path(folder, headline)
         self._wait(folder)
         # The first rank looks, lest others see the folder as it was a moment ago.
         options = {"step": step, "strict": strict, "names": dict(names or {})}
@@ -256,11 +270,10 @@ class Checkpoints:
             loaded.rank_states = loading.rank_states
         loaded.missing_keys, loaded.unexpected_keys = loading.missing, loading.unexpected
         self._last = CheckpointSave(folder, found, is_over=True, is_whole=True)
-        self._last.content = {"trainable_only": loading.has_trainable_only}
-        tensors: list[torch.Tensor] = []
-        said, own = encode(loaded.extra, tensors), encode(loaded.rank_state)
-        facts = _facts(self._last, optimizer, said, tensors, own is not None)
-        self._last.holds = (facts, own, self._optimizer_steps.num_changes)
+        only = loading.has_trainable_only
+        given = _Given.encoded(optimizer, only, loaded.extra, loaded.rank_state)
+        facts = given.facts(self._last)
+        self._last.holds = (facts, given.rank_state, self._optimizer_steps.num_changes)
         return loaded
 
     def load_module(
@@ -272,6 +285,7 @@ class Checkpoints:
     ) -> LoadedCheckpoint:
         """Fill the weights of one module with whole ones. Collective."""
         headline = f"the weights of module {name!r} cannot be loaded"
+        _agree(lambda: RankFacts({}, {}, self._obstacles()), headline)
         self._wait(Path())
         loading = CheckpointLoad(self._job, self._layout, None, strict or False, names or {})
         _agree(lambda: loading.prepare_module(name, tensors), headline)
@@ -348,6 +362,43 @@ class Checkpoints:
         return []
 
 
+@frozen
+class _Given:
+    """What a trainer has asked to save: ``extra`` and ``rank_state`` in JSON, tensors apart."""
+
+    optimizer: Any
+    trainable_only: bool
+    extra: dict[str, Any]
+    rank_state: Any
+    tensors: list[torch.Tensor]
+
+    @classmethod
+    def encoded(cls, optimizer: Any, only: bool, extra: Any, rank_state: Any) -> "_Given":
+        """Made of what it gave.
+
+        Raises:
+            ValueError: JSON and tensors cannot say something of it; names it.
+        """
+        for name, each in (("extra", extra), ("rank_state", rank_state)):
+            if not isinstance(each, Mapping | None):
+                raise ValueError(f"{name} is a {type(each).__name__}: give a dict with string keys")
+        tensors: list[torch.Tensor] = []
+        said, own = encode(extra, tensors), encode(rank_state, where="rank_state")
+        return cls(optimizer, only, said, own, tensors)
+
+    def facts(self, saving: CheckpointSave) -> dict[str, str]:
+        """What all ranks must give alike, in words."""
+        return {
+            "folder": str(saving.parent),
+            "step": str(saving.step),
+            "with an optimizer": str(self.optimizer is not None),
+            "with rank_state": str(self.rank_state is not None),
+            "trainable_only": str(self.trainable_only),
+            **{f"extra[{name!r}]": json.dumps(value) for name, value in self.extra.items()},
+            "tensors in extra": str([_fingerprint(tensor) for tensor in self.tensors]),
+        }
+
+
 def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
     """:func:`exchange_flags`, but also the rank with an unforeseen error raises a ValueError."""
     try:
@@ -356,31 +407,6 @@ def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
         raise
     except Exception as error:
         raise ValueError(f"{headline}: {type(error).__name__}: {error}") from error
-
-
-def _agreed_path(folder: Path | str, headline: str) -> Path:
-    """The same folder on every rank, absolute."""
-    _agree(lambda: RankFacts({"folder": str(Path(folder).absolute())}, {}), headline)
-    return Path(folder).absolute()
-
-
-def _facts(
-    saving: CheckpointSave,
-    optimizer: Any,
-    extra: Mapping[str, Any],
-    tensors: list[torch.Tensor],
-    has_rank_state: bool,
-) -> dict[str, str]:
-    """What a trainer has asked to save, in words."""
-    return {
-        "folder": str(saving.path.parent),
-        "step": str(saving.step),
-        "with an optimizer": str(optimizer is not None),
-        "with rank_state": str(has_rank_state),
-        "trainable_only": str(saving.content["trainable_only"]),
-        **{f"extra[{name!r}]": json.dumps(value) for name, value in extra.items()},
-        "tensors in extra": str([_fingerprint(tensor) for tensor in tensors]),
-    }
 
 
 def _extra_chunk(index: int, tensor: torch.Tensor) -> Chunk:

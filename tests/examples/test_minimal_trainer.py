@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from jobs import run_job
 from ranks import world
 
 TRAINER = Path(__file__).parents[2] / "examples" / "minimal_trainer.py"
@@ -58,31 +58,34 @@ def undisturbed(tmp_path_factory):
     return folder, world(4).run("test_minimal_trainer:_run", str(folder))
 
 
-def test_it_survives_the_loss_of_a_rank(tmp_path, undisturbed):
-    """Under torchrun, which starts all ranks again: with the numbers that an undisturbed job has."""
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    code, output = run_job(script, str(tmp_path / "saved"), ranks=4, restarts=1)
-    assert code == 0, output
-    _, (said, *_) = undisturbed
-    assert re.findall(LINE, output) == re.findall(LINE, said)
+def _run_until_killed(folder: str) -> None:
+    """As :func:`_run`; rank 1 is killed after the first checkpoint, before the line of step 20."""
+    import os
+    import signal
 
+    import torch.distributed as dist
 
-KILLED = f"""
-import os, runpy, signal
-from megatron_mimo_coord import MultiModuleCoordinator
+    from megatron_mimo_coord import MultiModuleCoordinator
 
-evaluation = MultiModuleCoordinator.evaluation
+    evaluation = MultiModuleCoordinator.evaluation
 
-def killed(self):  # after the first checkpoint, before the line of step 20
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
-        if os.path.exists(os.path.join(__import__("sys").argv[1], "step-00000010")):
+    def killed(self: MultiModuleCoordinator) -> Any:
+        if dist.get_rank() == 1 and Path(folder, "step-00000010").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-    return evaluation(self)
+        return evaluation(self)
 
-MultiModuleCoordinator.evaluation = killed
-runpy.run_path({str(TRAINER)!r}, run_name="__main__")
-"""
+    MultiModuleCoordinator.evaluation = killed
+    _run(folder)
+
+
+def test_it_survives_the_loss_of_a_rank(tmp_path, undisturbed):
+    """Started again, it goes on with the numbers that an undisturbed job has."""
+    _, errors = world(4).try_run("test_minimal_trainer:_run_until_killed", str(tmp_path))
+    assert errors[1][0] == "ProcessDied"
+    assert (tmp_path / "step-00000010").exists()
+    said, *_ = world(4).run("test_minimal_trainer:_run", str(tmp_path))
+    _, (expected, *_) = undisturbed
+    assert re.findall(LINE, said) == re.findall(LINE, expected)[1:]
 
 
 def test_it_fits_on_a_page():

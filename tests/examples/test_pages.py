@@ -84,6 +84,7 @@ def _measure():
         microbatches=2,
         rounds=2,
         shared=False,
+        ahead=0,
     )
     modules = {"vision": parallel(dp=2), "language": parallel()}
     with steps.Bench.build(modules, options) as bench:

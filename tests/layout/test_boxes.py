@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mimo_coord.training.boxes import Box, boxes_of_range
+from megatron_mimo_coord.layout.boxes import Box, boxes_of_range
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 

@@ -1,0 +1,90 @@
+"""Of what several ranks have copies of, a checkpoint keeps one: are they copies?
+
+Shards that Megatron's ``sharded_state_dict`` calls replicas would be lost but for one. Compared
+before each save, as a training may have driven apart what began alike.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
+from megatron_mimo_coord.megatron.parameters import is_tensor_parallel
+
+ROUNDING, DRIFT = 1e-3, 0.05  # parts of its norm by which copies of a weight may differ
+
+
+def copy_problems(job: Job, weights: ShardedWeights) -> Iterator[str]:
+    """Which parameters are tensor-parallel by their attributes, but replicas for Megatron."""
+    for name, param, groups in _replicated(job, weights):
+        tp = groups.expt_tp if ".experts." in name else groups.tp
+        if is_tensor_parallel(param) and tp.size() > 1:
+            yield (
+                f"{name} is one of {tp.size()} tensor-parallel shards, but the module's "
+                f"sharded_state_dict calls it a replica, of which one would be kept: derive the "
+                f"module from MegatronModule and set its tp_group to pg_collection.tp"
+            )
+
+
+def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
+    """Which parameters differ between ranks that hold the same of them.
+
+    Collective in the groups of the modules. Compares one weighted sum of each. Data-parallel ranks
+    get the same update; on tensor-parallel ones kernels may round otherwise, and copies drift apart
+    a little in a long training, far less than shards differ.
+    """
+    tensor_parallel = {id(param) for _, param, _ in _replicated(job, weights)}
+    found = []
+    for module, ddp in job.ddps.items():
+        groups = job.infra.pg_collections[module]
+        assert groups is not None, f"a coordinator has refused {module!r} without groups"
+        params = dict(ddp.module.named_parameters())
+        dense = {name: each for name, each in params.items() if ".experts." not in name}
+        copies = {name: each for name, each in dense.items() if id(each) in tensor_parallel}
+        expert = {name: param for name, param in params.items() if name not in dense}
+        for kind, alike, group, tolerance in (
+            ("tensor-parallel", copies, groups.tp, DRIFT),
+            ("data-parallel", dense, groups.dp_cp, ROUNDING),
+            ("data-parallel", expert, groups.expt_dp if expert else None, ROUNDING),
+        ):
+            if alike and group is not None and group.size() > 1:
+                found += [
+                    f"{name} of module {module!r} is not the same on the {kind} ranks "
+                    f"{dist.get_process_group_ranks(group)}, of which one would be kept: where "
+                    f"each has a shard, derive the module from MegatronModule and set its "
+                    f"tp_group to pg_collection.tp; else start them alike"
+                    for name in _differing(alike, group, tolerance)
+                ]
+    return found
+
+
+def _replicated(job: Job, weights: ShardedWeights) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
+    """(name, parameter, groups of its module) of those of which no dim is shared out."""
+    for module, ddp in job.ddps.items():
+        for name, param in ddp.module.named_parameters():
+            if param in weights and weights.is_replicated(param):
+                yield f"{name} of module {module!r}", param, job.infra.pg_collections[module]
+
+
+@torch.no_grad()
+def _differing(
+    params: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup, tolerance: float
+) -> list[str]:
+    """Names of those that differ on the ranks of a group. Collective in it."""
+    sums = torch.stack([_weighted_sum(param) for param in params.values()])
+    norms = torch.stack([param.detach().float().norm() for param in params.values()])
+    extremes = torch.stack([sums, -sums, norms])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    most, least, norms = extremes[0], -extremes[1], extremes[2]
+    rounding = [max(tolerance, 4 * torch.finfo(param.dtype).eps) for param in params.values()]
+    differs = most - least > norms * norms.new_tensor(rounding)
+    return [name for name, flag in zip(params, differs.tolist(), strict=True) if flag]
+
+
+def _weighted_sum(param: torch.nn.Parameter) -> torch.Tensor:
+    """A sum that is another one for most other values of a parameter, or for another order."""
+    weights = torch.arange(param.numel(), dtype=torch.float32, device=param.device)
+    return (param.detach().float().view(-1) * weights.cos_().add_(1.5)).sum()
