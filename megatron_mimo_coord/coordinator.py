@@ -53,6 +53,7 @@ from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.names import told_of_missing_names
+from megatron_mimo_coord.megatron.rotary_positions import cut_rotary_positions
 from megatron_mimo_coord.megatron.schedule import (
     Hooks,
     Schedule,
@@ -158,6 +159,9 @@ class MultiModuleCoordinator:
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         hand_over_no_views(job.model, self._changes)
+        groups = job.infra.pg_collections.get(LANGUAGE)
+        if groups is not None:
+            cut_rotary_positions(job.model, groups.cp, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
         self._gradients = Gradients.of(

@@ -11,7 +11,7 @@ import torch
 from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.gradients.step_report import TextMisfit
+from megatron_mimo_coord.gradients.step_report import TextMisfit, UnknownParts
 from megatron_mimo_coord.megatron.changes import Changes
 
 
@@ -28,7 +28,7 @@ class TextFit:
         self,
         model: MimoModel,
         assignments: PendingAssignments,
-        tell: Callable[[TextMisfit], None],
+        tell: Callable[[TextMisfit | UnknownParts], None],
     ) -> None:
         self._model = model
         self._assignments = assignments
@@ -62,11 +62,13 @@ class TextFit:
         if sum(counts) == tokens:
             return list(counts)
         self._misfit(name, text, tokens, microbatch, is_part=True)
-        sizes, left = [], tokens
-        for count in counts[:-1]:
-            sizes.append(min(count, left))
-            left -= sizes[-1]
-        return [*sizes, left]
+        return _cut_off(counts, tokens)
+
+    def unknown(self, parts: UnknownParts) -> list[int]:
+        """Numbers to go on with, where nobody knows how many tokens are for whom."""
+        self._tell(parts)
+        share = -(-parts.tokens // parts.ranks)
+        return _cut_off([share] * parts.ranks, parts.tokens)
 
     def _align(
         self,
@@ -113,3 +115,12 @@ class TextFit:
         is_its = text == self._model.special_token_ids[name]
         counts, cut = is_its.sum(1).tolist(), is_its[:, -1].nonzero().flatten().tolist()
         self._tell(TextMisfit(name, microbatch, counts, cut, tokens, is_part))
+
+
+def _cut_off(counts: Sequence[int], total: int) -> list[int]:
+    """Numbers like these, whose sum is the total."""
+    sizes, left = [], total
+    for count in counts[:-1]:
+        sizes.append(min(count, left))
+        left -= sizes[-1]
+    return [*sizes, left]
