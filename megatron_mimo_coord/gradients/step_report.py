@@ -9,8 +9,9 @@ norms on the host sees them for nothing:
   where its own belongs: then it has just as many rows as that. Other numbers of rows are the
   trainer's affair: most layouts never read them;
 - ranks that read different samples (``texts_read.py``);
-- texts that have other numbers of an encoder's tokens than the encoder made (``TextMisfit``), or do
-  not say how many of them are for whom (``UnknownParts``).
+- texts that have other numbers of an encoder's tokens than the encoder made (``TextMisfit``), do
+  not say how many of them are for whom (``UnknownParts``), or cannot be shared by the ranks that
+  read parts of them (``UnevenLength``).
 """
 
 import json
@@ -121,6 +122,38 @@ class UnknownParts:
         )
 
 
+@frozen
+class UnevenLength:
+    """Texts whose tokens the ranks of the language model cannot share.
+
+    Args:
+        microbatch: in its pass.
+        length: of the texts, in tokens.
+        parts: what would divide it.
+        why: whose ranks share it.
+    """
+
+    microbatch: int
+    length: int
+    parts: int
+    why: str
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before what follows from it."""
+        return self.microbatch, -1
+
+    def __str__(self) -> str:
+        return (
+            f"microbatch {self.microbatch}: the texts are {self.length} tokens long, which "
+            f"{self.parts} ({self.why}) does not divide: pad input_ids, position_ids, labels and "
+            f"loss_mask to {-(-self.length // self.parts) * self.parts}"
+        )
+
+
+Misfit = TextMisfit | UnknownParts | UnevenLength
+
+
 @define
 class StepReport:
     """One rank's part of it.
@@ -143,21 +176,22 @@ class StepReport:
     is_read: bool = field(default=False, init=False)
     miscounts: torch.Tensor | None = field(default=None, init=False)
     rows: int | None = field(default=None, init=False)
-    _misfits: list[TextMisfit | UnknownParts] = field(factory=list, init=False)
+    _misfits: list[Misfit] = field(factory=list, init=False)
     _texts: TextsRead = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
 
-    def tell(self, misfit: TextMisfit | UnknownParts) -> None:
+    def tell(self, misfit: Misfit) -> None:
         """Texts do not fit: every rank is told before an optimizer's step.
 
         Raises:
             RuntimeError: there will be none.
         """
-        place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
-        rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
-        misfit = evolve(misfit, first=place * rows)
+        if not isinstance(misfit, UnevenLength):
+            place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
+            rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
+            misfit = evolve(misfit, first=place * rows)
         if not self.is_read or not torch.is_grad_enabled():
             raise RuntimeError(str(misfit))
         self._misfits.append(misfit)
@@ -291,7 +325,7 @@ def _refuse_miscounts(miscounts: Sequence[float]) -> None:
             raise RuntimeError(text)
 
 
-def _told(misfits: Sequence[TextMisfit | UnknownParts]) -> str:
+def _told(misfits: Sequence[Misfit]) -> str:
     """The first of all ranks' misfits, one with a text that was cut before others. Collective."""
     mine = [(misfit.order, str(misfit)) for misfit in misfits]
     texts = all_gather_text(json.dumps(mine), device=world_device())

@@ -10,7 +10,9 @@ others wait.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from megatron.core.models.mimo import MimoModel
+from torch.nn.functional import pad
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 
@@ -45,6 +47,22 @@ def bounds_of(packing: Mapping[str, Any]) -> Any:
     """Where each packed sample begins, and the last one ends; None if that is not said."""
     padded = packing.get("cu_seqlens_q_padded")
     return packing.get("cu_seqlens_q") if padded is None else padded
+
+
+def lengthen_texts(
+    args: tuple[Any, ...], kwargs: dict[str, Any], more: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward's texts, [..., token], with so many tokens more, which are 0 and do not count."""
+
+    def longer(value: Any) -> Any:
+        return pad(value, (0, more)) if torch.is_tensor(value) else value
+
+    named = {name: longer(value) if name in _TEXTS else value for name, value in kwargs.items()}
+    places = zip(range(len(args)), args, strict=True)
+    return tuple(longer(value) if i < _MODALITY_INPUTS else value for i, value in places), named
+
+
+_TEXTS = ("input_ids", "position_ids", "loss_mask", "labels")
 
 
 def change_modality_inputs(
