@@ -13,7 +13,7 @@ import torch
 from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.gradients.step_report import (
+from megatron_mimo_coord.gradients.misfits import (
     Misfit,
     TextMisfit,
     UnevenLength,

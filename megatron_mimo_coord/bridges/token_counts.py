@@ -14,7 +14,7 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.gradients.step_report import UnknownParts
+from megatron_mimo_coord.gradients.misfits import UnknownParts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
@@ -162,6 +162,8 @@ class TokenCounts:
         if assignment is not None:
             return any(assignment.tokens[sample][image] for sample, image in assignment.local)
         if input_ids is None or encoder_name not in self._places:
+            return False
+        if encoder_name not in self._model.special_token_ids:
             return False
         counts = self._count(encoder_name, input_ids)
         if counts[self._part_of(encoder_name, counts, 0)].any():
