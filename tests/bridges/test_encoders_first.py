@@ -149,7 +149,7 @@ class _Saved:
     alive = most = 0
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # an output would keep its own graph
         _Saved.alive += 1
         _Saved.most = max(_Saved.most, _Saved.alive)
 
