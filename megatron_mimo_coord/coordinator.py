@@ -30,7 +30,6 @@ from megatron_mimo_coord.bridges.token_counts import (
     fan_in_ratios,
 )
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.checks.sequence_parallel import refuse_other_lengths
 from megatron_mimo_coord.gradients.assembly import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientNorms
@@ -202,7 +201,6 @@ class MultiModuleCoordinator:
             self._changes,
         )
         self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
-        refuse_other_lengths(job.model, self._changes)
         ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:
@@ -910,7 +908,9 @@ class MultiModuleCoordinator:
         self._begin_pass()
         self._to_finalize = None
         losses = self._encoders_first.run(p2p_communicator, encoder_microbatches, **arguments)
-        if self._to_finalize is not None:
+        if self._to_finalize is None:
+            self._step.not_finalized()  # it evaluated, or nothing was attached
+        else:
             num_tokens, force_all_reduce = self._to_finalize
             self.finalize_model_grads(num_tokens=num_tokens, force_all_reduce=force_all_reduce)
         return losses

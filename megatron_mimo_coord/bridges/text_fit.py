@@ -52,7 +52,7 @@ class TextFit:
     def watch(self, changes: Changes) -> None:
         """Look at what the model puts together."""
         changes.set(self._model, "align_embeddings_by_token_positions", self._align)
-        if sequence_parts(self._model)[0] > 1:
+        if sequence_parts(self._model)[0] > 1 and self._model.language_model is not None:
             changes.on_close(
                 self._model.register_forward_pre_hook(self._lengthen, with_kwargs=True).remove
             )
@@ -60,13 +60,20 @@ class TextFit:
     def _lengthen(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Have ``MimoModel`` run texts that it would refuse on the first stage alone."""
+        """Have ``MimoModel`` run texts that it would refuse on the first stage alone.
+
+        Raises:
+            ValueError: they are packed samples, whose bounds the trainer knows.
+        """
         text = input_ids_of(args, kwargs)
         parts, why = sequence_parts(self._model)
-        if text is None or packing_of(args, kwargs) is not None or text.shape[-1] % parts == 0:
+        if text is None or text.shape[-1] % parts == 0:
             return None
         length = text.shape[-1]
-        self._tell(UnevenLength(self.microbatch("length"), length, parts, why))
+        uneven = UnevenLength(self.microbatch("length"), length, parts, why)
+        if packing_of(args, kwargs) is not None:
+            raise ValueError(str(uneven))
+        self._tell(uneven)
         return lengthen_texts(args, kwargs, -length % parts)
 
     def microbatch(self, where: str) -> int:
