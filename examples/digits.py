@@ -23,6 +23,7 @@ VOCABULARY = 32  # the tokens above, padded so that a tensor-parallel size of up
 PIXELS, PATCH = 8, 4  # edge of an image and of a patch
 PATCHES, PATCH_DIM = (PIXELS // PATCH) ** 2, PATCH**2
 NAME_LENGTH = max(map(len, NAMES)) + 1  # with the end token
+SHARED_BY = 4  # chunks of a text that up to two context-parallel ranks can share
 
 HELD_OUT = 360
 
@@ -83,10 +84,11 @@ def load() -> tuple[Digits, Digits]:
 
 
 def sequence_length(images_per_sample: int) -> int:
-    """Tokens of the longest sample; the last one of all is only ever a label."""
+    """Tokens of a sample: of the longest, whose last is only ever a label, and of padding."""
+    longest = images_per_sample * (PATCHES + 1)
     if images_per_sample == 1:
-        return PATCHES + NAME_LENGTH
-    return images_per_sample * (PATCHES + 1)
+        longest = PATCHES + NAME_LENGTH
+    return -(-longest // SHARED_BY) * SHARED_BY
 
 
 def pages_of(images: Iterator[int], most: int, seed: int) -> Iterator[list[int]]:
@@ -106,9 +108,10 @@ def blank(images: int, images_per_sample: int) -> tuple[list[int], list[int]]:
     """The text of a sample before anything is read, and the places where answers are written."""
     if images_per_sample == 1:
         text = [IMAGE] * PATCHES + [SEPARATOR]
-        return text + [END] * NAME_LENGTH, list(range(len(text), len(text) + NAME_LENGTH))
-    text = [SEPARATOR] + ([IMAGE] * PATCHES + [SEPARATOR]) * images
-    places = list(range(PATCHES + 1, len(text), PATCHES + 1))
+        places = list(range(len(text), len(text) + NAME_LENGTH))
+    else:
+        text = [SEPARATOR] + ([IMAGE] * PATCHES + [SEPARATOR]) * images
+        places = list(range(PATCHES + 1, len(text), PATCHES + 1))
     return text + [END] * (sequence_length(images_per_sample) + 1 - len(text)), places
 
 

@@ -11,6 +11,7 @@ import checkpoint
 import torch
 import torch.distributed as dist
 from attrs import field, frozen
+from context_attention import positions
 from digits import (
     END,
     IMAGE,
@@ -105,7 +106,8 @@ class Trainer:
         batch = next(batches)
         share = self._share_of_text()
         labels, loss_mask = batch.labels[share], batch.loss_mask[share]
-        output, _ = self._forward(batch, model, labels=labels, loss_mask=loss_mask)
+        # With context parallelism this rank's positions of both come back.
+        output, loss_mask = self._forward(batch, model, labels=labels, loss_mask=loss_mask)
 
         def loss_func(
             losses: torch.Tensor,
@@ -172,10 +174,13 @@ class Trainer:
         output, _ = self._forward(batch, model)
 
         def likeliest(logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-            tp = self.infra.pg_collections[LANGUAGE].tp
-            last = logits[torch.arange(len(asked), device="cuda"), asked]
-            last = gather_from_tensor_model_parallel_region(last, group=tp)
-            return last[:, : END + 1].argmax(dim=-1)  # a letter or the end, nothing else
+            groups = self.infra.pg_collections[LANGUAGE]
+            here = positions(batch.tokens.shape[1], groups.cp.rank(), groups.cp.size())
+            is_asked = here.to("cuda") == asked[:, None]
+            last = (logits * is_asked[..., None]).sum(1)
+            last = gather_from_tensor_model_parallel_region(last, group=groups.tp)
+            likely = last[:, : END + 1].argmax(dim=-1)  # a letter or the end, nothing else
+            return likely * is_asked.any(1)  # else another context-parallel rank knows it
 
         return output, likeliest
 

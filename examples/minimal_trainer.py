@@ -74,15 +74,15 @@ def train(folder, steps):
         batch, here = draw(next(seeds)), infra.participating_modules
         mine = {n: batch[coordinator.data_parallel_slice(MICRO_BATCH_SIZE, n)] for n in here}
         tokens = mine.get("language", max(mine.values(), key=len))  # of encoders, the longest text
-        losses, _ = model(
+        losses, loss_mask = model(  # with context parallelism this rank's positions of both
             input_ids=tokens,
             position_ids=torch.arange(10, device="cuda").expand_as(tokens),
             labels=tokens.roll(-1, 1),
+            loss_mask=(tokens == 1) | (tokens == 2),
             modality_inputs={name: inputs_of(name, mine[name]) for name in TOKENS if name in here},
         )
 
         def loss_func(losses):
-            loss_mask = (tokens == 1) | (tokens == 2)
             loss, num_tokens = (losses * loss_mask).sum(), loss_mask.sum().int()
             return loss, num_tokens, {"loss": torch.stack((loss.detach(), num_tokens))}
 

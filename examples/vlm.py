@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
+from context_attention import ContextAttention
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -40,8 +41,9 @@ class EncoderShape:
 class LanguageShape:
     """Sizes of the language model; ``experts`` makes its layers mixtures of experts.
 
-    With context parallelism ``attention`` is the layers' core attention, such as Transformer
-    Engine's: Megatron's own for local layers refuses it.
+    ``attention`` is the layers' core attention, where it is not Megatron's own for local layers.
+    That one refuses context parallelism and packed samples: with the former ``ContextAttention``
+    stands in, on any device; a job that is to be fast on GPUs takes Transformer Engine's.
     """
 
     vocabulary: int
@@ -176,8 +178,11 @@ def build_bare_model(
     language = shape.language
     language_pg = groups[LANGUAGE]
     layer_spec = get_gpt_layer_local_spec(num_experts=language.experts, moe_grouped_gemm=False)
-    if language.attention is not None:
-        layer_spec.submodules.self_attention.submodules.core_attention = language.attention
+    attention = language.attention
+    if attention is None and language_pg is not None and language_pg.cp.size() > 1:
+        attention = ContextAttention
+    if attention is not None:
+        layer_spec.submodules.self_attention.submodules.core_attention = attention
     language_spec = ModuleSpec(
         module=GPTModel,
         params={

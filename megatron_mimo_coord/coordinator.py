@@ -30,7 +30,6 @@ from megatron_mimo_coord.bridges.token_counts import (
     fan_in_ratios,
 )
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.checks.sequence_parallel import refuse_other_lengths
 from megatron_mimo_coord.gradients.assembly import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.norms import GradientNorms
@@ -53,6 +52,7 @@ from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.names import told_of_missing_names
+from megatron_mimo_coord.megatron.rotary_positions import cut_rotary_positions
 from megatron_mimo_coord.megatron.schedule import (
     Hooks,
     Schedule,
@@ -159,6 +159,9 @@ class MultiModuleCoordinator:
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         hand_over_no_views(job.model, self._changes)
+        groups = job.infra.pg_collections.get(LANGUAGE)
+        if groups is not None:
+            cut_rotary_positions(job.model, groups.cp, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
         self._gradients = Gradients.of(
@@ -203,7 +206,6 @@ class MultiModuleCoordinator:
             self._changes,
         )
         self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
-        refuse_other_lengths(job.model, self._changes)
         ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:
@@ -924,7 +926,9 @@ class MultiModuleCoordinator:
         self._begin_pass()
         self._to_finalize = None
         losses = self._encoders_first.run(p2p_communicator, encoder_microbatches, **arguments)
-        if self._to_finalize is not None:
+        if self._to_finalize is None:
+            self._step.not_finalized()  # it evaluated, or nothing was attached
+        else:
             num_tokens, force_all_reduce = self._to_finalize
             self.finalize_model_grads(num_tokens=num_tokens, force_all_reduce=force_all_reduce)
         return losses

@@ -7,7 +7,7 @@ this package, of DDP or of schedules. Weights and data are drawn by name and by 
 the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, cycle
@@ -69,6 +69,7 @@ class Case:
         trainable: but for those that have one of these in their name.
         lengths: text tokens of each sample that may count, in turn; the rest is padding. All of
             them if left out; none for an empty sample.
+        packed: a rank's samples lie in one row, without the padding.
         nan_step: the step whose first image holds a NaN; none if -1.
         force_all_reduce: passed to the schedule.
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
@@ -98,6 +99,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
+    packed: bool = False
     nan_step: int = -1
     force_all_reduce: bool = False
     wrap: str = ""
@@ -145,6 +147,10 @@ class Case:
         """What an encoder is given."""
         return {"images": images} if len(images) else None
 
+    def positions_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Position ids of texts [sample, token]."""
+        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
     def counts(self, name: str, step: int, microbatch: int) -> list[int]:
         """Images of each sample of a microbatch."""
         steps = self.images.get(name, (((1,),),))
@@ -159,9 +165,13 @@ class Case:
         for name in self.encoders:
             steps = self.images.get(name, (((1,),),))
             most += max(max(samples) for step in steps for samples in step)
+        return self.padded(most * PATCHES + 6)
+
+    def padded(self, length: int) -> int:
+        """A length that context-parallel ranks can share."""
         language = self.modules[vlm.LANGUAGE]
         parts = 2 * language.context_parallel_size * language.tensor_model_parallel_size
-        return most * PATCHES + 6 + (-most * PATCHES - 6) % (parts if self.shares_sequences else 1)
+        return length + (-length) % (parts if self.shares_sequences else 1)
 
     @property
     def shares_sequences(self) -> bool:
@@ -193,7 +203,7 @@ class Case:
                 layers=self.layers,
                 tied_embeddings=self.tied_embeddings,
                 experts=self.experts,
-                attention=ContextAttention if self.shares_sequences else None,
+                attention=ContextAttention if self.packed else None,
             ),
             per_token=self.per_token,
             ddp={name: self._ddp_of(name) for name in self.modules},
@@ -216,6 +226,7 @@ class Microbatch:
     mask: torch.Tensor
     images: dict[str, torch.Tensor]
     counts: dict[str, list[int]]
+    lengths: list[int]
     assignments: Mapping[str, ImageAssignment] | None = None
 
     def images_of(self, name: str, samples: slice) -> torch.Tensor:
@@ -231,6 +242,7 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
     tokens = torch.randint(text, (case.micro_batch_size, case.sequence), generator=generator)
     mask = torch.rand(tokens.shape, generator=generator) < case.unmasked
     counts = {name: case.counts(name, step, microbatch) for name in case.encoders}
+    lengths = [case.sequence] * case.micro_batch_size
     for sample in range(case.micro_batch_size):
         place = 0
         for index, name in enumerate(case.encoders):
@@ -241,6 +253,7 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
         if case.lengths:
             end = place + case.lengths[sample % len(case.lengths)]
             tokens[sample, end:], mask[sample, end:] = 0, False
+            lengths[sample] = case.padded(end)
     images = {
         name: torch.randn((sum(counts[name]), PATCHES, PATCH_DIM), generator=generator)
         for name in case.encoders
@@ -249,7 +262,7 @@ def draw(case: Case, step: int, microbatch: int) -> Microbatch:
         for drawn in images.values():
             drawn[:1, :1, :1] = torch.nan
     images = {name: drawn.cuda() for name, drawn in images.items()}
-    return Microbatch(microbatch, tokens.cuda(), mask.float().cuda(), images, counts)
+    return Microbatch(microbatch, tokens.cuda(), mask.float().cuda(), images, counts, lengths)
 
 
 def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
@@ -434,15 +447,33 @@ def _forward_step(
     for name in filter(here.__contains__, case.encoders):
         images = _images(case, coordinator, microbatch, name, assignments.get(name))
         inputs[name] = case.encoder_inputs(images)
-    tokens, mask = microbatch.tokens[samples], microbatch.mask[samples]
-    output, mask = model(
-        input_ids=tokens,
-        position_ids=torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
-        labels=tokens.roll(-1, 1),
-        loss_mask=mask,
-        modality_inputs=inputs,
-    )
+    tokens = microbatch.tokens[samples]
+    text = {
+        "input_ids": tokens,
+        "position_ids": case.positions_of(tokens),
+        "labels": tokens.roll(-1, 1),
+        "loss_mask": microbatch.mask[samples],
+    }
+    if case.packed:
+        text = _packed(text, microbatch.lengths[samples])
+    output, mask = model(**text, modality_inputs=inputs)
     return output, partial(_loss, mask)
+
+
+def _packed(text: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> dict[str, Any]:
+    """Samples [..., sample, token] of these lengths as one row, [..., 1, token]."""
+    rows = {
+        name: torch.cat(
+            [row[..., :end] for row, end in zip(each.unbind(-2), lengths, strict=True)], -1
+        ).unsqueeze(-2)
+        for name, each in text.items()
+    }
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).cuda()
+    packing: dict[str, Any] = {}
+    for side in "q", "kv":
+        packing |= {f"cu_seqlens_{side}": bounds, f"cu_seqlens_{side}_padded": bounds}
+        packing[f"max_seqlen_{side}"] = max(lengths)
+    return rows | {"packing_kwargs": packing}
 
 
 def _assign(
@@ -555,7 +586,7 @@ class Oracle:
             tokens = microbatch.tokens
             losses, _ = self.model(
                 input_ids=tokens,
-                position_ids=torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
+                position_ids=case.positions_of(tokens),
                 labels=tokens.roll(-1, 1),
                 modality_inputs={
                     name: case.encoder_inputs(images) for name, images in microbatch.images.items()

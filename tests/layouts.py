@@ -85,6 +85,7 @@ def layout_name(modules: Mapping[str, ModuleParallelism]) -> str:
 def _sizes(module: ModuleParallelism) -> str:
     sizes = {
         "TP": module.tensor_model_parallel_size,
+        "CP": module.context_parallel_size,
         "PP": module.pipeline_model_parallel_size,
         "DP": module.data_parallel_size,
         "EP": module.expert_model_parallel_size,

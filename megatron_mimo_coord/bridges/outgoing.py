@@ -119,17 +119,14 @@ class Outgoing(Link):
     def _sizes(self, output: torch.Tensor) -> Sequence[int]:
         """Rows of an output for each of the targets that it goes to in turn."""
         rows, number = output.shape[self.dim], len(self._turn)
-        sizes = getattr(output, SPLIT_SIZES, None)  # tokens of each sample
-        if number > 1 and sizes is not None and len(sizes) % number == 0:
+        sizes = getattr(output, SPLIT_SIZES, None)  # tokens of each sample, or of each target
+        if sizes is not None:
             share = len(sizes) // number
             return [sum(sizes[index * share : (index + 1) * share]) for index in range(number)]
-        if rows % number or (number > 1 and rows and output.ndim == 2):
-            texts = "no text" if sizes is None else f"{len(sizes)} texts, as if they were packed"
+        if rows % number:
             raise RuntimeError(
-                f"rank {self.rank} has {rows} tokens of {self.name} for {number} ranks of the "
-                f"language model, but was given {texts}, and does not know how many are for whom: "
-                f"pass input_ids of the encoder's samples to the model's forward, as many rows for "
-                f"each of these ranks, or deal the images out with assign_images{self._remark()}"
+                f"rank {self.rank} has {rows} samples of {self.name} for {number} ranks of the "
+                f"language model: give the encoder as many for each of them"
             )
         return [rows // number] * number
 

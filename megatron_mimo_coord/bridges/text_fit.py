@@ -1,18 +1,31 @@
 """Texts that have other numbers of an encoder's tokens than it made, such as texts that were cut.
 
-The rank that finds it is not alone: its peers wait for what it sends. So the step goes on, with
-tokens that are cut or filled up with zeros, to where all ranks hear of it, before an optimizer uses
-the gradients. Nothing is asked of the device that ``MimoModel`` does not ask already.
+Or whose length does not divide by the ranks that share it. The rank that finds it is not alone: its
+peers wait for what it sends. So the step goes on, with texts and tokens that are cut or filled up
+with zeros, to where all ranks hear of it, before an optimizer uses the gradients. Nothing is asked
+of the device that ``MimoModel`` does not ask already.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.gradients.step_report import TextMisfit
+from megatron_mimo_coord.gradients.misfits import (
+    Misfit,
+    TextMisfit,
+    UnevenLength,
+    UnknownParts,
+)
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import (
+    input_ids_of,
+    lengthen_texts,
+    packing_of,
+    sequence_parts,
+)
 
 
 class TextFit:
@@ -28,7 +41,7 @@ class TextFit:
         self,
         model: MimoModel,
         assignments: PendingAssignments,
-        tell: Callable[[TextMisfit], None],
+        tell: Callable[[Misfit], None],
     ) -> None:
         self._model = model
         self._assignments = assignments
@@ -39,6 +52,29 @@ class TextFit:
     def watch(self, changes: Changes) -> None:
         """Look at what the model puts together."""
         changes.set(self._model, "align_embeddings_by_token_positions", self._align)
+        if sequence_parts(self._model)[0] > 1 and self._model.language_model is not None:
+            changes.on_close(
+                self._model.register_forward_pre_hook(self._lengthen, with_kwargs=True).remove
+            )
+
+    def _lengthen(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Have ``MimoModel`` run texts that it would refuse on the first stage alone.
+
+        Raises:
+            ValueError: they are packed samples, whose bounds the trainer knows.
+        """
+        text = input_ids_of(args, kwargs)
+        parts, why = sequence_parts(self._model)
+        if text is None or text.shape[-1] % parts == 0:
+            return None
+        length = text.shape[-1]
+        uneven = UnevenLength(self.microbatch("length"), length, parts, why)
+        if packing_of(args, kwargs) is not None:
+            raise ValueError(str(uneven))
+        self._tell(uneven)
+        return lengthen_texts(args, kwargs, -length % parts)
 
     def microbatch(self, where: str) -> int:
         """Number of the microbatch that has got there."""
@@ -62,11 +98,13 @@ class TextFit:
         if sum(counts) == tokens:
             return list(counts)
         self._misfit(name, text, tokens, microbatch, is_part=True)
-        sizes, left = [], tokens
-        for count in counts[:-1]:
-            sizes.append(min(count, left))
-            left -= sizes[-1]
-        return [*sizes, left]
+        return _cut_off(counts, tokens)
+
+    def unknown(self, parts: UnknownParts) -> list[int]:
+        """Numbers to go on with, where nobody knows how many tokens are for whom."""
+        self._tell(parts)
+        share = -(-parts.tokens // parts.ranks)
+        return _cut_off([share] * parts.ranks, parts.tokens)
 
     def _align(
         self,
@@ -113,3 +151,12 @@ class TextFit:
         is_its = text == self._model.special_token_ids[name]
         counts, cut = is_its.sum(1).tolist(), is_its[:, -1].nonzero().flatten().tolist()
         self._tell(TextMisfit(name, microbatch, counts, cut, tokens, is_part))
+
+
+def _cut_off(counts: Sequence[int], total: int) -> list[int]:
+    """Numbers like these, whose sum is the total."""
+    sizes, left = [], total
+    for count in counts[:-1]:
+        sizes.append(min(count, left))
+        left -= sizes[-1]
+    return [*sizes, left]

@@ -14,9 +14,15 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.text_fit import TextFit
+from megatron_mimo_coord.gradients.misfits import UnknownParts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import SPLIT_SIZES, input_ids_of
+from megatron_mimo_coord.megatron.mimo_model import (
+    SPLIT_SIZES,
+    bounds_of,
+    input_ids_of,
+    packing_of,
+)
 
 
 def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[str, float]:
@@ -56,10 +62,11 @@ class TokenCounts:
     to put text and modalities together (``get_text_embeddings``,
     ``align_embeddings_by_token_positions``); that is inside its forward, and left to it.
 
-    Of an encoder's samples it reads the rows of ``input_ids`` that are theirs: all of them, or a
-    part where another encoder of the rank has a smaller DP, whose samples' text the rank is given.
-    Where it is given the whole microbatch's, it reads the right part too, so that the step goes on
-    to where all ranks hear of the mistake (``gradients/step_report.py``).
+    Of an encoder's samples it reads the rows of ``input_ids`` that are theirs, or what is theirs of
+    a packed row: all of them, or a part where another encoder of the rank has a smaller DP, whose
+    samples' text the rank is given. Where it is given the whole microbatch's, it reads the right
+    part too, so that the step goes on to where all ranks hear of the mistake
+    (``gradients/step_report.py``); and so they do where no text says how many tokens are for whom.
 
     Args:
         model: the model; its forward is watched.
@@ -87,12 +94,11 @@ class TokenCounts:
         self._places = places
         self.micro_batch_size: int | None = None
         self._fan_in = {name: int(ratio) for name, ratio in ratios.items() if ratio > 1}
-        self._fan_out = {name for name, ratio in ratios.items() if ratio < 1}
+        self._fan_out = {name: round(1 / ratio) for name, ratio in ratios.items() if ratio < 1}
         self._may_vary = False
+        self._packing: Mapping[str, Any] | None = None
         self._assignments = assignments
-        changes.on_close(
-            model.register_forward_pre_hook(self._refuse_uneven_ranks, with_kwargs=True).remove
-        )
+        changes.on_close(model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
         changes.set(model, "_attach_modality_split_sizes", self._attach_split_sizes)
         changes.set(model, "_has_encoder_tokens", self._has_encoder_tokens)
 
@@ -122,18 +128,33 @@ class TokenCounts:
         microbatch = self._fit.microbatch(encoder_name)
         if encoder_name in self._fan_in:
             if not self._may_vary and input_ids is not None:
-                text = self._text_of(encoder_name, input_ids, len(output))
-                self._refuse_uneven(encoder_name, self._count(encoder_name, text))
+                counts = self._count(encoder_name, input_ids)
+                part = self._part_of(encoder_name, counts, len(output))
+                self._refuse_uneven(encoder_name, counts[part])
         elif (
             encoder_name in self._fan_out
-            and input_ids is not None
             and len(output)
             and self._assignments.next(encoder_name) is None
         ):
-            text = self._text_of(encoder_name, input_ids, len(output))
-            counts = self._count(encoder_name, text).tolist()
-            sizes = self._fit.sizes(encoder_name, counts, len(output), microbatch, text)
-            vars(output)[SPLIT_SIZES] = sizes
+            sizes = self._sizes(encoder_name, input_ids, len(output), microbatch)
+            if sizes:
+                vars(output)[SPLIT_SIZES] = sizes
+
+    def _sizes(
+        self, name: str, input_ids: torch.Tensor | None, tokens: int, microbatch: int
+    ) -> list[int]:
+        """Tokens of each sample of an encoder that feeds several ranks, or of each rank."""
+        ranks, is_packed, texts = self._fan_out[name], self._packing is not None, 0
+        if input_ids is not None:
+            counts = self._count(name, input_ids)
+            part = self._part_of(name, counts, tokens)
+            texts = len(counts[part])
+            if texts and texts % ranks == 0:
+                text = input_ids if is_packed else input_ids[part]
+                return self._fit.sizes(name, counts[part].tolist(), tokens, microbatch, text)
+        if not self._may_vary:
+            return []  # of Megatron's own, which cuts evenly
+        return self._fit.unknown(UnknownParts(name, microbatch, tokens, ranks, texts, is_packed))
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
         """On an encoder rank without images: an assignment tells without asking the device."""
@@ -142,8 +163,10 @@ class TokenCounts:
             return any(assignment.tokens[sample][image] for sample, image in assignment.local)
         if input_ids is None or encoder_name not in self._places:
             return False
-        text = self._text_of(encoder_name, input_ids, 0)
-        if MimoModel._has_encoder_tokens(self._model, text, encoder_name):
+        if encoder_name not in self._model.special_token_ids:
+            return False
+        counts = self._count(encoder_name, input_ids)
+        if counts[self._part_of(encoder_name, counts, 0)].any():
             raise RuntimeError(
                 f"this rank was given no inputs for {encoder_name!r}, but its input_ids have "
                 f"tokens of it: pass the inputs of its samples, and of input_ids its slice and "
@@ -152,16 +175,16 @@ class TokenCounts:
             )
         return False
 
-    def _text_of(self, name: str, input_ids: torch.Tensor, tokens: int) -> torch.Tensor:
-        """The rows of an encoder's samples, in which so many tokens are its own."""
-        parts = self._parts(name, len(input_ids))
+    def _part_of(self, name: str, counts: torch.Tensor, tokens: int) -> slice:
+        """Which samples are an encoder's: those that have so many tokens of it."""
+        parts = self._parts(name, len(counts))
         for part in parts if len(parts) > 1 else []:  # a choice waits for the device
-            if self._count(name, input_ids[part]).sum() == tokens:
-                return input_ids[part]
-        return input_ids[parts[-1]]
+            if counts[part].sum() == tokens:
+                return part
+        return parts[-1]
 
     def _parts(self, name: str, rows: int) -> list[slice]:
-        """Where an encoder's samples may be among the rows of ``input_ids``, likeliest first."""
+        """Where an encoder's samples may be among those of ``input_ids``, likeliest first."""
         size, place = self._places[name]
         fewest, place_of_fewest = min(self._places.values())
         expected = _part(rows, size // fewest, place - place_of_fewest * (size // fewest))
@@ -171,10 +194,12 @@ class TokenCounts:
             return [expected]
         return [of_whole, expected] if is_whole else [expected, of_whole]
 
-    def _refuse_uneven_ranks(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """On a language model rank: each encoder rank must have sent the same number of tokens."""
+    def _look(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember how samples are packed.
+
+        On a language model rank: each encoder rank must have sent the same number of tokens.
+        """
+        self._packing = packing_of(args, kwargs)
         if self._may_vary:
             return
         input_ids = input_ids_of(args, kwargs)
@@ -182,12 +207,18 @@ class TokenCounts:
         if input_ids is None or not model.training or not role.is_first_stage(LANGUAGE):
             return
         for name, ratio in self._fan_in.items():
-            if len(input_ids) % ratio == 0:
-                counts = self._count(name, input_ids).view(ratio, -1)
-                self._refuse_uneven(name, counts.sum(dim=1))
+            counts = self._count(name, input_ids)
+            if len(counts) % ratio == 0:
+                self._refuse_uneven(name, counts.view(ratio, -1).sum(dim=1))
 
     def _count(self, name: str, input_ids: torch.Tensor) -> torch.Tensor:
-        return (input_ids == self._model.special_token_ids.get(name)).sum(dim=1)
+        """An encoder's tokens in each sample, on the device."""
+        is_its = input_ids == self._model.special_token_ids.get(name)
+        bounds = None if self._packing is None else bounds_of(self._packing)
+        if bounds is None:
+            return is_its.sum(dim=1)
+        before = torch.nn.functional.pad(is_its.flatten().cumsum(0), (1, 0))
+        return before[bounds.to(before.device).long()].diff()
 
     def _refuse_uneven(self, name: str, counts: torch.Tensor) -> None:
         numbers = counts.tolist()

@@ -1,14 +1,8 @@
-"""What sharing sequences out wants of a module's weights, and of the lengths of texts."""
+"""What sharing sequences out wants of a module's weights."""
 
-from typing import Any
-
-import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.layout.problems import listed
-from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import input_ids_of, sequence_parts
 from megatron_mimo_coord.megatron.parameters import unmarked_weights
 
 CURE = (
@@ -37,25 +31,3 @@ def weight_remark(name: str, ddp: DistributedDataParallel) -> str:
         f"module {name} is sequence-parallel, and its replicated weights {listed(outside)} are "
         f"taken to see the whole sequence; else {CURE}"
     )
-
-
-def refuse_other_lengths(model: MimoModel, changes: Changes) -> None:
-    """Have every rank refuse a text whose length the language model cannot share out.
-
-    Args:
-        model: whose ``config`` is the language model's on every rank, and whose grids are all.
-        changes: where is recorded what is hooked to it.
-    """
-    parts, why = sequence_parts(model)
-
-    def check(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input_ids = input_ids_of(args, kwargs)
-        if torch.is_tensor(input_ids) and (length := input_ids.shape[-1]) % parts:
-            raise ValueError(
-                f"texts have {length} tokens, which {parts} ({why}) does not divide, and so the "
-                f"language model's ranks cannot share them: pad them to "
-                f"{-(-length // parts) * parts}, or any multiple of {parts}"
-            )
-
-    if parts > 1:
-        changes.on_close(model.register_forward_pre_hook(check, with_kwargs=True).remove)

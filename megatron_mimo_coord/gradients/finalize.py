@@ -158,7 +158,7 @@ class GradientFinalizer:
                 module.scaling.apply(inverse_tokens, everything)
             for reduction in self._reductions:
                 reduction.end(force_all_reduce)
-        self._report.misses_tokens = None if counting is None else self._num_tokens.is_missing()
+        self._report.miscounts = None if counting is None else self._num_tokens.mistakes()
         self._step.finalized()
 
     @contextmanager

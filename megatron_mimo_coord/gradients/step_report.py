@@ -3,13 +3,14 @@
 Some mistakes leave no trace on the ranks that make them, or none on the others. Whoever reads the
 norms on the host sees them for nothing:
 
-- a loss function that returns no number of tokens, where the loss is per token
-  (``num_tokens.py``);
+- a loss function that returns no number of tokens, where the loss is per token, or that of tokens
+  that other context-parallel ranks count (``num_tokens.py``);
 - a rank that is given the ``input_ids`` of a whole microbatch, or of another module's larger slice,
   where its own belongs: then it has just as many rows as that. Other numbers of rows are the
   trainer's affair: most layouts never read them;
 - ranks that read different samples (``texts_read.py``);
-- texts that have other numbers of an encoder's tokens than the encoder made (``TextMisfit``).
+- texts that have other numbers of an encoder's tokens than the encoder made, do not say how many of
+  them are for whom, or cannot be shared by the ranks that read parts of them (``misfits.py``).
 """
 
 import json
@@ -18,58 +19,24 @@ from math import isfinite
 from typing import Any
 
 import torch
-from attrs import asdict, define, evolve, field, frozen
+from attrs import define, evolve, field
 
+from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnevenLength
 from megatron_mimo_coord.gradients.texts_read import TextsRead
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import input_ids_of, labels_of
+from megatron_mimo_coord.megatron.mimo_model import input_ids_of, labels_of, packing_of
 from megatron_mimo_coord.world.device import world_device
 from megatron_mimo_coord.world.gather import all_gather_text
 
-_MISSES_TOKENS = (
+_MISCOUNTS = (
     "the loss is per token, but no rank reported a number of tokens, and the loss has a gradient, "
     "which it would not have if all tokens were masked: return (loss, num_tokens, report) from the "
-    "loss function, with the sum of the losses and the number of unmasked tokens of the microbatch"
+    "loss function, with the sum of the losses and the number of unmasked tokens of the microbatch",
+    "the loss is per token, but a rank counted the tokens of the whole loss mask, and its losses "
+    "are those of its own positions, as context parallelism cuts them: take the mask that the "
+    "model returns, losses, loss_mask = model(...), for the losses and for num_tokens",
 )
-
-
-@frozen
-class TextMisfit:
-    """Texts that have another number of an encoder's tokens than it made for them.
-
-    Args:
-        module: the encoder.
-        microbatch: in its pass.
-        counts: the encoder's tokens in each text.
-        cut: the rows that end with one of them.
-        tokens: that the encoder made.
-        is_part: whether other ranks' texts share these tokens.
-        first: number of the first of these samples in the microbatch.
-    """
-
-    module: str
-    microbatch: int
-    counts: Sequence[int]
-    cut: Sequence[int]
-    tokens: int
-    is_part: bool = False
-    first: int = 0
-
-    def __str__(self) -> str:
-        last = self.first + len(self.counts) - 1
-        cut = "".join(
-            f"; the text of sample {self.first + row} ends among them, as if it was cut"
-            for row in self.cut[:1]
-        )
-        others = ", and for other samples with them" if self.is_part else ""
-        return (
-            f"microbatch {self.microbatch}: the texts of samples {self.first} to {last} have "
-            f"{sum(self.counts)} tokens of {self.module} ({', '.join(map(str, self.counts[:8]))}), "
-            f"but its encoder made {self.tokens} for them{others}{cut}: leave out the images of "
-            f"what is cut from a text, and give each rank its slice of the samples, their images "
-            f"and their input_ids"
-        )
 
 
 @define
@@ -82,8 +49,9 @@ class StepReport:
 
     Attributes:
         is_read: whether an optimizer of Megatron's reads it.
-        misses_tokens: whether nobody counted the tokens of the step, on the device; None where the
-            loss is no sum of tokens, or this was looked at.
+        miscounts: whether the step's tokens were counted wrong, in each of the ways of
+            ``NumTokens.mistakes``, on the device; None where the loss is no sum of tokens, or this
+            was looked at.
         rows: of the last ``input_ids`` that this rank's modules were given; None if there were
             none, or their rows are no samples.
     """
@@ -91,22 +59,24 @@ class StepReport:
     data_parallel_sizes: Mapping[str, int]
     here: Mapping[str, int]
     is_read: bool = field(default=False, init=False)
-    misses_tokens: torch.Tensor | None = field(default=None, init=False)
+    miscounts: torch.Tensor | None = field(default=None, init=False)
     rows: int | None = field(default=None, init=False)
-    _misfits: list[TextMisfit] = field(factory=list, init=False)
+    _misfits: list[Misfit] = field(factory=list, init=False)
     _texts: TextsRead = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
 
-    def tell(self, misfit: TextMisfit) -> None:
+    def tell(self, misfit: Misfit) -> None:
         """Texts do not fit: every rank is told before an optimizer's step.
 
         Raises:
             RuntimeError: there will be none.
         """
-        reader = LANGUAGE if LANGUAGE in self.here else misfit.module
-        misfit = evolve(misfit, first=self.here[reader] * len(misfit.counts))
+        if not isinstance(misfit, UnevenLength):
+            place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
+            rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
+            misfit = evolve(misfit, first=place * rows)
         if not self.is_read or not torch.is_grad_enabled():
             raise RuntimeError(str(misfit))
         self._misfits.append(misfit)
@@ -131,7 +101,7 @@ class StepReport:
         def look(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if torch.is_grad_enabled():
                 input_ids = input_ids_of(args, kwargs)
-                is_packed = kwargs.get("packing_kwargs") is not None
+                is_packed = packing_of(args, kwargs) is not None
                 others = LANGUAGE not in self.here and any(map(is_assigned, self.here))
                 has_rows = input_ids is not None and not is_packed and not others
                 self.rows = len(input_ids) if has_rows else None
@@ -144,15 +114,15 @@ class StepReport:
     def pack(self) -> torch.Tensor:
         """Numbers of which each rank is to know the largest, in fp64 on the world's device."""
         modules = list(self.data_parallel_sizes)
-        size, device = 2 + 2 * len(modules), world_device()
+        size, device = 3 + 2 * len(modules), world_device()
         numbers = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
-        if self.misses_tokens is not None:
-            numbers[0], self.misses_tokens = self.misses_tokens, None
-        numbers[1] = len(self._misfits)
+        if self.miscounts is not None:
+            numbers[:2], self.miscounts = self.miscounts, None
+        numbers[2] = len(self._misfits)
         for name in self._readers():
             assert self.rows is not None
             samples = self.rows * self.data_parallel_sizes[name]
-            index = 2 + 2 * modules.index(name)
+            index = 3 + 2 * modules.index(name)
             numbers[index], numbers[index + 1] = samples, -samples
         return torch.cat((numbers, self._texts.pack()))
 
@@ -175,12 +145,12 @@ class StepReport:
         """Look at the last step's, if no optimizer of Megatron's has: only then this waits.
 
         Raises:
-            RuntimeError: nobody counted its tokens; on all ranks alike.
+            RuntimeError: its tokens were not counted, or wrong; on all ranks alike.
         """
         self._texts.forget()
-        misses_tokens, self.misses_tokens = self.misses_tokens, None
-        if misses_tokens is not None and misses_tokens:
-            raise RuntimeError(_MISSES_TOKENS)
+        miscounts, self.miscounts = self.miscounts, None
+        if miscounts is not None:
+            _refuse_miscounts(miscounts.tolist())
 
     def check(self, numbers: Sequence[float]) -> None:
         """Say what is wrong, alike on every rank.
@@ -192,16 +162,15 @@ class StepReport:
             RuntimeError: for either mistake.
         """
         misfits, self._misfits = self._misfits, []
-        if numbers[0] > 0:
-            raise RuntimeError(_MISSES_TOKENS)
-        end = 2 + 2 * len(self.data_parallel_sizes)
-        most, least = numbers[2:end:2], [-number for number in numbers[3:end:2]]
+        _refuse_miscounts(numbers[:2])
+        end = 3 + 2 * len(self.data_parallel_sizes)
+        most, least = numbers[3:end:2], [-number for number in numbers[4:end:2]]
         said = dict(zip(self.data_parallel_sizes, zip(least, most, strict=True), strict=True))
         for name, samples in said.items():
             others = [said[other] for other in said if LANGUAGE in (name, other) and name != other]
             for other in others:
                 self._check_rows(name, samples, *other)
-        if numbers[1] > 0:
+        if numbers[2] > 0:
             raise RuntimeError(_told(misfits))
         read = {number for samples in said.values() for number in samples}
         if len([*filter(isfinite, read)]) == 1:
@@ -235,9 +204,15 @@ class StepReport:
         return {most / size for size in sizes if size < self.data_parallel_sizes[name]}
 
 
-def _told(misfits: Sequence[TextMisfit]) -> str:
+def _refuse_miscounts(miscounts: Sequence[float]) -> None:
+    for is_wrong, text in zip(miscounts, _MISCOUNTS, strict=True):
+        if is_wrong > 0:
+            raise RuntimeError(text)
+
+
+def _told(misfits: Sequence[Misfit]) -> str:
     """The first of all ranks' misfits, one with a text that was cut before others. Collective."""
-    mine = [asdict(misfit) for misfit in misfits]
+    mine = [(misfit.order, str(misfit)) for misfit in misfits]
     texts = all_gather_text(json.dumps(mine), device=world_device())
-    everyone = [TextMisfit(**each) for text in texts for each in json.loads(text)]
-    return str(min(everyone, key=lambda each: (each.microbatch, not each.cut, each.first)))
+    _, told = min(each for text in texts for each in json.loads(text))
+    return told

@@ -66,6 +66,10 @@ class StepState:
         if torch.is_grad_enabled():  # else it evaluates, and there will be nothing to finalize
             self._begun = True
 
+    def not_finalized(self) -> None:
+        """The schedule ended without finalizing what it began."""
+        self._begun = False
+
     def count_forward(self, *_: Any) -> None:
         """A forward pass of the model begins."""
         self._forward_passes += torch.is_grad_enabled()

@@ -1,15 +1,18 @@
 """What ``MimoModel`` is given in a forward, and what it cannot run.
 
-Leans on ``input_ids``, ``labels`` and ``modality_inputs`` being arguments 0, 4 and 5 of a forward,
-on ``mimo_config`` holding the spec of the language model and the grids, and on ``mtp_num_layers``
-of a config. Without the first three nobody reads a text, or sees that there is no image; without
-the others what cannot run fails on some ranks, while the others wait.
+Leans on ``input_ids``, ``loss_mask``, ``labels``, ``modality_inputs`` and ``packing_kwargs`` being
+arguments 0 and 3 to 6 of a forward, on ``mimo_config`` holding the spec of the language model and
+the grids, and on ``mtp_num_layers`` of a config. Without the first five nobody reads a text, or
+sees that there is no image; without the others what cannot run fails on some ranks, while the
+others wait.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from megatron.core.models.mimo import MimoModel
+from torch.nn.functional import pad
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 
@@ -22,12 +25,44 @@ def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return kwargs.get("input_ids", args[0] if args else None)
 
 
-_LABELS, _MODALITY_INPUTS = 4, 5
+_LOSS_MASK, _LABELS, _MODALITY_INPUTS, _PACKING = 3, 4, 5, 6
 
 
 def labels_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a forward is to predict, None if nothing."""
     return kwargs.get("labels", args[_LABELS] if len(args) > _LABELS else None)
+
+
+def loss_mask_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Which tokens of a forward count, None if that is not said."""
+    return kwargs.get("loss_mask", args[_LOSS_MASK] if len(args) > _LOSS_MASK else None)
+
+
+def packing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Where the samples of a forward lie that are packed into one row; None if they are not."""
+    return kwargs.get("packing_kwargs", args[_PACKING] if len(args) > _PACKING else None)
+
+
+def bounds_of(packing: Mapping[str, Any]) -> Any:
+    """Where each packed sample begins, and the last one ends; None if that is not said."""
+    padded = packing.get("cu_seqlens_q_padded")
+    return packing.get("cu_seqlens_q") if padded is None else padded
+
+
+def lengthen_texts(
+    args: tuple[Any, ...], kwargs: dict[str, Any], more: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward's texts, [..., token], with so many tokens more, which are 0 and do not count."""
+
+    def longer(value: Any) -> Any:
+        return pad(value, (0, more)) if torch.is_tensor(value) else value
+
+    named = {name: longer(value) if name in _TEXTS else value for name, value in kwargs.items()}
+    places = zip(range(len(args)), args, strict=True)
+    return tuple(longer(value) if i < _MODALITY_INPUTS else value for i, value in places), named
+
+
+_TEXTS = ("input_ids", "position_ids", "loss_mask", "labels")
 
 
 def change_modality_inputs(

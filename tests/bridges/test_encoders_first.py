@@ -1,10 +1,12 @@
 """Encoders on ranks of a pipelined language model: what travels, what is kept, what is refused."""
 
+import weakref
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import cases
 import pytest
+import torch
 import torch.distributed as dist
 from attrs import evolve
 from cases import Case
@@ -18,6 +20,21 @@ SHARED = {
     "vision": parallel(dp=4, rank_offset=0),
     "language": parallel(pp=2, dp=2, rank_offset=0),
 }
+
+
+class HalfCase(Case):
+    """One in fp16."""
+
+    def shape(self) -> Any:
+        shape = super().shape()
+        half = {"bf16": False, "fp16": True, "params_dtype": torch.float16}
+        return evolve(shape, config={**shape.config, **half, "pipeline_dtype": torch.float16})
+
+    def build_model(self, infra: Any) -> Any:
+        with cases._replaced(torch.nn.Module, "bfloat16", torch.nn.Module.half):
+            return super().build_model(infra)
+
+
 CASE = Case(modules=SHARED, images=VARYING, num_microbatches=4, assign=1)
 HIDDEN = 16
 
@@ -117,9 +134,124 @@ def test_activations_of_so_many_microbatches_are_kept():
     for keep, forwards in ((None, 4), (1, 7), (0, 8)):
         case = evolve(CASE, encoder_microbatches=keep, images={}, assign=0)
         assert {each["forward"] for each in world(4).run(_counted, case)} == {forwards}
+        kept = 4 if keep is None else keep
+        for of_one, before, most, images in world(4).run(_kept, case):
+            assert of_one > 0 and before == kept * of_one
+            assert most == max(kept, 1) * of_one and not images
     frozen = evolve(CASE, frozen=("vision.",), encoder_microbatches=0, images={}, assign=0)
     for each in world(4).run(_counted, frozen):
         assert each["forward"] == 4 and each["batches"] <= 1
+
+
+class _Saved:
+    """What autograd keeps for an encoder's backward."""
+
+    alive = most = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # an output would keep its own graph
+        _Saved.alive += 1
+        _Saved.most = max(_Saved.most, _Saved.alive)
+
+    def __del__(self) -> None:
+        _Saved.alive -= 1
+
+
+def _kept(case: Case) -> tuple[int, int, int, int]:
+    """How many tensors are kept of the encoders' forward: of one microbatch, before the language
+    model runs, and at most in their backward; and how many microbatches' images after the step."""
+    infra, model, coordinator = cases.built(case)
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    images: list[weakref.ref[torch.Tensor]] = []
+    found: list[int] = []
+    _Saved.alive = _Saved.most = 0
+
+    def deliver(*args: Any) -> Any:
+        found.append(_Saved.alive)
+        return original_deliver(*args)
+
+    def give_back(*args: Any) -> Any:
+        _Saved.most = _Saved.alive
+        return original_give_back(*args)
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        images.append(weakref.ref(kwargs["encoder_inputs"]["images"]))
+        with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
+            output = original_encode(*args, **kwargs)
+        if not found:
+            found.append(_Saved.alive)
+        return output
+
+    encoder = model.modality_submodules["vision"].module
+    original_deliver, original_give_back = StepBridges.deliver, StepBridges.give_back
+    original_encode = encoder.forward
+    coordinator.zero_grad_buffer()
+    with (
+        cases._replaced(StepBridges, "deliver", deliver),
+        cases._replaced(StepBridges, "give_back", give_back),
+        cases._replaced(encoder, "forward", encode),
+    ):
+        cases.run_schedule(case, model, coordinator, communicator, cases._data(case, 0))
+    model.destroy()
+    infra.destroy()
+    of_one, before = found
+    return of_one, before, _Saved.most, sum(image() is not None for image in images)
+
+
+def _fails(case: Case, phase: str) -> None:
+    """On one rank an exception ends a step in one of its phases."""
+    if dist.get_rank() != 1:
+        list(cases.train(case))
+        return
+    step, calls, at = cases._forward_step, [], {"forward": 2, "language": 6}.get(phase)
+
+    def forward_step(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == at:
+            raise _InterruptError
+        return step(*args)
+
+    def fail(_: Any) -> None:
+        raise _InterruptError
+
+    def hook(infra: Any, model: Any) -> None:
+        if phase == "backward":
+            encoder = model.modality_submodules["vision"].module
+            encoder.register_forward_hook(lambda _, __, output: output.register_hook(fail) and None)
+
+    with cases._replaced(cases, "_forward_step", forward_step):
+        list(cases.train(case, built=hook))
+
+
+@pytest.mark.parametrize("phase", ["forward", "language", "backward"])
+def test_an_exception_in_any_phase_ends_all_ranks(phase):
+    _, errors = world(4).try_run(_fails, evolve(CASE, images={}, no_optimizer=True), phase)
+    assert errors.keys() == {0, 1, 2, 3}
+    assert errors[1][0] == "_InterruptError"
+    assert all(name == "RuntimeError" for rank, (name, _) in errors.items() if rank != 1)
+
+
+def _scaled_norms(case: Case) -> tuple[dict[str, float], dict[str, float]]:
+    """Norms of each module's gradient in fp16 with a loss scale, and in one process in fp32."""
+    infra, model, coordinator = cases.built(case)
+    optimizer = cases.optimizer_of(
+        case, coordinator, bf16=False, fp16=True, initial_loss_scale=2.0**8
+    )
+    coordinator.attach(model.config, optimizer)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    coordinator.zero_grad_buffer()
+    cases.run_schedule(case, model, coordinator, communicator, cases._data(case, 0))
+    norms = {name: float(norm) for name, norm in coordinator.grad_norms().items()}
+    model.destroy()
+    infra.destroy()
+    return norms, _norms_alone(Case(modules=case.modules, num_microbatches=case.num_microbatches))
+
+
+def test_the_loss_scale_reaches_the_encoders_gradients():
+    case = HalfCase(modules=SHARED, num_microbatches=2, wrap="submodules")
+    for norms, alone in world(4).run(_scaled_norms, case):
+        assert norms == pytest.approx(alone, rel=0.02)
 
 
 def _with_megatrons_schedule(case: Case) -> None:

@@ -156,34 +156,21 @@ def test_no_rank_waits_for_its_device(case):
 
 
 def _reads_of_tokens(case: Case) -> int:
-    """How often this rank has Megatron read on the host how many tokens its samples have."""
+    """For how many outputs this rank counts the tokens of its samples, which it reads then."""
     import cases
-    from megatron.core.models.mimo import MimoModel
 
-    from megatron_mimo_coord.bridges import token_counts
-    from megatron_mimo_coord.bridges.text_fit import TextFit
+    from megatron_mimo_coord.bridges.token_counts import TokenCounts
 
-    reads = []
+    counts = []
+    count = TokenCounts._count
 
-    def counted(name: str) -> Any:
-        def call(*args: Any) -> Any:
-            reads.append(name)
-            return getattr(MimoModel, name)(*args)
+    def counted(*args: Any) -> Any:
+        counts.append(args)
+        return count(*args)
 
-        return staticmethod(call)
-
-    def sizes(*args: Any) -> list[int]:
-        reads.append("sizes")
-        return fitting(*args)
-
-    fitting = TextFit.sizes
-    reading = type("Reading", (), {"_has_encoder_tokens": counted("_has_encoder_tokens")})
-    with (
-        cases._replaced(token_counts, "MimoModel", reading),
-        cases._replaced(TextFit, "sizes", sizes),
-    ):
+    with cases._replaced(TokenCounts, "_count", counted):
         cases.check(case)
-    return len(reads)
+    return len(counts)
 
 
 @pytest.mark.parametrize(("assign", "reads"), [(0, 3), (1, 0)])

@@ -77,5 +77,5 @@ def test_a_text_that_tensor_parallel_ranks_cannot_share():
     answers, errors = world(2).try_run("test_sequence_parallel:_train", case)
     assert not answers
     for name, text in errors.values():
-        assert name == "ValueError"
-        assert "texts have 9 tokens, which 2 (TP 2 of sequence parallelism) does not divide" in text
+        assert name == "RuntimeError"
+        assert "texts are 9 tokens long, which 2 (TP 2 of sequence parallelism) does not" in text

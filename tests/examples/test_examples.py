@@ -24,14 +24,14 @@ SHAPE = ("--steps", "60", "--loss", "per-token")
 
 
 def test_the_digits_model_learns_to_read(tmp_path):
-    """With the encoder on both ranks of a language model in two stages.
+    """With the encoder on both ranks of a language model whose ranks share the texts.
 
     What it reads is what it knows by plain forwards, and the same wherever it goes on.
     """
     log, saved, layout = (tmp_path / name for name in ("losses", "saved", "layout.toml"))
     layout.write_text(
         "[vision]\ndata_parallel_size = 2\nrank_offset = 0\n"
-        "[language]\npipeline_model_parallel_size = 2\nrank_offset = 0\n"
+        "[language]\ncontext_parallel_size = 2\nrank_offset = 0\n"
     )
     code, output = run_job(
         EXAMPLES / "train_digits_vlm.py",

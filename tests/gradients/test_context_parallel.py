@@ -1,9 +1,11 @@
 """Context parallelism of the language model: gradients of the one loss, lengths, and the settings."""
 
+import itertools
 from typing import Any
 
 import cases
 import pytest
+import torch
 import vlm
 from attrs import evolve
 from cases import Case
@@ -73,11 +75,12 @@ CASES = {
     "shared, stages": Case(
         modules={
             "vision": parallel(dp=4, rank_offset=0),
-            "language": parallel(pp=2, **CP2, rank_offset=0),
+            "language": parallel(pp=2, expert_model_parallel_size=2, **CP2, rank_offset=0),
         },
         images=VARYING,
         assign=1,
         num_microbatches=3,
+        experts=4,
     ),
     "four": Case(
         modules={"vision": parallel(dp=2), "language": parallel(context_parallel_size=4)},
@@ -92,10 +95,11 @@ def test_gradients_are_the_oracles(case):
 
 
 class RotaryGPT(GPTModel):
-    """With rotary positions."""
+    """With rotary positions, of one number or of three."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(position_embedding_type="rope", **arguments)
+    def __init__(self, config: Any, **arguments: Any) -> None:
+        kind = "mrope" if config.mrope_section else "rope"
+        super().__init__(config=config, position_embedding_type=kind, **arguments)
 
 
 class RotaryCase(Case):
@@ -110,10 +114,50 @@ class RotaryCase(Case):
             return super().build_whole_model()
 
 
-def test_rotary_positions_are_those_of_the_whole_sequence():
-    modules = {"vision": parallel(dp=2), "language": parallel(**CP2)}
-    case = RotaryCase(modules=modules, images=VARYING)
-    assert sum(world(4).run("cases:check", case)) > 0
+class ThreePartCase(RotaryCase):
+    """Whose positions have three parts, as Qwen-VL's: time, height and width."""
+
+    def shape(self) -> Any:
+        shape = super().shape()
+        return evolve(shape, config={**shape.config, "mrope_section": [2, 1, 1]})
+
+    def positions_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        time = super().positions_of(tokens)
+        return torch.stack((time, tokens % 5, time // 2 + tokens % 3))
+
+
+ROTARY = {
+    "one number": RotaryCase(
+        modules={"vision": parallel(dp=2), "language": parallel(**CP2)}, images=VARYING
+    ),
+    "three": ThreePartCase(
+        modules={"vision": parallel(), "language": parallel(dp=2)}, images=VARYING
+    ),
+    "three, context parallel": ThreePartCase(
+        modules={"vision": parallel(dp=2), "language": parallel(**CP2)},
+        images=VARYING,
+        assign=1,
+    ),
+    "three, shared, stages": ThreePartCase(
+        modules={
+            "vision": parallel(tp=2, dp=2, rank_offset=0),
+            "language": parallel(pp=2, **CP2, rank_offset=0),
+        },
+        images=VARYING,
+        num_microbatches=3,
+    ),
+    "three, packed": ThreePartCase(
+        modules={"vision": parallel(dp=2), "language": parallel(pp=2)},
+        images=VARYING,
+        packed=True,
+        lengths=(6, 2, 1, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROTARY.values(), ids=ROTARY)
+def test_rotary_positions_are_those_of_the_whole_sequence(case):
+    assert sum(world(case.world_size).run("cases:check", case)) > 0
 
 
 @pytest.mark.parametrize("case", [CASES["assigned"], CASES["shared"]], ids=["assigned", "shared"])
@@ -142,15 +186,44 @@ def _is_caught(case: Case) -> bool:
     return False
 
 
+def test_the_tokens_of_the_whole_mask_are_no_count_of_a_rank():
+    """It counts CP times too many: told on every rank, with the cure."""
+    modules = {"vision": parallel(), "language": parallel(pp=2, **CP2)}
+    case = Case(modules=modules, images=VARYING, per_token=PER_TOKEN, num_microbatches=3)
+    said = world(5).run("test_context_parallel:_said", case)
+    assert len(set(said)) == 1 and "losses, loss_mask = model(...)" in said[0]
+
+
+def _said(case: Case) -> str:
+    """What a rank is told whose loss function counts the tokens of the mask that it was given."""
+    given: list[torch.Tensor] = []
+
+    def watch(_: Any, model: MimoModel) -> None:
+        model.register_forward_pre_hook(
+            lambda _, __, kwargs: given.append(kwargs["loss_mask"]), with_kwargs=True
+        )
+
+    def loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+        return (losses * mask).sum(), given[-1].sum().int(), {}
+
+    with cases._replaced(cases, "_loss", loss):
+        try:
+            list(cases.train(case, built=watch))
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_attention_of_these_tests_is_plain_attention(size):
+    """Of two samples, and of samples of 4 and 12 tokens that are packed into one row."""
     world(size).run("test_context_parallel:_compare_attention")
 
 
 def _compare_attention() -> None:
-    import torch
     import torch.distributed as dist
-    from context_attention import ContextAttention, positions
+    from context_attention import ContextAttention, packed_positions, positions
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
@@ -158,7 +231,7 @@ def _compare_attention() -> None:
     size, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn((3, 16, 2, 3, 4), generator=generator).cuda().requires_grad_()
-    heads_first = [each.permute(1, 2, 0, 3) for each in whole]
+    heads_first = whole.permute(0, 2, 3, 1, 4)
     plain = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
     plain = plain.permute(2, 0, 1, 3).flatten(2)
     weigh = torch.randn(plain.shape, generator=generator).cuda()
@@ -171,6 +244,15 @@ def _compare_attention() -> None:
     torch.testing.assert_close(found, plain[here])
     (gradient,) = torch.autograd.grad((found * weigh[here]).sum(), mine)
     torch.testing.assert_close(gradient, expected[:, here])
+
+    bounds = [0, 4, 16] if size < 4 else [0, 8, 16]  # of which 2 x CP divides each
+    samples = [heads_first[:, :1, :, a:b] for a, b in itertools.pairwise(bounds)]
+    apart = [torch.nn.functional.scaled_dot_product_attention(*s, is_causal=True) for s in samples]
+    plain = torch.cat(apart, 2).permute(2, 0, 1, 3).flatten(1)
+    here = packed_positions(bounds, rank, size)
+    packing = PackedSeqParams(cu_seqlens_q=torch.tensor(bounds).cuda())
+    found = attention(*whole[:, here, 0], packed_seq_params=packing)
+    torch.testing.assert_close(found.flatten(1), plain[here])
 
 
 class Odd(Case):

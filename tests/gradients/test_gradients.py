@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from attrs import evolve
 from cases import MUTANTS, Case
 from hypothesis import assume, given, note, settings
 from hypothesis import strategies as st
@@ -114,13 +115,6 @@ def test_microbatches_without_images_under_overlap(images, overlap, loss, sharde
                 "language": parallel(dp=2, expert_model_parallel_size=2),
             },
             **MIXTURE,
-        ),
-        Case(
-            modules={
-                "vision": parallel(dp=2),
-                "language": parallel(dp=2, expert_model_parallel_size=2),
-            },
-            **MIXTURE,
             per_token=PER_TOKEN,
             ddp={**OVERLAP, **SHARDED},
             steps=2,
@@ -136,12 +130,28 @@ def test_microbatches_without_images_under_overlap(images, overlap, loss, sharde
         ),
         Case(
             modules={
-                "vision": parallel(),
+                "vision": parallel(dp=4, rank_offset=0),
+                "language": parallel(tp=2, dp=2, expert_model_parallel_size=2, rank_offset=0),
+            },
+            images=VARYING,
+            **MIXTURE,
+            ddp=SHARDED,
+        ),
+        Case(
+            modules={
+                "vision": parallel(tp=2, dp=2, rank_offset=0),
                 "language": parallel(
-                    tp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+                    tp=2,
+                    pp=2,
+                    expert_model_parallel_size=2,
+                    expert_tensor_parallel_size=1,
+                    rank_offset=0,
                 ),
             },
+            images=VARYING,
             **MIXTURE,
+            assign=1,
+            per_token=PER_TOKEN,
         ),
         Case(
             modules={
@@ -304,6 +314,19 @@ def cases(draw: st.DrawFn) -> Case:
     colocated, encoders_first = kind == "colocated", kind == "encoders first"
     powers = st.sampled_from([1, 2])
     language = parallel(tp=draw(powers), pp=1 if colocated else draw(powers), dp=draw(powers))
+    if not colocated:
+        language = evolve(language, context_parallel_size=draw(powers))
+    packed = language.context_parallel_size == 1 and draw(st.booleans())
+    experts = draw(st.sampled_from([None, None, 4]))
+    if experts is not None:
+        packed = packed and language.tensor_model_parallel_size == 1  # which would share the row
+        expert_tp = draw(st.sampled_from(sorted({1, language.tensor_model_parallel_size})))
+        stage = language.size // language.pipeline_model_parallel_size // expert_tp
+        language = evolve(
+            language,
+            expert_tensor_parallel_size=expert_tp,
+            expert_model_parallel_size=draw(st.sampled_from([n for n in (1, 2, 4) if n <= stage])),
+        )
     names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
     modules = {}
     for name in names:
@@ -317,12 +340,8 @@ def cases(draw: st.DrawFn) -> Case:
             modules[name] = parallel(tp=tp, dp=dp, rank_offset=offset)
         else:
             modules[name] = parallel(tp=draw(powers), pp=draw(powers), dp=draw(powers))
-    modules["language"] = parallel(
-        language.tensor_model_parallel_size,
-        language.pipeline_model_parallel_size,
-        language.data_parallel_size,
-        **({"rank_offset": 0} if colocated or encoders_first else {}),
-    )
+    offset = 0 if colocated or encoders_first else None
+    modules["language"] = evolve(language, rank_offset=offset)
     steps, num_microbatches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     numbers = st.integers(0, 2)
     sample = st.lists(numbers, min_size=4, max_size=4).map(tuple)
@@ -351,6 +370,9 @@ def cases(draw: st.DrawFn) -> Case:
         second_coordinator=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         assign=draw(st.integers(0, 2)),
+        packed=packed,
+        lengths=(6, 2, 1, 4) if packed else (),
+        experts=experts,
         encoders_first=encoders_first or (colocated and draw(st.booleans())),
         encoder_microbatches=draw(st.sampled_from([None, 0, 1])),
         seed=draw(st.integers(0, 99)),

@@ -19,8 +19,9 @@ def _said(case: Case, mistake: str, ranks: tuple[int, ...]) -> str:
 
     def drawn(case: Case, step: int, microbatch: int) -> cases.Microbatch:
         found = draw(case, step, microbatch)
-        if mistake == "cut":
-            return evolve(found, tokens=found.tokens[:, :5], mask=found.mask[:, :5])
+        if mistake in ("cut", "length"):
+            end = 5 if mistake == "cut" else 10
+            return evolve(found, tokens=found.tokens[:, :end], mask=found.mask[:, :end])
         if mistake == "other samples" and is_one and microbatch == 1:
             return evolve(found, tokens=found.tokens.flip(0))
         return found
@@ -50,6 +51,12 @@ MISTAKES = {
     "encoders shuffle": (LAYOUTS["fan-in"], "other samples", (0, 1), "ranks 0 and 2"),
     "the last stage shuffles": (TWO_STAGES, "other samples", (2,), "ranks 0 and 2"),
     "whole texts": (LAYOUTS["equal"], "whole", (2, 3), "module 'language' has other samples"),
+    "length": (
+        {"vision": parallel(dp=2), "language": parallel(context_parallel_size=2)},
+        "length",
+        (),
+        "microbatch 0: the texts are 10 tokens long, which 4 (2 x CP 2) does not divide: pad",
+    ),
     "nothing": (LAYOUTS["fan-in"], "", (), ""),
 }
 

@@ -13,7 +13,13 @@ from cases import Case, built
 from layouts import COLOCATED, FAN_IN, FAN_OUT, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
+from megatron_mimo_coord.layout import pack, runs_encoders_first
+
 SKEWED = {"vision": (((1, 1, 0, 0), (1, 1, 1, 1)),)}
+SHARED = {
+    "vision": parallel(dp=2, rank_offset=0),
+    "language": parallel(pp=2, rank_offset=0),
+}
 
 
 @frozen(kw_only=True)
@@ -50,10 +56,13 @@ class Trainer:
             forward_backward_pipelining_without_interleaving,
         )
 
+        run: Any = forward_backward_pipelining_without_interleaving
+        if runs_encoders_first(pack(self.case.modules)):
+            run = self.coordinator.forward_backward_func
         options = {
             "forward_step_func": partial(_forward_step, self.case, self.coordinator)
         } | options
-        return forward_backward_pipelining_without_interleaving(
+        return run(
             data_iterator=_data(self.case, 0),
             model=[self.model],
             num_microbatches=self.case.num_microbatches,
@@ -113,8 +122,9 @@ def _unattached(case: Case, on_a_copy: bool) -> list[str]:
     [
         Case(modules=FAN_IN, images=SKEWED, ddp={**OVERLAP, **SHARDED}, per_token=PER_TOKEN),
         Case(modules=COLOCATED),
+        Case(modules=SHARED, images=SKEWED, ddp=OVERLAP),
     ],
-    ids=["overlap", "colocated"],
+    ids=["overlap", "colocated", "shared, stages"],
 )
 def test_attach_forgotten_or_on_a_copy(case, on_a_copy):
     for said in world(case.world_size).run("test_traps:_unattached", case, on_a_copy):
@@ -155,8 +165,9 @@ def _forgotten_lines(case: Case) -> dict[str, str]:
     [
         Case(modules=FAN_IN, images=SKEWED, ddp={**OVERLAP, **SHARDED}, per_token=PER_TOKEN),
         Case(modules=COLOCATED),
+        Case(modules=SHARED, images=SKEWED, ddp=OVERLAP),
     ],
-    ids=["overlap", "colocated"],
+    ids=["overlap", "colocated", "shared, stages"],
 )
 def test_lines_forgotten_in_a_step(case):
     for said in world(case.world_size).run("test_traps:_forgotten_lines", case):

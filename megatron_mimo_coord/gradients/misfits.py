@@ -1,0 +1,120 @@
+"""What is wrong with the texts of a microbatch, as a rank found it, and the sentence about it."""
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+
+@frozen
+class TextMisfit:
+    """Texts that have another number of an encoder's tokens than it made for them.
+
+    Args:
+        module: the encoder.
+        microbatch: in its pass.
+        counts: the encoder's tokens in each text.
+        cut: the rows that end with one of them.
+        tokens: that the encoder made.
+        is_part: whether other ranks' texts share these tokens.
+        first: number of the first of these samples in the microbatch.
+    """
+
+    module: str
+    microbatch: int
+    counts: Sequence[int]
+    cut: Sequence[int]
+    tokens: int
+    is_part: bool = False
+    first: int = 0
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Which of several is told: the lowest."""
+        return self.microbatch, 1, not self.cut, self.first
+
+    def __str__(self) -> str:
+        last = self.first + len(self.counts) - 1
+        cut = "".join(
+            f"; the text of sample {self.first + row} ends among them, as if it was cut"
+            for row in self.cut[:1]
+        )
+        others = ", and for other samples with them" if self.is_part else ""
+        return (
+            f"microbatch {self.microbatch}: the texts of samples {self.first} to {last} have "
+            f"{sum(self.counts)} tokens of {self.module} ({', '.join(map(str, self.counts[:8]))}), "
+            f"but its encoder made {self.tokens} for them{others}{cut}: leave out the images of "
+            f"what is cut from a text, and give each rank its slice of the samples, their images "
+            f"and their input_ids"
+        )
+
+
+@frozen
+class UnknownParts:
+    """Tokens of an encoder for several ranks, whose texts do not say how many are for which.
+
+    Args:
+        module: the encoder.
+        microbatch: in its pass.
+        tokens: that it made.
+        ranks: of the language model, that they are for.
+        texts: that its rank was given: rows of ``input_ids``, or samples of a packed row.
+        is_packed: whether it was given a packed row.
+        first: the encoder's DP rank.
+    """
+
+    module: str
+    microbatch: int
+    tokens: int
+    ranks: int
+    texts: int
+    is_packed: bool
+    first: int = 0
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before texts that do not fit, which may be no other mistake."""
+        return self.microbatch, 0, self.first
+
+    def __str__(self) -> str:
+        kind = "packed samples" if self.is_packed else "rows"
+        given = f"input_ids of {self.texts} {kind}" if self.texts else "no input_ids"
+        return (
+            f"microbatch {self.microbatch}: DP rank {self.first} of {self.module} made "
+            f"{self.tokens} tokens for {self.ranks} ranks of the language model, but was given "
+            f"{given}, which do not say how many are for whom: pass the model input_ids of that "
+            f"rank's samples, as many rows for each of these ranks (or one row of as many samples "
+            f"for each, with their cu_seqlens_q in packing_kwargs), or deal the images out with "
+            f"coordinator.assign_images"
+        )
+
+
+@frozen
+class UnevenLength:
+    """Texts whose tokens the ranks of the language model cannot share.
+
+    Args:
+        microbatch: in its pass.
+        length: of the texts, in tokens.
+        parts: what would divide it.
+        why: whose ranks share it.
+    """
+
+    microbatch: int
+    length: int
+    parts: int
+    why: str
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before what follows from it."""
+        return self.microbatch, -1
+
+    def __str__(self) -> str:
+        return (
+            f"microbatch {self.microbatch}: the texts are {self.length} tokens long, which "
+            f"{self.parts} ({self.why}) does not divide: pad input_ids, position_ids, labels and "
+            f"loss_mask to {-(-self.length // self.parts) * self.parts}"
+        )
+
+
+Misfit = TextMisfit | UnknownParts | UnevenLength

@@ -1,0 +1,155 @@
+"""Samples that are packed into one row: gradients of the one loss, and whose tokens are whose."""
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case
+from context_attention import packed_positions
+from layouts import FAN_OUT, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, VARYING, parallel
+from ranks import world
+from test_context_parallel import ThreePartCase
+
+UNEVEN = {"images": VARYING, "packed": True, "lengths": (6, 2, 1, 4)}
+WITHOUT = {"vision": (((0, 0, 1, 0), (0,)),)}
+CASES = {
+    "fan-in": Case(modules=LAYOUTS["fan-in"], ddp=OVERLAP, **UNEVEN),
+    "fan-in, text only": Case(
+        modules=LAYOUTS["fan-in"], per_token=PER_TOKEN, **UNEVEN | {"images": WITHOUT}
+    ),
+    "fan-in, assigned": Case(modules=LAYOUTS["fan-in"], assign=1, evaluate=True, **UNEVEN),
+    "fan-out": Case(modules=FAN_OUT, per_token=PER_TOKEN, evaluate=True, **UNEVEN),
+    "fan-out, text only": Case(modules=FAN_OUT, **UNEVEN | {"images": WITHOUT}),
+    "fan-out, assigned": Case(modules=FAN_OUT, assign=2, steps=2, **UNEVEN),
+    "fan-out of two encoders on a rank": Case(
+        modules={
+            "vision": parallel(dp=2, rank_offset=0),
+            "audio": parallel(tp=2, rank_offset=0),
+            "language": parallel(dp=2, rank_offset=2),
+        },
+        steps=2,
+        **UNEVEN | {"images": {**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)}},
+    ),
+    "equal": Case(modules=LAYOUTS["equal"], ddp={**OVERLAP, **SHARDED}, **UNEVEN),
+    "stages": Case(
+        modules={"vision": parallel(dp=2), "language": parallel(pp=2)},
+        num_microbatches=3,
+        assign=2,
+        **UNEVEN,
+    ),
+    "shared": Case(modules=LAYOUTS["colocated"], per_token=PER_TOKEN, **UNEVEN),
+    "shared, fan-out": Case(modules=LAYOUTS["colocated, fan-out"], **UNEVEN),
+    "shared, fan-out, assigned": Case(modules=LAYOUTS["colocated, fan-out"], assign=2, **UNEVEN),
+    "shared, stages": Case(
+        modules={
+            "vision": parallel(tp=2, dp=2, rank_offset=0),
+            "language": parallel(pp=2, dp=2, rank_offset=0),
+        },
+        num_microbatches=3,
+        assign=2,
+        **UNEVEN,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_are_the_oracles(case):
+    assert sum(world(case.world_size).run("cases:check", case)) > 0
+
+
+CONTEXT = {
+    "fan-in": Case(
+        modules={"vision": parallel(dp=2), "language": parallel(context_parallel_size=2)},
+        per_token=PER_TOKEN,
+        evaluate=True,
+        **UNEVEN,
+    ),
+    "fan-out": Case(
+        modules={
+            "vision": parallel(tp=2, rank_offset=0),
+            "language": parallel(dp=2, context_parallel_size=2, rank_offset=0),
+        },
+        per_token={"language": True},
+        **UNEVEN,
+    ),
+    "stages, assigned, positions in three parts": ThreePartCase(
+        modules={
+            "vision": parallel(dp=4, rank_offset=0),
+            "language": parallel(pp=2, context_parallel_size=2, rank_offset=0),
+        },
+        per_token=PER_TOKEN,
+        num_microbatches=3,
+        assign=1,
+        **UNEVEN,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTEXT.values(), ids=CONTEXT)
+def test_samples_are_cut_for_context_parallel_ranks(case):
+    """By a stand-in for the one function of Transformer Engine that Megatron asks for indices."""
+    assert sum(world(case.world_size).run("test_packed:_check", case)) > 0
+
+
+def _check(case: Case) -> int:
+    from megatron.core.models.mimo.partition import utils
+
+    with (
+        cases._replaced(utils, "tex", Indices),
+        cases._replaced(utils, "_HAVE_TEX", True),
+        cases._replaced(utils, "is_te_min_version", lambda _: True),
+    ):
+        return cases.check(case)
+
+
+class Indices:
+    """What ``transformer_engine_torch`` says, where there is no GPU."""
+
+    @staticmethod
+    def thd_get_partitioned_indices(
+        bounds: torch.Tensor, _: int, size: int, rank: int
+    ) -> torch.Tensor:
+        """The tokens of a packed row that a context-parallel rank reads."""
+        return packed_positions(bounds.tolist(), rank, size).to(bounds.device)
+
+
+MISTAKES = {
+    "packing left out": (("packing_kwargs",), "input_ids of 1 rows"),
+    "text left out": (("packing_kwargs", "input_ids"), "no input_ids"),
+    "one sample": ((), "input_ids of 1 packed samples"),
+}
+
+
+@pytest.mark.parametrize(("left_out", "given"), MISTAKES.values(), ids=MISTAKES)
+def test_fan_out_is_not_guessed(left_out, given):
+    """Four tokens for each of two ranks, or six and two: nobody but the text can tell."""
+    images = {"vision": (((1, 2, 0, 1),),)}
+    case = Case(modules=FAN_OUT, images=images, packed=True, num_microbatches=3)
+    said = world(case.world_size).run("test_packed:_said", case, left_out)
+    assert len(set(said)) == 1
+    assert "microbatch 0: DP rank 0 of vision made 8 tokens for 2 ranks" in said[0]
+    assert f"was given {given}, which" in said[0] and "or deal the images out with" in said[0]
+
+
+def _said(case: Case, left_out: tuple[str, ...]) -> str:
+    """What a rank is told where the encoder's does not pass what says whose tokens are whose."""
+    pack = cases._packed
+
+    def packed(text: Any, lengths: Any) -> dict[str, Any]:
+        given = pack(text, lengths)
+        if dist.get_rank() > 0:
+            return given
+        given["packing_kwargs"]["cu_seqlens_q_padded"] = given["packing_kwargs"]["cu_seqlens_q"][
+            [0, -1]
+        ]
+        return given | dict.fromkeys(left_out)
+
+    with cases._replaced(cases, "_packed", packed):
+        try:
+            for _ in cases.train(case):
+                pass
+        except RuntimeError as error:
+            return str(error)
+    return ""
