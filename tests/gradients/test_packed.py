@@ -8,47 +8,40 @@ import torch
 import torch.distributed as dist
 from cases import Case
 from context_attention import packed_positions
-from layouts import FAN_OUT, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, VARYING, parallel
+from layouts import FAN_OUT, LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 from test_context_parallel import ThreePartCase
 
-UNEVEN = {"images": VARYING, "packed": True, "lengths": (6, 2, 1, 4)}
-WITHOUT = {"vision": (((0, 0, 1, 0), (0,)),)}
+UNEVEN = {
+    "images": {"vision": (((0, 2, 1, 3), (1, 2, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),)},
+    "num_microbatches": 4,
+    "assign": 2,
+    "packed": True,
+    "lengths": (6, 2, 1, 4),
+}
+"""Samples of several lengths, with images and without, of which every second microbatch's are
+assigned."""
 CASES = {
-    "fan-in": Case(modules=LAYOUTS["fan-in"], ddp=OVERLAP, **UNEVEN),
-    "fan-in, text only": Case(
-        modules=LAYOUTS["fan-in"], per_token=PER_TOKEN, **UNEVEN | {"images": WITHOUT}
-    ),
-    "fan-in, assigned": Case(modules=LAYOUTS["fan-in"], assign=1, evaluate=True, **UNEVEN),
+    "fan-in": Case(modules=LAYOUTS["fan-in"], ddp=OVERLAP, evaluate=True, **UNEVEN),
     "fan-out": Case(modules=FAN_OUT, per_token=PER_TOKEN, evaluate=True, **UNEVEN),
-    "fan-out, text only": Case(modules=FAN_OUT, **UNEVEN | {"images": WITHOUT}),
-    "fan-out, assigned": Case(modules=FAN_OUT, assign=2, steps=2, **UNEVEN),
     "fan-out of two encoders on a rank": Case(
         modules={
             "vision": parallel(dp=2, rank_offset=0),
             "audio": parallel(tp=2, rank_offset=0),
             "language": parallel(dp=2, rank_offset=2),
         },
-        steps=2,
-        **UNEVEN | {"images": {**VARYING, "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)}},
+        **UNEVEN
+        | {"images": {**UNEVEN["images"], "audio": (((1, 0, 0, 2), (0, 0, 0, 0)),)}, "assign": 0},
     ),
     "equal": Case(modules=LAYOUTS["equal"], ddp={**OVERLAP, **SHARDED}, **UNEVEN),
-    "stages": Case(
-        modules={"vision": parallel(dp=2), "language": parallel(pp=2)},
-        num_microbatches=3,
-        assign=2,
-        **UNEVEN,
-    ),
+    "stages": Case(modules={"vision": parallel(dp=2), "language": parallel(pp=2)}, **UNEVEN),
     "shared": Case(modules=LAYOUTS["colocated"], per_token=PER_TOKEN, **UNEVEN),
     "shared, fan-out": Case(modules=LAYOUTS["colocated, fan-out"], **UNEVEN),
-    "shared, fan-out, assigned": Case(modules=LAYOUTS["colocated, fan-out"], assign=2, **UNEVEN),
     "shared, stages": Case(
         modules={
             "vision": parallel(tp=2, dp=2, rank_offset=0),
             "language": parallel(pp=2, dp=2, rank_offset=0),
         },
-        num_microbatches=3,
-        assign=2,
         **UNEVEN,
     ),
 }
@@ -63,25 +56,14 @@ CONTEXT = {
     "fan-in": Case(
         modules={"vision": parallel(dp=2), "language": parallel(context_parallel_size=2)},
         per_token=PER_TOKEN,
-        evaluate=True,
         **UNEVEN,
     ),
-    "fan-out": Case(
-        modules={
-            "vision": parallel(tp=2, rank_offset=0),
-            "language": parallel(dp=2, context_parallel_size=2, rank_offset=0),
-        },
-        per_token={"language": True},
-        **UNEVEN,
-    ),
-    "stages, assigned, positions in three parts": ThreePartCase(
+    "shared, stages, positions in three parts": ThreePartCase(
         modules={
             "vision": parallel(dp=4, rank_offset=0),
             "language": parallel(pp=2, context_parallel_size=2, rank_offset=0),
         },
-        per_token=PER_TOKEN,
-        num_microbatches=3,
-        assign=1,
+        per_token={"language": True},
         **UNEVEN,
     ),
 }
