@@ -122,7 +122,7 @@ class StepObserver:
         if kind.startswith("send_forward") and tensors:
             sent = tensors[0]
             if not isinstance(sent, Mapping):
-                sent = {self._place.modules[0]: sent}
+                sent = {self._place.modules[-1]: sent}
             for name, output in sent.items():
                 self._sent[name] += _nbytes(output)
         with self._recorder.message(kind):
