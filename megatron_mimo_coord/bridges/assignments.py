@@ -1,7 +1,7 @@
 """Assignments of images that were made and whose microbatch has not run yet, in order."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,6 @@ class PendingAssignments:
     must not run then.
 
     Attributes:
-        passes: how often the schedule has begun.
         carried: what each data-parallel rank of an encoder was given since the last step, at cost.
     """
 
@@ -31,7 +30,7 @@ class PendingAssignments:
         self._checks: dict[str, SampleCheck] = {}
         self._not_taken: ImageAssignment | None = None
         self._set_aside: dict[str, int] = {}
-        self.passes = 0
+        self._counts: dict[Hashable, int] = {}
         self.carried: dict[str, list[float]] = {}
 
     def watch(self, model: torch.nn.Module, changes: Changes) -> None:
@@ -48,8 +47,14 @@ class PendingAssignments:
         return self._checks.setdefault(encoder, SampleCheck(encoder))
 
     def begin_pass(self) -> None:
-        """The schedule begins: messages count microbatches from 0."""
-        self.passes += 1
+        """The schedule begins: microbatches are counted from 0."""
+        self._counts.clear()
+
+    def count(self, where: Hashable) -> int:
+        """Number of the microbatch in the pass that has got there, of which it is told once."""
+        number = self._counts.get(where, 0)
+        self._counts[where] = number + 1
+        return number
 
     def end_pass(self, gone: Sequence[ImageAssignment]) -> None:
         """What is assigned from now on is of another step.
@@ -139,7 +144,7 @@ class PendingAssignments:
 
     def take(self, encoder: str) -> ImageAssignment | None:
         """That of the microbatch which runs now; None if its images stay with their slices."""
-        queue = self._queues[encoder]
+        queue = self._queues.get(encoder)
         if queue:
             return queue.popleft()
         if encoder in self._checks:

@@ -1,8 +1,7 @@
 """The schedule's ``p2p_communicator``: Megatron's, with links that never stop the device."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
 
+from megatron_mimo_coord.bridges.agreement import Agreement
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.bridges.colocated import allow_varying_token_counts
+from megatron_mimo_coord.bridges.colocated import ColocatedForward
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import Incoming
 from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
 from megatron_mimo_coord.bridges.routes import Ends
-from megatron_mimo_coord.bridges.step_bridges import StepBridges, StepIncoming
+from megatron_mimo_coord.bridges.shared_bridges import SharedBridges, Waiting
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.infra import Infra, default_output_ndim
 from megatron_mimo_coord.layout import (
@@ -32,6 +32,7 @@ from megatron_mimo_coord.layout import (
     stages_behind,
 )
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import carries_between_modules
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
 
 # Language models exchange [sequence, batch, hidden].
@@ -58,7 +59,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         after_backward: called when a backward pass has run, on every rank alike, also where there
             is no gradient to send.
         before_forward: called before anything is received.
-        build_step_bridges: makes the bridges of encoders that share ranks with the language model.
+        shared_bridges: those of encoders that share ranks with the language model.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self._grids = {n: ModuleGrid.of(n, grid) for n, grid in module_to_grid_map.items()}
         self.after_backward: Callable[[], None] = lambda: None
         self.before_forward: Callable[[], None] = lambda: None
-        self.build_step_bridges: Callable[[], StepBridges]
-        self._waiting: list[StepIncoming] = []
+        self.shared_bridges: SharedBridges | None = None
+        self._waiting: list[Waiting] = []
         self._assignments = assignments
         self._extra_groups = ExtraGroups.shared(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
@@ -123,12 +124,17 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     def _link_modules(self, source: str, target: str) -> None:
         """The last stage of one module with the first stage of another."""
         ends = Ends.of_bridge(self._grids[source], self._grids[target])
+        senders = [rank for lanes in ends.sources for rank in lanes]
+        encoders_hosts = self._extra_groups.hosts(senders)
         hosts = self._extra_groups.hosts(ends.ranks)
         devices = self._extra_groups.devices(ends.ranks)
         if hosts is None or devices is None:
             return
         options = self._options(source, devices, hosts)
-        if self.current_rank in self._grids[source].ranks:
+        if encoders_hosts is not None:
+            options["agreement"] = Agreement(
+                encoders_hosts, {source: senders}, self._assignments.remark
+            )
             self._send_over(Outgoing, source, ends=ends, **options)
         else:
             options["sequence_peers"] = sequence_peers(self.module_to_grid_map[target])
@@ -163,19 +169,19 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
 
     # -- encoders that run before the language model -----------------------------------------------
 
-    @cached_property
-    def step_bridges(self) -> StepBridges:
-        """Their bridges. Collective to ask for the first time."""
-        return self.build_step_bridges()
-
     @contextmanager
-    def fed_by(self, waiting: Iterable[StepIncoming]) -> Iterator[None]:
+    def fed_by(self, waiting: list[Waiting]) -> Iterator[None]:
         """Inside, the language model's first stage is given what waits there."""
-        self._waiting = list(waiting)
+        self._waiting = waiting
         try:
             yield
         finally:
             self._waiting = []
+
+    @property
+    def _arriving(self) -> list[Incoming | Waiting]:
+        """What brings this stage something of each module before it."""
+        return [*self._incoming, *self._waiting]
 
     # -- what the schedule calls -------------------------------------------------------------------
 
@@ -194,7 +200,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     ) -> dict[str, torch.Tensor]:
         """Receive what the stages before this one send, by module."""
         self.before_forward()
-        return {link.name: link.recv_forward() for link in (*self._incoming, *self._waiting)}
+        return {link.name: link.recv_forward() for link in self._arriving}
 
     def send_forward(self, output_dict: Tensors, is_last_stage: bool = False) -> None:
         """Send outputs on."""
@@ -210,7 +216,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     def send_backward(self, grad_dict: Tensors, is_first_stage: bool = False) -> None:
         """Send the gradients of what was received back."""
         self.after_backward()
-        for link in (*self._incoming, *self._waiting):
+        for link in self._arriving:
             link.send_backward(grad_dict[link.name])
 
     def send_forward_recv_backward(
@@ -229,7 +235,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self.after_backward()
         return {
             link.name: link.send_backward_recv_forward(grad_dict[link.name])
-            for link in (*self._incoming, *self._waiting)
+            for link in self._arriving
         }
 
 
@@ -269,8 +275,6 @@ def build_communicator(
             "to the dtype of the activations, such as torch.bfloat16"
         )
     linked = [LANGUAGE] if encoders_first else list(grids)
-    if colocated and not encoders_first:
-        allow_varying_token_counts(model, assignments, fit, changes)
     communicator = PipelineCommunicator(
         {name: infra.module_to_grid_map[name] for name in linked},
         {name: [] if colocated else infra.topology.get(name, []) for name in linked},
@@ -278,16 +282,18 @@ def build_communicator(
         getattr(infra, "module_output_ndim", None) or default_output_ndim(grids),
         assignments,
     )
-    if colocated or encoders_first:
-        communicator.build_step_bridges = lambda: StepBridges(
+    if encoders_first or colocated:
+        bridges = communicator.shared_bridges = SharedBridges(
+            model,
             grids,
             dist.get_rank(),
             ExtraGroups.shared(infra.module_to_grid_map[LANGUAGE]),
-            next(model.language_model.parameters()).dtype,
             sequence_peers(infra.module_to_grid_map[LANGUAGE]),
             assignments,
-            checks_samples=encoders_first,
+            fit,
         )
-    if encoders_first:
-        communicator.step_bridges = communicator.build_step_bridges()  # with the other groups
+        if encoders_first or carries_between_modules(model):
+            assignments.open(bridges.encoders)
+        if not encoders_first:
+            ColocatedForward(model, bridges, assignments, changes)
     return communicator

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
-from megatron_mimo_coord.bridges.step_bridges import Output
+from megatron_mimo_coord.bridges.shared_bridges import Output, Tensors, Waiting
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import input_ids_of
@@ -55,7 +55,6 @@ class _Step:
 
     Attributes:
         outputs: of each encoder, what it made of each microbatch, until that is on its way.
-        texts: how many tokens of an encoder each text has, where its ranks have to know.
         encoded: what the encoders' backward begins with.
         assigned: what ``assign_images`` made in the first phase, and will return in the second.
         taken: all assignments of the step.
@@ -64,9 +63,6 @@ class _Step:
     num_microbatches: int
     keep: int
     outputs: dict[str, list[Output]] = field(init=False, factory=lambda: defaultdict(list))
-    texts: dict[str, list[torch.Tensor | None]] = field(
-        init=False, factory=lambda: defaultdict(list)
-    )
     encoded: list[_Encoded] = field(init=False, factory=list)
     assigned: dict[str, deque[ImageAssignment]] = field(
         init=False, factory=lambda: defaultdict(deque)
@@ -156,7 +152,8 @@ class EncodersFirst:
             forward_step_func, data_iterator, num_microbatches, forward_only, options: as Megatron's
                 schedule takes them.
         """
-        bridges = communicator.step_bridges
+        bridges = communicator.shared_bridges
+        assert bridges is not None, "encoders share ranks with the language model"
         batches = _Batches(data_iterator)
         step = _Step(num_microbatches, num_microbatches if keep is None else keep)
         self._step = step
@@ -171,11 +168,12 @@ class EncodersFirst:
                         number,
                         num_microbatches,
                     )
-                    self._take(step, number, outputs, bridges.asking, forward_only)
+                    self._take(step, number, outputs, bridges.encoders, forward_only)
                     del outputs
-            bridges.deliver(step.outputs, _sizes(step), num_microbatches)
+            delivered = bridges.deliver(step.outputs)
             step.outputs.clear()
-            with self._turns.of_language(), communicator.fed_by(bridges.incoming.values()):
+            waiting = [Waiting(n, delivered.tokens.pop(n)) for n in list(delivered.tokens)]
+            with self._turns.of_language(), communicator.fed_by(waiting):
                 losses = run_pipeline(
                     forward_step_func=forward_step_func,
                     data_iterator=batches.again(),
@@ -185,7 +183,8 @@ class EncodersFirst:
                     **options,
                 )
             if not forward_only:
-                self._backward(step, bridges.give_back(num_microbatches))
+                gradients = {each.name: each.gradients for each in waiting}
+                self._backward(step, delivered.give_back(gradients))
             return losses
         finally:
             self._step = None
@@ -214,7 +213,7 @@ class EncodersFirst:
             self._go_back = remember_random_states() if is_run_again else None
 
     def _take(
-        self, step: _Step, number: int, outputs: Any, asking: list[str], forward_only: bool
+        self, step: _Step, number: int, outputs: Any, encoders: list[str], forward_only: bool
     ) -> None:
         """Keep what the encoders made of a microbatch, and what their backward needs."""
         call, self._call = self._call, None
@@ -223,17 +222,12 @@ class EncodersFirst:
                 f"the forward step returned for microbatch {number} without calling the model: it "
                 f"is called for the encoders first, and must pass them their inputs"
             )
-        for name, output in outputs.items():
-            tokens = output.detach().requires_grad_(output.requires_grad)
-            assignment = self._assignments.take(name)
-            step.outputs[name].append(Output(tokens, assignment))
+        for name in encoders:
+            output, assignment = outputs.get(name), self._assignments.take(name)
+            if output is not None:
+                output = output.detach().requires_grad_(output.requires_grad)
+            step.outputs[name].append(Output(output, assignment, input_ids_of(*call)))
             step.taken += [] if assignment is None else [assignment]
-        input_ids = input_ids_of(*call)
-        for name in asking:
-            text = None
-            if len(step.assigned[name]) <= number and input_ids is not None:
-                text = (input_ids == self._model.special_token_ids[name]).sum()
-            step.texts[name].append(text)
         edges = _edges(outputs)
         if forward_only or not edges:
             return
@@ -253,7 +247,7 @@ class EncodersFirst:
         finally:
             go_on()
 
-    def _backward(self, step: _Step, gradients: Mapping[str, list[torch.Tensor | None]]) -> None:
+    def _backward(self, step: _Step, gradients: Tensors) -> None:
         """The encoders' backward; what is kept goes first, and the last one reduces."""
         encoded = sorted(step.encoded, key=lambda each: not each.is_kept)
         step.encoded.clear()
@@ -275,13 +269,3 @@ def _edges(outputs: Mapping[str, torch.Tensor]) -> Edges:
         for name, output in outputs.items()
         if output.grad_fn is not None
     }
-
-
-def _sizes(step: _Step) -> dict[str, list[int]]:
-    """Tokens of each asking encoder in each microbatch's text; -1 where images were assigned."""
-    sizes = {}
-    for name, texts in step.texts.items():
-        counted = [text for text in texts if text is not None]
-        numbers = iter(torch.stack(counted).tolist() if counted else ())
-        sizes[name] = [-1 if text is None else next(numbers) for text in texts]
-    return sizes

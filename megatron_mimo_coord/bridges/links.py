@@ -15,7 +15,8 @@ import torch.distributed as dist
 from attrs import define, field, frozen
 
 from megatron_mimo_coord.bridges.headers import HostMessages
-from megatron_mimo_coord.bridges.routes import Ends
+from megatron_mimo_coord.bridges.parts import Whole
+from megatron_mimo_coord.bridges.routes import Ends, Lanes, giver, peers_in_turn, place, takers
 
 Ops = list[dist.P2POp]
 """Sends and receives of one batch."""
@@ -41,6 +42,11 @@ class Link:
         hosts: the way of headers.
         dtype: in which tensors travel.
         dim: along which an output is cut if it goes to several ranks, or comes from several.
+
+    Attributes:
+        here, there: the ranks on this side and on the other, [data-parallel rank][lane].
+        dp: data-parallel rank of this one.
+        turn: those on the other side that it has to do with as long as nothing is assigned.
     """
 
     name: str
@@ -50,7 +56,29 @@ class Link:
     hosts: HostMessages
     dtype: torch.dtype
     dim: int = 0
+    here: Lanes = field(init=False)
+    there: Lanes = field(init=False)
+    dp: int = field(init=False)
+    turn: range = field(init=False)
+    _lane: int = field(init=False)
     _under_way: tuple[Sequence[dist.Work], Ops] = field(init=False, default=((), []))
+
+    def __attrs_post_init__(self) -> None:
+        self.here, self.there = self._sides()
+        self.dp, self._lane = place(self.rank, self.here)
+        self.turn = peers_in_turn(self.dp, len(self.here), len(self.there))
+
+    def _sides(self) -> tuple[Lanes, Lanes]:
+        """The ranks on this side, and on the other."""
+        raise NotImplementedError
+
+    def takers(self, peer: int) -> list[int]:
+        """Ranks of a data-parallel rank on the other side that take from this rank."""
+        return takers(self.rank, self.here[self.dp], self.there[peer])
+
+    def giver(self, peer: int) -> int:
+        """The rank of a data-parallel rank on the other side that this one takes from."""
+        return giver(self.rank, self._lane, self.there[peer])
 
     def finish(self) -> None:
         """Wait until what was sent last has been taken: one message under way, and no queue."""
@@ -71,6 +99,14 @@ class Link:
         for work in works:
             work.wait()
         self._under_way = ((), [])
+
+    def receipt(self, whole: Whole) -> Receipt[torch.Tensor]:
+        """The parts of a tensor, to be received."""
+        buffers, join = whole.buffers()
+        pairs = zip(buffers, whole.parts, strict=True)
+        return Receipt(
+            [self.receive(buffer, self.giver(part.peer)) for buffer, part in pairs], join
+        )
 
     def send(self, tensor: torch.Tensor, rank: int) -> dist.P2POp:
         """To a global rank, as a part of a batch."""

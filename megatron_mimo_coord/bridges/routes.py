@@ -15,6 +15,9 @@ from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 Run = tuple[int, int]
 """(first row, number of rows)"""
 
+Lanes = tuple[tuple[int, ...], ...]
+"""Global ranks, [data-parallel rank][lane]."""
+
 
 @frozen
 class Ends:
@@ -24,12 +27,12 @@ class Ends:
     lane of each data-parallel rank on the other side to receive from, so nothing is broadcast.
 
     Args:
-        sources: global ranks that send activations, [data-parallel rank][lane].
-        targets: global ranks that receive them, nested alike.
+        sources: ranks that send activations.
+        targets: ranks that receive them.
     """
 
-    sources: tuple[tuple[int, ...], ...]
-    targets: tuple[tuple[int, ...], ...]
+    sources: Lanes
+    targets: Lanes
 
     @classmethod
     def of_bridge(cls, source: ModuleGrid, target: ModuleGrid) -> "Ends":
@@ -41,16 +44,8 @@ class Ends:
         """All of them, once."""
         return sorted({rank for side in (self.sources, self.targets) for dp in side for rank in dp})
 
-    def targets_in_turn(self, source: int) -> range:
-        """Data-parallel ranks that a source sends to as long as nothing is assigned."""
-        return _in_turn(source, len(self.sources), len(self.targets))
 
-    def sources_in_turn(self, target: int) -> range:
-        """The reverse."""
-        return _in_turn(target, len(self.targets), len(self.sources))
-
-
-def _lanes(grid: ModuleGrid, stage: int) -> tuple[tuple[int, ...], ...]:
+def _lanes(grid: ModuleGrid, stage: int) -> Lanes:
     lanes: list[list[int]] = [[] for _ in range(grid.data_parallel_size)]
     for rank in grid.ranks:
         if grid.coordinate(rank, "pp") == stage:
@@ -58,11 +53,13 @@ def _lanes(grid: ModuleGrid, stage: int) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, lanes))
 
 
-def _in_turn(mine: int, here: int, there: int) -> range:
-    """Peers of one of ``here`` ranks among ``there``: equal, consecutive parts, or a shared one.
+def peers_in_turn(mine: int, here: int, there: int) -> range:
+    """Peers of one of ``here`` ranks among ``there`` as long as nothing is assigned.
+
+    Equal, consecutive parts of the samples, or a shared one.
 
     Example:
-        >>> _in_turn(1, 2, 4), _in_turn(3, 4, 2)
+        >>> peers_in_turn(1, 2, 4), peers_in_turn(3, 4, 2)
         (range(2, 4), range(1, 2))
     """
     if here >= there:

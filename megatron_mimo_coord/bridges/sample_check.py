@@ -6,6 +6,7 @@ compared with what this rank was given, at no collective and without the device.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
@@ -104,11 +105,7 @@ samples in the same order on both
         return
     if not digests or not other_digests:
         with_one, without = (rank, other_rank) if digests else (other_rank, rank)
-        raise RuntimeError(
-            f"microbatch {microbatch}: images of {encoder} were assigned on rank {with_one}, but "
-            f"not on rank {without}: call assign_images once a microbatch on every rank that holds "
-            f"{encoder}"
-        )
+        refuse_left_out(encoder, microbatch, with_one, without)
     if len(digests) != len(other_digests):
         what = f"{len(digests)} and {len(other_digests)} of them"
     else:
@@ -121,4 +118,13 @@ samples in the same order on both
     raise RuntimeError(
         f"microbatch {microbatch}: ranks {rank} and {other_rank} were given different samples for "
         f"{encoder}, {what}: read the same samples in the same order on both"
+    )
+
+
+def refuse_left_out(encoder: str, microbatch: int, with_one: int, without: int) -> NoReturn:
+    """Of two ranks that hold an encoder, one was given an assignment and the other was not."""
+    raise RuntimeError(
+        f"microbatch {microbatch}: images of {encoder} were assigned on rank {with_one}, but not "
+        f"on rank {without}: call assign_images once a microbatch, in the same order, on every "
+        f"rank that holds {encoder}"
     )

@@ -33,7 +33,7 @@ class TextFit:
 
     Args:
         model: the model.
-        assignments: which know when a pass begins.
+        assignments: which count microbatches.
         tell: told of what does not fit; raises where nobody would hear of it.
     """
 
@@ -46,8 +46,6 @@ class TextFit:
         self._model = model
         self._assignments = assignments
         self._tell = tell
-        self._pass = 0
-        self._microbatches: dict[str, int] = {}
 
     def watch(self, changes: Changes) -> None:
         """Look at what the model puts together."""
@@ -70,18 +68,11 @@ class TextFit:
         if text is None or text.shape[-1] % parts == 0:
             return None
         length = text.shape[-1]
-        uneven = UnevenLength(self.microbatch("length"), length, parts, why)
+        uneven = UnevenLength(self._assignments.count("length"), length, parts, why)
         if packing_of(args, kwargs) is not None:
             raise ValueError(str(uneven))
         self._tell(uneven)
         return lengthen_texts(args, kwargs, -length % parts)
-
-    def microbatch(self, where: str) -> int:
-        """Number of the microbatch that has got there."""
-        if self._pass != self._assignments.passes:
-            self._pass, self._microbatches = self._assignments.passes, {}
-        self._microbatches[where] = self._microbatches.get(where, -1) + 1
-        return self._microbatches[where]
 
     def sizes(
         self, name: str, counts: Sequence[int], tokens: int, microbatch: int, text: torch.Tensor
@@ -113,7 +104,7 @@ class TextFit:
         special_token_ids: Mapping[str, int],
     ) -> torch.Tensor:
         """Stands in for ``MimoModel``'s, which refuses other numbers."""
-        microbatch = self.microbatch("text")
+        microbatch = self._assignments.count("text")
         put_together = MimoModel.align_embeddings_by_token_positions
         try:
             return put_together(self._model, modality_embeddings, input_ids, special_token_ids)

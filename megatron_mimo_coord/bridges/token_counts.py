@@ -18,10 +18,13 @@ from megatron_mimo_coord.gradients.misfits import UnknownParts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
-    SPLIT_SIZES,
     bounds_of,
     input_ids_of,
+    is_first_stage,
+    is_last_stage,
     packing_of,
+    read_texts_by,
+    set_split_sizes,
 )
 
 
@@ -99,8 +102,7 @@ class TokenCounts:
         self._packing: Mapping[str, Any] | None = None
         self._assignments = assignments
         changes.on_close(model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
-        changes.set(model, "_attach_modality_split_sizes", self._attach_split_sizes)
-        changes.set(model, "_has_encoder_tokens", self._has_encoder_tokens)
+        read_texts_by(model, self._attach_split_sizes, self._has_encoder_tokens, changes)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -122,10 +124,10 @@ class TokenCounts:
 
         An output of [sequence, sample, hidden] is cut by samples, which need no counting.
         """
-        is_sent = self._model.role.is_last_stage(encoder_name) and output.ndim == 2
+        is_sent = is_last_stage(self._model, encoder_name) and output.ndim == 2
         if encoder_name not in self._places or not is_sent:
             return
-        microbatch = self._fit.microbatch(encoder_name)
+        microbatch = self._assignments.count(encoder_name)
         if encoder_name in self._fan_in:
             if not self._may_vary and input_ids is not None:
                 counts = self._count(encoder_name, input_ids)
@@ -138,7 +140,7 @@ class TokenCounts:
         ):
             sizes = self._sizes(encoder_name, input_ids, len(output), microbatch)
             if sizes:
-                vars(output)[SPLIT_SIZES] = sizes
+                set_split_sizes(output, sizes)
 
     def _sizes(
         self, name: str, input_ids: torch.Tensor | None, tokens: int, microbatch: int
@@ -203,8 +205,7 @@ class TokenCounts:
         if self._may_vary:
             return
         input_ids = input_ids_of(args, kwargs)
-        role = self._model.role
-        if input_ids is None or not model.training or not role.is_first_stage(LANGUAGE):
+        if input_ids is None or not model.training or not is_first_stage(self._model, LANGUAGE):
             return
         for name, ratio in self._fan_in.items():
             counts = self._count(name, input_ids)

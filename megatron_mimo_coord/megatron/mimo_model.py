@@ -4,10 +4,13 @@ Leans on ``input_ids``, ``loss_mask``, ``labels``, ``modality_inputs`` and ``pac
 arguments 0 and 3 to 6 of a forward, on ``mimo_config`` holding the spec of the language model and
 the grids, and on ``mtp_num_layers`` of a config. Without the first five nobody reads a text, or
 sees that there is no image; without the others what cannot run fails on some ranks, while the
-others wait.
+others wait. A forward of colocated modules calls ``_apply_colocated_comms`` where there are
+``colocated_comms``, any other one ``_attach_modality_split_sizes`` and ``_has_encoder_tokens``, and
+asks the model's ``role`` for its stages; an output carries ``_mimo_bridge_split_sizes``. Without
+these it is cut evenly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +18,8 @@ from megatron.core.models.mimo import MimoModel
 from torch.nn.functional import pad
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
-
-SPLIT_SIZES = "_mimo_bridge_split_sizes"
-"""Attribute of an output that is to be cut up: the tokens of each sample, as ``MimoModel`` says."""
+from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.world.timeouts import inherit_timeout
 
 
 def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -80,6 +82,71 @@ def change_modality_inputs(
         return args, {**kwargs, "modality_inputs": changed}
 
     return hook
+
+
+def is_first_stage(model: MimoModel, module: str) -> bool:
+    """Whether this rank holds the first stage of one of its modules."""
+    return bool(model.role.is_first_stage(module))
+
+
+def is_last_stage(model: MimoModel, module: str) -> bool:
+    """Whether it holds the last."""
+    return bool(model.role.is_last_stage(module))
+
+
+def read_texts_by(
+    model: MimoModel,
+    attach_split_sizes: Callable[[torch.Tensor, torch.Tensor | None, str], None],
+    has_encoder_tokens: Callable[[torch.Tensor | None, str], bool],
+    changes: Changes,
+) -> None:
+    """Have others read in a text what of an encoder's output is for whom, and whether it has any.
+
+    Args:
+        model: the model.
+        attach_split_sizes: called with an output, the text and the encoder's name.
+        has_encoder_tokens: called with the text and the name of an encoder that was not fed.
+        changes: where is recorded what is set.
+    """
+    changes.set(model, "_attach_modality_split_sizes", attach_split_sizes)
+    changes.set(model, "_has_encoder_tokens", has_encoder_tokens)
+
+
+_SPLIT_SIZES = "_mimo_bridge_split_sizes"
+
+
+def split_sizes(output: torch.Tensor) -> Sequence[int] | None:
+    """Of an output that is to be cut up the tokens of each sample, as ``MimoModel`` says."""
+    return getattr(output, _SPLIT_SIZES, None)
+
+
+def set_split_sizes(output: torch.Tensor, sizes: Sequence[int]) -> None:
+    """Say them in its place."""
+    vars(output)[_SPLIT_SIZES] = sizes
+
+
+def carry_between_modules(
+    model: MimoModel,
+    carry: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    changes: Changes,
+) -> None:
+    """Have a forward of colocated modules carry tokens so, of each modality that there is.
+
+    Collective: groups of Megatron's own bridges, which go on after that, wait as long as others.
+    """
+    changes.set(model, "_apply_colocated_comms", carry)
+    inherit_timeout(*(bridge.gather_pg for bridge in model.colocated_comms.values()))
+
+
+def carries_between_modules(model: MimoModel) -> bool:
+    """Whether a forward carries tokens from module to module at all."""
+    return bool(model.colocated_comms)
+
+
+def empty_output(model: MimoModel, encoder: str) -> torch.Tensor:
+    """Of an encoder that was not fed: no token, which wants a gradient."""
+    output: torch.Tensor = model._empty_encoder_output(encoder)
+    return output
 
 
 def sequence_parts(model: MimoModel) -> tuple[int, str]:

@@ -1,7 +1,5 @@
 """Images that any encoder rank may have encoded: their tokens and gradients find their way."""
 
-from contextlib import ExitStack
-
 import cases
 import pytest
 from attrs import evolve
@@ -9,7 +7,7 @@ from cases import Case
 from layouts import LAYOUTS, OVERLAP, PER_TOKEN, SHARDED, parallel
 from ranks import world
 
-from megatron_mimo_coord.bridges import colocated, incoming
+from megatron_mimo_coord.bridges import incoming
 
 SKEWED = {
     "vision": (((5, 0, 1, 0), (0, 0, 0, 0), (0, 0, 1, 4)), ((1, 1, 1, 1), (3, 0, 0, 0))),
@@ -60,38 +58,21 @@ def _parts_turned(whole):
     return evolve(whole, parts=tuple(evolve(p, runs=p.runs[1:] + p.runs[:1]) for p in whole.parts))
 
 
-def _route_turned(route):
-    return evolve(route, runs=[*route.runs[1:], *route.runs[:1]])
-
-
 def _tokens():
-    whole, route = incoming.Incoming._whole, colocated._Bridge.route
-    yield incoming.Incoming, "_whole", lambda *args: _parts_turned(whole(*args))
-    yield colocated._Bridge, "route", lambda *args: _route_turned(route(*args))
+    whole = incoming.TargetEnd._whole
+    return "_whole", lambda *args: _parts_turned(whole(*args))
 
 
 def _gradients():
-    send, route = incoming.Incoming._backward, colocated._RouteTokens.backward
-
-    def send_turned(link, gradient):
-        link._to_return[0] = _parts_turned(link._to_return[0])
-        return send(link, gradient)
-
-    def route_turned(ctx, grad):
-        ctx.route = _route_turned(ctx.route)
-        return route(ctx, grad)
-
-    yield incoming.Incoming, "_backward", send_turned
-    yield colocated._RouteTokens, "backward", staticmethod(route_turned)
+    returns = incoming.TargetEnd.returns
+    return "returns", lambda end, gradient, whole: returns(end, gradient, _parts_turned(whole))
 
 
 MUTANTS = {"tokens": _tokens, "gradients": _gradients}
 
 
 def _is_caught(case, mutant):
-    with ExitStack() as stack:
-        for owner, name, replacement in MUTANTS[mutant]():
-            stack.enter_context(cases._replaced(owner, name, replacement))
+    with cases._replaced(incoming.TargetEnd, *MUTANTS[mutant]()):
         try:
             cases.check(case)
         except AssertionError:

@@ -11,12 +11,16 @@ from layouts import COLOCATED, LAYOUTS, LOSSES, MANY_BUCKETS, SHARDED, VARYING, 
 from ranks import world
 
 from megatron_mimo_coord import MultiModuleCoordinator
-from megatron_mimo_coord.bridges import colocated
+from megatron_mimo_coord.bridges.shared_bridges import SharedBridges
 from megatron_mimo_coord.cpu import host_sync
 from megatron_mimo_coord.layout.image_assignment import assign_images
 
 FAN_OUT = LAYOUTS["colocated, fan-out"]
 EQUAL = {name: parallel(dp=2, rank_offset=0) for name in ("vision", "language")}
+ENCODERS_FIRST = {
+    "vision": parallel(dp=4, rank_offset=0),
+    "language": parallel(pp=2, dp=2, rank_offset=0),
+}
 TWO_ENCODERS = {
     "vision": parallel(tp=2, dp=2, rank_offset=0),
     "audio": parallel(dp=4, rank_offset=0),
@@ -80,8 +84,8 @@ WRONG = {
 SAYS = {
     "tokens": "sample 3 has tokens (2, 2) and id ",
     "samples": "tokens (2, 2) and id -5 on rank 1",
-    "costs": "sample 0 has costs (1,) on rank 0, (50,) on rank 1",
-    "no call": "assign_images('vision', ...) was called on rank 0 and not on rank 1; call it on",
+    "costs": "sample 0 has costs (1,) on rank 0, costs (50,) on rank 1",
+    "no call": "images of vision were assigned on rank 0, but not on rank 1: call assign_images",
     "too many": "the vision encoder returned 4 tokens on rank 0, but assign_images gave that rank "
     "images of 10 tokens; feed it",
 }
@@ -94,13 +98,13 @@ def _complaint(case, kind, wrong_ranks):
 
     def assign(self, name, tokens, costs, sample_ids):
         calls.append(name)
-        right = assign_images(self._grids[name], dist.get_rank(), tokens, costs, sample_ids)
         given = {"tokens": tokens, "costs": costs, "sample_ids": sample_ids}
-        if len(calls) == 2 and dist.get_rank() in wrong_ranks:
-            given = WRONG[kind](given)
-        if given is not None:
-            original(self, name, **given)
-        return right
+        if len(calls) != 2 or dist.get_rank() not in wrong_ranks:
+            return original(self, name, **given)
+        wrong = WRONG[kind](given)
+        if wrong is not None:
+            original(self, name, **wrong)
+        return assign_images(self._grids[name], dist.get_rank(), **given)
 
     MultiModuleCoordinator.assign_images = assign
     try:
@@ -113,15 +117,19 @@ def _complaint(case, kind, wrong_ranks):
     return ""
 
 
-def _complaints(case):
-    return {kind: _complaint(case, kind, (0, 1) if kind == "too many" else (1,)) for kind in WRONG}
+def _complaints(case, kinds):
+    return {kind: _complaint(case, kind, (0, 1) if kind == "too many" else (1,)) for kind in kinds}
 
 
-def test_ranks_that_disagree_are_named_on_every_rank():
-    case = Case(
-        modules=COLOCATED, images={"vision": (((1, 1, 0, 2),),)}, assign=1, no_optimizer=True
-    )
-    for complaints in world(case.world_size).run("test_colocated:_complaints", case):
+@pytest.mark.parametrize(
+    ("modules", "kinds"),
+    [(COLOCATED, [*WRONG]), (ENCODERS_FIRST, ["samples", "no call"])],
+    ids=["colocated", "encoders first"],
+)
+def test_ranks_that_disagree_are_named_on_every_rank(modules, kinds):
+    case = Case(modules=modules, images={"vision": (((1, 1, 0, 2),),)}, assign=1, no_optimizer=True)
+    for complaints in world(case.world_size).run("test_colocated:_complaints", case, kinds):
+        assert complaints.keys() == {*kinds}
         for kind, complaint in complaints.items():
             assert complaint.startswith("microbatch 1: "), (kind, complaint)
             assert SAYS[kind] in complaint, (kind, complaint)
@@ -146,55 +154,50 @@ def _without_waiting(case):
 
     But for what is counted: where nobody said how many tokens its samples have.
     """
-    watching = []
 
-    def watched(function):
+    def inside(value, function):
         def call(*args):
-            watching.append(True)
-            before, host_sync._inside[:] = list(host_sync._inside), [True]
+            before, host_sync._inside[:] = list(host_sync._inside), value
             try:
                 return function(*args)
             finally:
-                watching.pop()
                 host_sync._inside[:] = before
 
         return call
 
-    def counted(name):
-        original = getattr(dist, name)
+    def read(bridges, numbers):
+        counts["waits"] += bool(numbers)
+        return original_read(bridges, numbers)
 
-        def call(output, *args, **options):
-            if watching:
-                counts["hosts" if output.dtype == torch.int64 else name] += 1
-                if output.dtype == torch.int64:
-                    assert dist.get_backend(options["group"]) == "gloo"
-            return original(output, *args, **options)
+    def batch(ops):
+        counts["batches"] += 1
+        assert all(op.tensor.is_floating_point() for op in ops)
+        return original_batch(ops)
 
-        return call
+    def gather(output, *args, **options):
+        assert output.dtype == torch.int64 and dist.get_backend(options["group"]) == "gloo"
+        counts["statements"] += 1
+        return original_gather(output, *args, **options)
 
-    def waiting(exchange, name):
-        counts["waits"] += 1
-        host_sync._inside.clear()
-        tokens = tokens_in_text(exchange, name)
-        host_sync._inside.append(True)
-        return tokens
+    original_read, original_batch = SharedBridges._read, dist.batch_isend_irecv
+    original_gather = dist.all_gather_into_tensor
+    counts = dict.fromkeys(["batches", "statements", "waits"], 0)
 
-    tokens_in_text = colocated._Exchange._tokens_in_text
-    names = ["all_to_all_single", "all_gather_into_tensor"]
-    counts = dict.fromkeys([*names, "hosts", "waits"], 0)
+    def between_modules(function):
+        def call(*args):
+            with (
+                cases._replaced(dist, "batch_isend_irecv", batch),
+                cases._replaced(dist, "all_gather_into_tensor", gather),
+            ):
+                return function(*args)
+
+        return inside([True], call)
+
     with ExitStack() as stack:
-        for owner, name in (
-            (colocated._Exchange, "_between_modules"),
-            (colocated._RouteTokens, "backward"),
-            (colocated._ExchangeTokens, "backward"),
-        ):
-            replacement = watched(getattr(owner, name))
-            if name == "backward":
-                replacement = staticmethod(replacement)
-            stack.enter_context(cases._replaced(owner, name, replacement))
-        stack.enter_context(cases._replaced(colocated._Exchange, "_tokens_in_text", waiting))
-        for name in names:
-            stack.enter_context(cases._replaced(dist, name, counted(name)))
+        for name in ("deliver", "_give_back"):
+            replacement = between_modules(getattr(SharedBridges, name))
+            stack.enter_context(cases._replaced(SharedBridges, name, replacement))
+        stack.enter_context(cases._replaced(SharedBridges, "_read", inside([], read)))
         cases.check(case)
     return counts
 
@@ -202,13 +205,13 @@ def _without_waiting(case):
 @pytest.mark.parametrize(
     ("modules", "assign", "expected"),
     [
-        # Three microbatches with images: one message out and one back each, two steps. A microbatch
-        # without images takes none. Hosts tell all, and siblings each other.
-        (COLOCATED, 1, {"all_to_all_single": 8, "hosts": 12}),
-        (COLOCATED, 0, {"all_gather_into_tensor": 4, "hosts": 12}),
-        (FAN_OUT, 1, {"all_to_all_single": 8, "hosts": 12}),
-        (FAN_OUT, 0, {"all_gather_into_tensor": 4, "hosts": 12, "waits": 4}),
-        (EQUAL, 2, {"all_to_all_single": 8, "hosts": 6}),
+        # Two of three microbatches have images: a batch out or back, two steps. On fan-in each rank
+        # has the gradients of its own tokens, on fan-out those tokens: one of both is there.
+        (COLOCATED, 1, {"batches": 4, "statements": 6}),
+        (COLOCATED, 0, {"batches": 4, "statements": 6}),
+        (FAN_OUT, 1, {"batches": 4, "statements": 6}),
+        (FAN_OUT, 0, {"batches": 4, "statements": 6, "waits": 4}),
+        (EQUAL, 2, {"batches": 8, "statements": 6}),
     ],
     ids=["in", "in slices", "out", "out slices", "equal"],
 )

@@ -13,7 +13,7 @@ from cases import Case
 from layouts import VARYING, parallel
 from ranks import world
 
-from megatron_mimo_coord.bridges.step_bridges import StepBridges
+from megatron_mimo_coord.bridges.shared_bridges import SharedBridges
 from megatron_mimo_coord.cpu import no_host_sync
 
 SHARED = {
@@ -78,16 +78,16 @@ def _counted(case: Case) -> dict[str, Any]:
         return cases.run_schedule(case, model, coordinator, communicator, batches, forward_only)
 
     def watched(name: str) -> Any:
-        original = getattr(StepBridges, name)
+        original = getattr(SharedBridges, name)
 
         def call(*args: Any) -> Any:
             with cases._replaced(dist, "batch_isend_irecv", count_batch), no_host_sync():
                 return original(*args)
 
-        return StepBridges, name, call
+        return SharedBridges, name, call
 
     with ExitStack() as stack:
-        for owner, name, value in (watched("deliver"), watched("give_back")):
+        for owner, name, value in (watched("deliver"), watched("_give_back")):
             stack.enter_context(cases._replaced(owner, name, value))
         stack.enter_context(cases._replaced(cases, "_forward_step", forward_step))
         stop_at = 2
@@ -184,12 +184,12 @@ def _kept(case: Case) -> tuple[int, int, int, int]:
         return output
 
     encoder = model.modality_submodules["vision"].module
-    original_deliver, original_give_back = StepBridges.deliver, StepBridges.give_back
+    original_deliver, original_give_back = SharedBridges.deliver, SharedBridges._give_back
     original_encode = encoder.forward
     coordinator.zero_grad_buffer()
     with (
-        cases._replaced(StepBridges, "deliver", deliver),
-        cases._replaced(StepBridges, "give_back", give_back),
+        cases._replaced(SharedBridges, "deliver", deliver),
+        cases._replaced(SharedBridges, "_give_back", give_back),
         cases._replaced(encoder, "forward", encode),
     ):
         cases.run_schedule(case, model, coordinator, communicator, cases._data(case, 0))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo_coord.bridges.headers import Header
-from megatron_mimo_coord.bridges.routes import Ends, assigned, in_turn, pairs
+from megatron_mimo_coord.bridges.routes import Ends, assigned, in_turn, pairs, peers_in_turn
 from megatron_mimo_coord.layout import DIM_NAMES, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import assign_images
 
@@ -62,8 +62,8 @@ def test_every_lane_receives_from_one_lane_of_each_rank_in_turn(tp, pp, dp, tp2,
     assert all(language.coordinate(rank, "pp") == 0 for lanes in ends.targets for rank in lanes)
     for source in range(dp):
         for target in range(dp2):
-            is_in_turn = target in ends.targets_in_turn(source)
-            assert is_in_turn == (source in ends.sources_in_turn(target))
+            is_in_turn = target in peers_in_turn(source, dp, dp2)
+            assert is_in_turn == (source in peers_in_turn(target, dp2, dp))
             # Consecutive slices: those that overlap meet.
             assert is_in_turn == (
                 source * dp2 < (target + 1) * dp and target * dp < (source + 1) * dp2

@@ -144,16 +144,9 @@ def test_the_room_has_names():
     assert {"_set_global_memory_buffer", "get_grads_for_grad_norm", "module_infos"} <= _insides()
 
 
-ON_THEIR_WAY = {
-    *("bridges/token_counts.py", "bridges/colocated.py", "bridges/outgoing.py"),
-}
-
-
 @pytest.mark.parametrize("file", sorted(OTHERS))
 def test_no_other_room_names_the_insides(file):
     """Nothing in a source says whose a name is that this package or PyTorch has as well."""
-    if file in ON_THEIR_WAY:
-        pytest.skip("is yet to speak to facades")
     private = {name for name in _of_megatron() if name.startswith("_")}
     named = _used(OTHERS[file]) & (_insides() | private) - _ambiguous()
     named |= _imported(OTHERS[file]) - PROMISED

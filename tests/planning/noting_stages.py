@@ -17,7 +17,7 @@ from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated
-from megatron_mimo_coord.megatron.mimo_model import SPLIT_SIZES
+from megatron_mimo_coord.megatron.mimo_model import set_split_sizes
 
 METHODS = (
     "recv_forward",
@@ -143,7 +143,7 @@ class NotingStage(torch.nn.Module):
         to_bridge = self._is_last(name) and name != LANGUAGE
         message = output.expand((samples, 2) if to_bridge else (1, samples, 2)).contiguous()
         if to_bridge:
-            vars(message)[SPLIT_SIZES] = [1] * samples  # as a MimoModel's text would say
+            set_split_sizes(message, [1] * samples)  # as a MimoModel's text would say
         return message
 
 

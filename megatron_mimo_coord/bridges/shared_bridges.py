@@ -1,0 +1,315 @@
+"""Bridges between modules that share ranks: of a whole step at once, or a microbatch at a time.
+
+Where encoders run before and after the language model, their outputs travel in one batch when all
+microbatches are encoded, to the ranks of the language model's first stage, and wait there; their
+gradients return in one batch when the last microbatch's backward has run. Nobody waits in between
+for a rank that has more to encode. Where a forward runs all modules, it does the same with one
+microbatch. What a rank has for itself is copied.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from megatron.core.models.mimo import MimoModel
+
+from megatron_mimo_coord.bridges.agreement import Agreement
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.bridges.headers import HostMessages
+from megatron_mimo_coord.bridges.incoming import TargetEnd
+from megatron_mimo_coord.bridges.links import Ops
+from megatron_mimo_coord.bridges.outgoing import SourceEnd
+from megatron_mimo_coord.bridges.parts import Whole
+from megatron_mimo_coord.bridges.routes import Ends, in_turn
+from megatron_mimo_coord.bridges.sample_check import refuse_left_out
+from megatron_mimo_coord.bridges.text_fit import TextFit
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.layout.image_assignment import ImageAssignment
+from megatron_mimo_coord.world.groups import ExtraGroups
+
+ASSIGNED = -1
+"""Said in place of a number of tokens, which nobody has to know where images were assigned."""
+
+
+@frozen
+class Output:
+    """What a rank has of an encoder for a microbatch.
+
+    Args:
+        tokens: [token, hidden], without a graph; needs a gradient if the encoder waits for one.
+            None on a rank that does not hold the encoder.
+        assignment: of its images, None if they stayed with their slices.
+        text: [sample, token], what the language model of this rank reads.
+    """
+
+    tokens: torch.Tensor | None
+    assignment: ImageAssignment | None
+    text: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Tokens that were made."""
+        return 0 if self.tokens is None else len(self.tokens)
+
+
+Tensors = Mapping[str, list[torch.Tensor | None]]
+"""Of each encoder, of each microbatch."""
+
+
+@frozen
+class Delivered:
+    """What came to the language model's first stage.
+
+    Args:
+        tokens: of each encoder, of each microbatch; empty on other stages.
+        give_back: brings their gradients to the encoders of this rank; None where none is wanted.
+    """
+
+    tokens: dict[str, list[torch.Tensor]]
+    give_back: Callable[[Tensors], Tensors]
+
+
+class SharedBridges:
+    """The ways of all encoders to the language model and back. Collective to build.
+
+    Args:
+        model: the model.
+        grids: where each module lies; every rank holds the language model.
+        rank: this one.
+        groups: where to get more groups.
+        sequence_peers: ranks that read other positions of the same samples, if there are any.
+        assignments: the model's.
+        fit: compares texts with tokens.
+
+    Attributes:
+        encoders: all of them, in one order on every rank.
+    """
+
+    def __init__(
+        self,
+        model: MimoModel,
+        grids: Mapping[str, ModuleGrid],
+        rank: int,
+        groups: ExtraGroups,
+        sequence_peers: dist.ProcessGroup | None,
+        assignments: PendingAssignments,
+        fit: TextFit,
+    ) -> None:
+        ranks = grids[LANGUAGE].ranks
+        hosts, devices = groups.hosts(ranks), groups.devices(ranks)
+        assert hosts is not None and devices is not None, "every rank holds the language model"
+        self._rank, self._devices = rank, devices
+        self._special_token_ids = model.special_token_ids
+        self._fit = fit
+        self._sources: dict[str, SourceEnd] = {}
+        self._targets: dict[str, TargetEnd] = {}
+        self.encoders = [name for name in grids if name != LANGUAGE]
+        for tag, name in enumerate(self.encoders):
+            way: dict[str, Any] = {
+                "name": name,
+                "ends": Ends.of_bridge(grids[name], grids[LANGUAGE]),
+                "rank": rank,
+                "devices": devices,
+                "hosts": HostMessages(hosts, tag),
+                # That of the text's embeddings, which a model puts together with the tokens.
+                "dtype": next(model.language_model.parameters()).dtype,
+            }
+            if rank in grids[name].ranks:
+                self._sources[name] = SourceEnd(**way)
+            if grids[LANGUAGE].coordinate(rank, "pp") == 0:
+                self._targets[name] = TargetEnd(**way, sequence_peers=sequence_peers)
+        holders = {name: [r for r in ranks if r in grids[name].ranks] for name in self.encoders}
+        self._agreement = Agreement(hosts, holders, assignments.remark)
+        groups.before_destroy(self._finish)
+        groups.before_destroy(self._agreement.finish)
+
+    def deliver(self, outputs: Mapping[str, Sequence[Output]], first: int = 0) -> Delivered:
+        """Bring outputs to the language model's first stage.
+
+        Args:
+            outputs: of each encoder, of each microbatch.
+            first: number of the first of these microbatches in the pass.
+
+        Raises:
+            RuntimeError: ranks that hold an encoder were not given the same images to deal out, or
+                its output is not what was assigned.
+        """
+        self._finish()
+        made = {name: [(each.assignment, each.rows) for each in outputs[name]] for name in outputs}
+        self._agreement.send(made, first)
+        self._say_sizes(outputs)
+        sent = [
+            (source, *each)
+            for source in self._sources.values()
+            for each in self._announce(source, outputs[source.name], first)
+        ]
+        is_assigned = any(each.assignment for each in chain(*outputs.values()))
+        if is_assigned or len(self._sources) < len(self.encoders):
+            self._agreement.check()
+        arrivals = [
+            (target, target.arrival(target.hear()))
+            for target in self._targets.values()
+            for _ in outputs[target.name]
+        ]
+        sends = [op for source, tokens, whole in sent for op in source.sends(tokens, whole)]
+        self._run(sends + [op for _, arrival in arrivals for op in arrival.ops])
+        received: dict[str, list[torch.Tensor]] = {name: [] for name in self._targets}
+        for target, arrival in arrivals:
+            received[target.name].append(arrival.tensor())
+        back = [(target, arrival.to_return) for target, arrival in arrivals]
+        wanted = [(source, tokens.requires_grad, whole) for source, tokens, whole in sent]
+        return Delivered(received, lambda gradients: self._give_back(back, wanted, gradients))
+
+    def _give_back(
+        self,
+        back: Sequence[tuple[TargetEnd, Whole]],
+        wanted: Sequence[tuple[SourceEnd, bool, Whole]],
+        gradients: Tensors,
+    ) -> Tensors:
+        given = {name: iter(each) for name, each in gradients.items()}
+        sends = [
+            op
+            for target, whole in back
+            for op in target.returns(target.checked(next(given[target.name])), whole)
+        ]
+        receipts = [
+            (source.name, source.gradient(whole) if is_wanted else None)
+            for source, is_wanted, whole in wanted
+        ]
+        self._run(sends + [op for _, each in receipts if each for op in each.ops])
+        received: dict[str, list[torch.Tensor | None]] = {name: [] for name in self._sources}
+        for name, receipt in receipts:
+            received[name].append(receipt.tensor() if receipt else None)
+        return received
+
+    # -- what hosts say ----------------------------------------------------------------------------
+
+    def _announce(
+        self, source: SourceEnd, outputs: Sequence[Output], first: int
+    ) -> Iterator[tuple[torch.Tensor, Whole]]:
+        """Tell what comes of each output, and how it travels."""
+        asked = self._hear_sizes(source)
+        for number, output in enumerate(outputs):
+            microbatch, tokens = first + number, output.tokens
+            assert tokens is not None, "the encoder is here"
+            if output.assignment is not None:
+                deliveries = source.assigned(output.assignment)
+            else:
+                said = {rank: sizes[number] for rank, sizes in asked.items()}
+                sizes = self._fitted(source, said, output, microbatch) if said else [len(tokens)]
+                deliveries = in_turn(source.turn, sizes)
+            yield tokens, source.announce(tokens, deliveries, microbatch, output.assignment)
+
+    def _hear_sizes(self, source: SourceEnd) -> dict[int, list[int]]:
+        """How many tokens of each output each rank asks for, if they share an output."""
+        if len(source.turn) == 1:
+            return {}
+        ranks = [source.giver(peer) for peer in source.turn]
+        return {rank: source.hosts.receive(rank) for rank in ranks}
+
+    def _fitted(
+        self, source: SourceEnd, asked: Mapping[int, int], output: Output, microbatch: int
+    ) -> list[int]:
+        """How many tokens of an output each rank gets."""
+        for rank, size in asked.items():
+            if size == ASSIGNED:
+                refuse_left_out(source.name, microbatch, rank, self._rank)
+        assert output.tokens is not None and output.text is not None
+        return self._fit.sizes(
+            source.name, [*asked.values()], len(output.tokens), microbatch, output.text
+        )
+
+    def _say_sizes(self, outputs: Mapping[str, Sequence[Output]]) -> None:
+        """Tell encoder ranks that encode for several how many tokens this rank's texts have."""
+        asking = [each for each in self._targets.values() if len(each.here) > len(each.there)]
+        said = [[self._in_text(target, each) for each in outputs[target.name]] for target in asking]
+        numbers = iter(self._read([each for each in chain(*said) if torch.is_tensor(each)]))
+        for target, sizes in zip(asking, said, strict=True):
+            (peer,) = target.turn
+            read = [next(numbers) if torch.is_tensor(each) else each for each in sizes]
+            for rank in target.takers(peer):
+                target.hosts.send(rank, read)
+
+    def _in_text(self, target: TargetEnd, output: Output) -> torch.Tensor | int:
+        """How many of an encoder's tokens a text has."""
+        (peer,) = target.turn
+        if output.assignment is not None:
+            return ASSIGNED
+        if self._rank in target.there[peer] and not output.rows:
+            return 0  # nor has anybody who shares the output
+        if output.text is None:
+            raise RuntimeError(
+                f"rank {self._rank} was given no input_ids, which say how many tokens of "
+                f"{target.name} are its own: pass them to the model's forward"
+            )
+        return (output.text == self._special_token_ids[target.name]).sum()
+
+    def _read(self, numbers: Sequence[torch.Tensor]) -> list[int]:
+        """What only the device knows: this waits for it."""
+        return torch.stack([*numbers]).tolist() if numbers else []
+
+    def _finish(self) -> None:
+        """Wait until hosts have heard what was said before."""
+        for end in (*self._sources.values(), *self._targets.values()):
+            end.finish()
+
+    # -- what devices exchange ---------------------------------------------------------------------
+
+    def _run(self, ops: Ops) -> None:
+        """One batch of one message to each rank; what is for this rank itself is copied."""
+        sent: dict[int, list[torch.Tensor]] = defaultdict(list)
+        received: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for op in ops:
+            (sent if op.op is dist.isend else received)[op.peer].append(op.tensor)
+        own = zip(received.pop(self._rank, ()), sent.pop(self._rank, ()), strict=True)
+        messages = {peer: torch.cat([t.flatten() for t in each]) for peer, each in sent.items()}
+        buffers = {peer: each[0].new_empty(_elements(each)) for peer, each in received.items()}
+        batch = [dist.P2POp(dist.isend, t, peer, self._devices) for peer, t in messages.items()]
+        batch += [dist.P2POp(dist.irecv, t, peer, self._devices) for peer, t in buffers.items()]
+        works = dist.batch_isend_irecv(batch) if batch else ()
+        for buffer, tensor in own:
+            buffer.copy_(tensor)
+        for work in works:
+            work.wait()
+        for peer, each in received.items():
+            pieces = buffers[peer].split([tensor.numel() for tensor in each])
+            for tensor, piece in zip(each, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+
+def _elements(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+class Waiting:
+    """What came of an encoder, for the language model's first stage, a microbatch at a time.
+
+    Args:
+        name: the encoder.
+        tokens: of each microbatch.
+
+    Attributes:
+        gradients: of the tokens whose backward has run.
+    """
+
+    def __init__(self, name: str, tokens: Sequence[torch.Tensor]) -> None:
+        self.name = name
+        self._tokens = deque(tokens)
+        self.gradients: list[torch.Tensor | None] = []
+
+    def recv_forward(self) -> torch.Tensor:
+        """The next microbatch's tokens."""
+        return self._tokens.popleft().requires_grad_()
+
+    def send_backward(self, gradient: torch.Tensor | None) -> None:
+        """Keep the gradient of the earliest tokens whose backward has run."""
+        self.gradients.append(gradient)
+
+    def send_backward_recv_forward(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        """Both."""
+        self.send_backward(gradient)
+        return self.recv_forward()
