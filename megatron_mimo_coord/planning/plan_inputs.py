@@ -11,7 +11,7 @@ from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import Problem
 from megatron_mimo_coord.layout.toml_file import LayoutFile
 from megatron_mimo_coord.layout.toml_tables import TomlFile, as_problem
-from megatron_mimo_coord.planning.choices import Request
+from megatron_mimo_coord.planning.choices import LEAST_TOKENS, Request
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
 from megatron_mimo_coord.planning.estimates import ASSUMPTIONS as OF_COSTS
@@ -254,6 +254,11 @@ def _assumptions(
             "of layouts that differ in encoders alone and take as long to 1 %, on as many nodes, "
             "the fastest is listed"
         )
+        if request.sizes[LANGUAGE].sequence >= 2 * LEAST_TOKENS:
+            yield (
+                f"the language model's CP is 1, 2, 4, ... as long as a rank keeps {LEAST_TOKENS:,} "
+                f"tokens of a sample; give others to --layout"
+            )
         if len(request.encoders) > 1:
             yield (
                 "encoders share ranks with each other only where they share them with the language "

@@ -647,6 +647,7 @@ def test_long_sequences_are_shared_by_context_parallel_ranks(ask):
     assert (
         "TP PP DP   TP CP PP DP" in shown and "CP" not in ask(MODEL, *ASKED)[1].split("assumed")[0]
     )
+    assert "as long as a rank keeps 4,096 tokens of a sample" in shown
     found = json.loads(ask(long, *options, "--json")[1])["proposals"]
     sizes = {each["modules"]["language"]["context_parallel_size"] for each in found}
     assert 1 < max(sizes) <= 8 and all(each["gpus"] <= 8 for each in found)
