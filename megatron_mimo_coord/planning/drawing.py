@@ -5,9 +5,8 @@ from itertools import zip_longest
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, overlap, span
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, overlap, sharing, span
 from megatron_mimo_coord.layout.description import bridge
-from megatron_mimo_coord.planning.sharing import sharing
 from megatron_mimo_coord.planning.svg import boxes, module_colors, picture, text
 
 SHOWN = 6  # stages or replicas of a module; of more, those in the middle are left out

@@ -5,9 +5,8 @@ from math import ceil
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, sharing
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
-from megatron_mimo_coord.planning.sharing import sharing
 
 
 @frozen

@@ -8,14 +8,15 @@ from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleGrid,
     ModuleParallelism,
+    modules_by_stage,
     pack,
     runs_encoders_first,
+    sharing,
     stages_behind,
 )
 from megatron_mimo_coord.planning.activations import stage_activations
 from megatron_mimo_coord.planning.model_states import model_states
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 
 ASSUMPTIONS = (
     "weights, gradient buffers and optimizer state as Megatron's DDP and Adam allocate them, "

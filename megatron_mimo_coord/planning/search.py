@@ -17,16 +17,17 @@ from megatron_mimo_coord.layout import (
     ModuleGrid,
     ModuleParallelism,
     is_colocated,
+    modules_by_stage,
     pack,
     ranks_taken,
     runs_encoders_first,
+    sharing,
 )
 from megatron_mimo_coord.planning.candidates import ALIKE, Candidate, Candidates
 from megatron_mimo_coord.planning.choices import Request, recomputations
 from megatron_mimo_coord.planning.costs import ModuleCosts
 from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 from megatron_mimo_coord.planning.simulation import simulate_step
 from megatron_mimo_coord.planning.timeline import Timeline
 

@@ -11,9 +11,11 @@ from megatron_mimo_coord.layout import (
     ModuleGrid,
     ModuleParallelism,
     default_topology,
+    modules_by_stage,
     pack,
     ranks_taken,
     runs_encoders_first,
+    sharing,
     stages_behind,
 )
 from megatron_mimo_coord.layout.batch import batch_problems
@@ -27,7 +29,6 @@ from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
 from megatron_mimo_coord.planning.events import Action, StageRanks, channel, run
 from megatron_mimo_coord.planning.schedule import ActionsAt, ends_of_link, order
-from megatron_mimo_coord.planning.sharing import modules_by_stage, sharing
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
