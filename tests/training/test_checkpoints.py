@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections import Counter, OrderedDict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_what_is_saved_is_the_same_on_every_layout(layouts, ddps, settings, tole
         GatedCase(modules=modules, ddp=ddp, per_token=PER_TOKEN, **settings)
         for modules, ddp in zip(layouts, ddps, strict=True)
     ]
-    counts = world(4).run(chain, cases, tmp_path, tolerance)
+    counts = world(4).run(chain, cases, tmp_path, tolerance, timeout=timedelta(minutes=2))
     assert set(counts) == {counts[0]}
     assert counts[0] > 100
 
