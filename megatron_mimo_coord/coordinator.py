@@ -53,6 +53,7 @@ from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.rotary_positions import cut_rotary_positions
+from megatron_mimo_coord.megatron.random_states import drop_whole_embeddings_alike
 from megatron_mimo_coord.megatron.schedule import (
     Hooks,
     Schedule,
@@ -206,6 +207,8 @@ class MultiModuleCoordinator:
             self._changes,
         )
         self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
+        for module in job.ddps.values():
+            drop_whole_embeddings_alike(module, self._changes)
         ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:
@@ -414,10 +417,13 @@ class MultiModuleCoordinator:
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module on this rank to zero, before a step.
 
+        Where no ``MimoOptimizer`` has used those of the step before, it first tells what was wrong
+        with that step: collective, and it waits for the device.
+
         Raises:
             RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run; or
-                the loss of the step before is per token, but its loss function returned no count,
-                and no ``MimoOptimizer`` has said so.
+                of the step before: its loss is per token, but the loss function returned no count,
+                or ranks read different samples, or texts that do not fit; on every rank alike.
         """
         self._finalizer.zero_grad_buffer()
 

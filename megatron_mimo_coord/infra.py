@@ -241,7 +241,7 @@ class MegatronMIMOInfra:
         ddp_config: DistributedDataParallelConfig,
         configs: Mapping[str, ModelParallelConfig] | None = None,
     ) -> None:
-        """Wrap each module on this rank in Megatron's DDP, over the module's own groups.
+        """Wrap each module on this rank in Megatron's DDP, over its own groups. Collective.
 
         The same as ``DistributedDataParallel(config, ddp_config, module, pg_collection=...)`` for
         each, with the module's own config: the language model's, or that of the encoders inside.
@@ -255,13 +255,23 @@ class MegatronMIMOInfra:
                 encoders have several that differ.
 
         Raises:
-            ValueError: a module holds no config, or several that differ, and none is given.
+            ValueError: a module holds no config, or several that differ, and none is given; on
+                every rank.
         """
+        found: dict[str, ModelParallelConfig] = {}
+
+        def find() -> RankFacts:
+            problems = [
+                f"there is no module {name!r}: configs may name {', '.join(self.pg_collections)}"
+                for name in given
+                if name not in self.pg_collections
+            ]
+            for name in self.participating_modules:
+                found[name] = given.get(name) or config_of(name, self._module(model, name))
+            return RankFacts({}, {}, problems)
+
         given = configs or {}
-        found = {
-            name: given[name] if name in given else config_of(name, self._module(model, name))
-            for name in self.participating_modules
-        }
+        check_consistency(find, "these modules cannot be wrapped")
         for name, config in found.items():
             module = self._module(model, name)
             if any(isinstance(each, DistributedDataParallel) for each in module.modules()):

@@ -73,6 +73,7 @@ class Case:
         nan_step: the step whose first image holds a NaN; none if -1.
         force_all_reduce: passed to the schedule.
         wrap: where ``Float16Module`` goes: "", "model" or "submodules"; bf16 if anywhere.
+        loss_scale: of fp16, whose optimizer then updates the fp32 weights.
         zeroed_by_ddp: zero gradients through the DDPs, and never through optimizer or coordinator.
         second_coordinator: build another coordinator on the same model after the first step.
         layers, tied_embeddings, experts: of the language model.
@@ -103,6 +104,7 @@ class Case:
     nan_step: int = -1
     force_all_reduce: bool = False
     wrap: str = ""
+    loss_scale: float = 1.0
     zeroed_by_ddp: bool = False
     second_coordinator: bool = False
     layers: int = 2
@@ -287,6 +289,7 @@ def train(
     case: Case,
     built: Callable[[Any, MimoModel], None] = _nothing,
     updated: Callable[[Any, MimoModel], None] = _nothing,
+    folder: str = "",
 ) -> Iterator[tuple[Any, MimoModel, dict[str, float]]]:
     """Run the case through the coordinator; yields after each step's finalize, before the update.
 
@@ -294,6 +297,7 @@ def train(
         case: the job.
         built: called with the infra and the model before the first step.
         updated: called with them after each update, when the weights are gathered.
+        folder: of checkpoints, from the last of which it goes on, and where it leaves one.
 
     Yields:
         (infra, model, reduced losses).
@@ -312,9 +316,10 @@ def train(
         communicator = megatrons_communicator(infra, model.config)
     else:
         communicator = coordinator.build_pipeline_communicator(model.config)
+    first = coordinator.load_checkpoint(folder, optimizer).step if folder else 0
     built(infra, model)
     try:
-        for step in range(case.steps):
+        for step in range(first, case.steps):
             if case.evaluate:
                 run_schedule(
                     case,
@@ -341,6 +346,8 @@ def train(
                 coordinator.attach(model.config, optimizer)
                 if not case.megatron_communicator:
                     communicator = coordinator.build_pipeline_communicator(model.config)
+        if folder:
+            coordinator.save_checkpoint(folder, optimizer, step=case.steps)
     finally:
         model.destroy()
         infra.destroy()
@@ -357,6 +364,8 @@ def optimizer_of(
         "weight_decay": 0.0,
         "clip_grad": 0.0,
         "bf16": bool(case.wrap),
+        "fp16": case.loss_scale != 1,
+        "loss_scale": case.loss_scale,
         "use_distributed_optimizer": bool(case.ddp.get("use_distributed_optimizer")),
     }
     return coordinator.build_optimizer(OptimizerConfig(**config | settings), overrides)
@@ -683,7 +692,7 @@ def _compare(
             assert not hasattr(parameter, "main_grad"), f"{whole_name} is frozen"
             continue
         mine = reduced_part(ddp, parameter, oracle.case.force_all_reduce)
-        got = parameter.main_grad.float().flatten()[mine]
+        got = parameter.main_grad.float().flatten()[mine] / oracle.case.loss_scale
         want = shard.of(expected[whole_name]).float().flatten()[mine]
         error = (got - want).norm()
         bound = tolerance * torch.maximum(want.norm(), 1e-2 * scale)

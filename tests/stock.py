@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import vlm
 import weights
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from cases import PATCH_DIM, VOCABULARY, Case, Oracle, alone, not_rehearsed
+from context_attention import ContextAttention
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -42,7 +43,8 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
-_OF_A_LAYOUT = ("sequence_parallel", *RECOMPUTE)
+SEQUENCE_PARALLEL = {"sequence_parallel": True}
+_OF_A_LAYOUT = (*SEQUENCE_PARALLEL, *RECOMPUTE)
 
 
 @frozen(kw_only=True)
@@ -53,13 +55,14 @@ class StockCase(Case):
         configs: settings of each module's ``TransformerConfig``.
         multiple: what the number of tokens of a sample is a multiple of.
         max_sequence: how many the language model takes; as many as there are if 0.
-        meets: whether the encoders meet their replicas in their forward.
+        meets: whether the encoders meet their replicas in their forward, over a "group" or one of a
+            "collection" that they hold.
     """
 
     configs: Mapping[str, Mapping[str, Any]] = field(factory=dict)
     multiple: int = 4
     max_sequence: int = 0
-    meets: bool = False
+    meets: str = ""
 
     @property
     def sequence(self) -> int:
@@ -142,7 +145,7 @@ class StockCase(Case):
             },
         )
         config = self._config(name, groups, ENCODER_HIDDEN)
-        kind = MeetingEncoder if self.meets else Encoder
+        kind = {"": Encoder, "group": MeetingEncoder, "collection": CollectingEncoder}[self.meets]
         encoder = ModuleSpec(kind, {"config": config, "pg_collection": groups})
         return ModuleSpec(
             VisionModalitySubmodules,
@@ -171,6 +174,7 @@ class StockCase(Case):
             num_attention_heads=2,
             tensor_model_parallel_size=sizes.tensor_model_parallel_size,
             pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+            context_parallel_size=sizes.context_parallel_size,
             expert_model_parallel_size=sizes.expert_model_parallel_size if experts else 1,
             expert_tensor_parallel_size=sizes.expert_tensor_parallel_size if experts else 1,
             calculate_per_token_loss=self.per_token.get(
@@ -192,7 +196,10 @@ def mixture(**more: Any) -> dict[str, Any]:
 
 
 def _layer(config: TransformerConfig) -> ModuleSpec:
-    return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    if config.context_parallel_size > 1:
+        spec.submodules.self_attention.submodules.core_attention = ContextAttention
+    return spec
 
 
 class Encoder(MegatronModule):
@@ -226,11 +233,29 @@ class MeetingEncoder(Encoder):
         super().__init__(config, pg_collection)
         self.dp_group = pg_collection.dp
 
+    def replicas(self) -> dist.ProcessGroup:
+        """Those that it meets."""
+        return self.dp_group
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``images``: [image, patch, number]; returns [image, patch, hidden]."""
         total, number = images.sum(0), torch.tensor(len(images), device=images.device)
         for each in (total, number):
-            dist.all_reduce(each, group=self.dp_group)
+            dist.all_reduce(each, group=self.replicas())
         return super().forward(images - total / number)
+
+
+class CollectingEncoder(MeetingEncoder):
+    """One that holds all of its groups."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config, pg_collection)
+        del self.dp_group
+        self.pg_collection = pg_collection
+
+    def replicas(self) -> dist.ProcessGroup:
+        """Those that it meets."""
+        return self.pg_collection.dp
 
 
 # -- what the ranks hold ---------------------------------------------------------------------------
@@ -276,14 +301,19 @@ def auxiliary_scale(case: StockCase, step: int) -> float:
     return 1 / sum(int(mask.sum()) for mask in masks)
 
 
-def check(case: StockCase) -> int:
+def check(case: StockCase, then: StockCase | None = None, folder: str = "") -> int:
     """Train on this rank and alone; returns how many parameters were compared.
+
+    Args:
+        case: the job.
+        then: how it goes on from its last checkpoint, on another layout, if it does.
+        folder: of the checkpoint.
 
     Raises:
         AssertionError: a gradient, the reported loss, or a weight after an update differs.
     """
     oracle = Oracle(case)
-    step = -1
+    step = 0
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
     def load(infra: Any, model: MimoModel) -> None:
@@ -294,19 +324,55 @@ def check(case: StockCase) -> int:
                 parameter.copy_(whole[name])
 
     def compare_weights(infra: Any, model: MimoModel) -> None:
+        wrong = []
         for name, weight in gather(infra, model).items():
             want = oracle.parameters[name].detach()
             error = (weight - want).norm()
-            assert error <= 1e-5 * want.norm() + 1e-6, f"step {step}, {name}: off by {error:.3g}"
+            if error > 1e-5 * want.norm() + 1e-6:
+                wrong.append(f"{name} is off by {error:.3g} of {want.norm():.3g}")
+        assert not wrong, f"after step {step - 1}: " + ", ".join(wrong)
 
     compared = 0
-    for step, (infra, model, metrics) in enumerate(cases.train(case, load, compare_weights)):
-        with not_rehearsed():
-            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([auxiliary_scale(case, step)]))
-            expected = oracle.backward(step)
-            compared += cases.compare_step(infra, model, metrics, expected, oracle, step)
-            oracle.update()
+    for each in (case, then) if then else (case,):
+        oracle.case = each
+        built = load if each is case else compare_weights
+        for infra, model, metrics in cases.train(each, built, compare_weights, folder):
+            with not_rehearsed():
+                MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([auxiliary_scale(each, step)]))
+                expected = oracle.backward(step)
+                compared += cases.compare_step(infra, model, metrics, expected, oracle, step)
+                oracle.update()
+            step += 1
     return compared
+
+
+def check_equal(case: StockCase, other: StockCase, folder: str) -> None:
+    """Train twice: one starts again from a checkpoint before its last step.
+
+    Raises:
+        AssertionError: a loss or a weight after an update differs, or those of replicas do.
+    """
+    losses, weights = _trained([evolve(case, steps=case.steps - 1), case], folder)
+    other_losses, others = _trained([other], "")
+    torch.testing.assert_close(losses, other_losses, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(weights, others, rtol=1e-5, atol=1e-6)
+
+
+def _trained(
+    parts: list[StockCase], folder: str
+) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """Each step's loss, and the whole weights after it."""
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def updated(infra: Any, model: MimoModel) -> None:
+        weights.append(gather(infra, model))
+
+    losses = [
+        metrics["loss"]
+        for part in parts
+        for _, _, metrics in cases.train(part, gather, updated, folder)
+    ]
+    return losses, weights
 
 
 def train_consistently(case: StockCase) -> float:

@@ -89,17 +89,27 @@ def _meet() -> None:
 
 
 def _draw() -> tuple[float, float]:
-    """What this rank draws where all ranks of a stage draw alike, and where its TP ranks do not."""
+    """What this rank draws where all ranks of a stage draw alike, and where its TP ranks do not.
+
+    From a tracker of another kind, as Transformer Engine's is.
+    """
     import torch
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker, random
 
     from megatron_mimo_coord import MegatronMIMOInfra
 
+    class OtherTracker(random.CudaRNGStatesTracker):
+        pass
+
     infra = MegatronMIMOInfra.build(LAYOUT)
+    random._CUDA_RNG_STATE_TRACKER = OtherTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     infra.initialize_megatron(seed=7)
     alike = float(torch.rand(()))
     with get_cuda_rng_tracker().fork():
         shard = float(torch.rand(()))
+    assert type(get_cuda_rng_tracker()) is OtherTracker
+    random.initialize_rng_tracker(force_reset=True)
     _meet()
     infra.destroy()
     return alike, shard
@@ -111,6 +121,54 @@ def test_replicas_draw_alike_and_shards_and_stages_do_not():
     assert alike[2] == alike[3] and alike[4] == alike[5], "the stages of the language model"
     assert alike[2] != alike[4]
     assert len({*shards[2:]}) == 4, "two stages of two shards"
+
+
+def _wrap() -> dict[str, str]:
+    """What a rank is told that wraps modules, by what the encoders and ``configs`` are."""
+    import torch
+    import vlm
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+    from stock import Encoder, StockCase
+
+    from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism
+
+    case = StockCase(modules={"vision": ModuleParallelism(), "language": ModuleParallelism()})
+    infra = MegatronMIMOInfra.build(case.modules)
+    infra.initialize_megatron(1)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+    said = {}
+    for what in ("none", "several", "given"):
+        model = case.bare(infra)
+        if "vision" in infra.participating_modules:
+            encoders = model.modality_submodules["vision"].encoders
+            if what == "several":
+                encoders["other"] = Encoder(config, infra.pg_collections["vision"])
+            else:
+                encoders["encoder"] = torch.nn.Linear(3, 8)
+        configs = {"vision": config} if what == "given" else None
+        try:
+            infra.wrap_in_ddp(model, DistributedDataParallelConfig(), configs)
+            said[what] = ""
+        except ValueError as error:
+            said[what] = str(error)
+    ddps = vlm.submodules(model)
+    assert "vision" not in ddps or ddps["vision"].config is config
+    infra.wrap_in_ddp(model, DistributedDataParallelConfig(), configs)
+    assert vlm.submodules(model) == ddps, "what is wrapped is not wrapped again"
+    assert model.pg_collection is infra.pg_collections[infra.participating_modules[0]], (
+        "a Float16Module around the model looks for it"
+    )
+    infra.destroy()
+    return said
+
+
+def test_modules_are_wrapped_once_by_a_config_of_their_own():
+    for said in world(2).run("test_infra:_wrap"):
+        assert "module 'vision' (VisionModalitySubmodules) holds no Megatron module" in said["none"]
+        assert 'configs={"vision": config}' in said["none"]
+        assert "have configs that differ in " in said["several"]
+        assert said["given"] == ""
 
 
 def _mixture_metrics() -> dict[str, float]:

@@ -7,8 +7,9 @@ language model reads its text.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ class _Encoded:
 
     Args:
         number: of the microbatch.
+        encoders: those that it runs through.
         is_kept: whether the encoders' activations are.
         edges: what finds its edges; if nothing is kept, it runs the encoders once more.
     """
 
     number: int
+    encoders: Sequence[str]
     is_kept: bool
     edges: Callable[[], Edges]
 
@@ -105,7 +108,7 @@ class EncodersFirst:
         model: the model.
         turns: which of its modules run.
         assignments: the model's.
-        no_sync: inside of it gradients are not reduced.
+        no_sync: inside of it a module's gradients are not reduced.
         changes: where is recorded that the model's forward is watched.
     """
 
@@ -114,7 +117,7 @@ class EncodersFirst:
         model: MimoModel,
         turns: Turns,
         assignments: PendingAssignments,
-        no_sync: Callable[[], AbstractContextManager[None]],
+        no_sync: Callable[[str], AbstractContextManager[None]],
         changes: Changes,
     ) -> None:
         self._model = model
@@ -232,11 +235,12 @@ class EncodersFirst:
         if forward_only or not edges:
             return
         if number >= step.num_microbatches - step.keep:
-            step.encoded.append(_Encoded(number, True, lambda: edges))
+            step.encoded.append(_Encoded(number, list(edges), True, lambda: edges))
         else:
             go_back = self._go_back
             assert go_back is not None, "remembered where not all activations are kept"
-            step.encoded.append(_Encoded(number, False, lambda: self._again(call, go_back)))
+            again = partial(self._again, call, go_back)
+            step.encoded.append(_Encoded(number, list(edges), False, again))
 
     def _again(self, call: tuple[Any, Any], go_back: Callable[[], None]) -> Edges:
         """Run the encoders of a microbatch once more, drawing the same random numbers."""
@@ -248,18 +252,22 @@ class EncodersFirst:
             go_on()
 
     def _backward(self, step: _Step, gradients: Tensors) -> None:
-        """The encoders' backward; what is kept goes first, and the last one reduces."""
+        """The encoders' backward; what is kept goes first, and the last one of each reduces.
+
+        Ranks that meet in an encoder's backward have images of it in the same microbatches, but
+        not of others.
+        """
         encoded = sorted(step.encoded, key=lambda each: not each.is_kept)
         step.encoded.clear()
-        with self._turns.of_encoders(), ExitStack() as no_sync:
-            no_sync.enter_context(self._no_sync())
+        last = {name: each.number for each in encoded for name in each.encoders}
+        with self._turns.of_encoders():
             while encoded:
-                if len(encoded) == 1:
-                    no_sync.close()
                 each = encoded.pop(0)
                 edges = each.edges()
-                for name in reversed(list(edges)):
-                    torch.autograd.backward(edges[name], gradients[name][each.number])
+                for name in reversed(each.encoders):
+                    is_last = each.number == last[name]
+                    with nullcontext() if is_last else self._no_sync(name):
+                        torch.autograd.backward(edges[name], gradients[name][each.number])
                     gradients[name][each.number] = None
 
 

@@ -34,7 +34,7 @@ class TextFit:
     Args:
         model: the model.
         assignments: which count microbatches.
-        tell: told of what does not fit; raises where nobody would hear of it.
+        tell: told of what does not fit; raises in an evaluation.
     """
 
     def __init__(

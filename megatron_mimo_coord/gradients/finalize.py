@@ -52,9 +52,11 @@ class GradientFinalizer:
         language = [module for module in modules if module.name == LANGUAGE]
         self._modules = encoders + language
         # One backward runs through all modules of a rank, the encoder that ran last first; on ranks
-        # of encoders alone the schedule runs one for each, in order.
-        in_backward = encoders[::-1] if language else encoders
-        together = [[module.ddp for module in some] for some in (in_backward, language) if some]
+        # of encoders alone the schedule runs one for each, in order. The encoder that is reached
+        # last is reduced first: it may meet ranks of which some have no image of the others, and
+        # would launch their reductions after that, and some before.
+        last_first = encoders if language else encoders[::-1]
+        together = [[module.ddp for module in some] for some in (last_first, language) if some]
         self._reductions = [OrderedReduction(ddps, changes) for ddps in together]
         self._gathers = [ParamGather(ddps, changes) for ddps in together]
         self._num_tokens = num_tokens
@@ -77,7 +79,7 @@ class GradientFinalizer:
     def _before_zeroing(self) -> None:
         """Whoever zeroes the gradients of a module."""
         self._step.check_finalized(if_begun=False)
-        self._report.check_tokens()
+        self._report.begin()
         self._abandon()
 
     def _abandon(self) -> None:
@@ -91,11 +93,12 @@ class GradientFinalizer:
         self.start_param_sync()
 
     @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Gradients of the microbatches inside only accumulate."""
+    def no_sync(self, module_name: str | None = None) -> Iterator[None]:
+        """Gradients of the microbatches inside only accumulate; of one module, or of all."""
         with ExitStack() as stack:
             for module in self._modules:
-                stack.enter_context(module.ddp.ddp.no_sync())
+                if module_name in (None, module.name):
+                    stack.enter_context(module.ddp.ddp.no_sync())
             yield
 
     def start_grad_sync(self, language_only: bool = False) -> None:
@@ -158,7 +161,7 @@ class GradientFinalizer:
                 module.scaling.apply(inverse_tokens, everything)
             for reduction in self._reductions:
                 reduction.end(force_all_reduce)
-        self._report.miscounts = None if counting is None else self._num_tokens.mistakes()
+        self._report.finalized(None if counting is None else self._num_tokens.mistakes())
         self._step.finalized()
 
     @contextmanager

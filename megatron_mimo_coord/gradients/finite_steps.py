@@ -43,7 +43,6 @@ class FiniteSteps:
 
     def __init__(self, optimizer: MimoOptimizer, report: StepReport, changes: Changes) -> None:
         self._report = report
-        report.is_read = True
         self._names = module_names(optimizer)
         self._optimizers = {
             name: ModuleOptimizer(each) for name, each in optimizers_here(optimizer).items()

@@ -27,8 +27,8 @@ class OrderedReduction:
     """The gradient reductions of modules that lie on the same ranks.
 
     Args:
-        ddps: the modules, in the order in which backward reaches them. The launches of their
-            reductions are routed through this object.
+        ddps: the modules, in the order in which they are reduced. The launches of their reductions
+            are routed through this object.
         changes: where that is recorded.
     """
 

@@ -1,7 +1,8 @@
-"""What ranks tell each other before each optimizer step, in the collective that the norms are in.
+"""What ranks tell each other of each step, in the collective that the norms are in.
 
 Some mistakes leave no trace on the ranks that make them, or none on the others. Whoever reads the
-norms on the host sees them for nothing:
+norms on the host sees them for nothing; if no optimizer of Megatron's does, they are looked at when
+the next step begins, which then waits for the device:
 
 - a loss function that returns no number of tokens, where the loss is per token, or that of tokens
   that other context-parallel ranks count (``num_tokens.py``);
@@ -19,6 +20,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from attrs import define, evolve, field
 
 from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnevenLength
@@ -48,19 +50,15 @@ class StepReport:
         here: modules on this rank, and which of their DP ranks it is.
 
     Attributes:
-        is_read: whether an optimizer of Megatron's reads it.
-        miscounts: whether the step's tokens were counted wrong, in each of the ways of
-            ``NumTokens.mistakes``, on the device; None where the loss is no sum of tokens, or this
-            was looked at.
         rows: of the last ``input_ids`` that this rank's modules were given; None if there were
             none, or their rows are no samples.
     """
 
     data_parallel_sizes: Mapping[str, int]
     here: Mapping[str, int]
-    is_read: bool = field(default=False, init=False)
-    miscounts: torch.Tensor | None = field(default=None, init=False)
     rows: int | None = field(default=None, init=False)
+    _is_unread: bool = field(default=False, init=False)
+    _miscounts: torch.Tensor | None = field(default=None, init=False)
     _misfits: list[Misfit] = field(factory=list, init=False)
     _texts: TextsRead = field(init=False)
 
@@ -68,18 +66,27 @@ class StepReport:
         self._texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
 
     def tell(self, misfit: Misfit) -> None:
-        """Texts do not fit: every rank is told before an optimizer's step.
+        """Texts do not fit: every rank is told once the step is over.
 
         Raises:
-            RuntimeError: there will be none.
+            RuntimeError: it is an evaluation, after which nobody is.
         """
         if not isinstance(misfit, UnevenLength):
             place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
             rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
             misfit = evolve(misfit, first=place * rows)
-        if not self.is_read or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             raise RuntimeError(str(misfit))
         self._misfits.append(misfit)
+
+    def finalized(self, miscounts: torch.Tensor | None) -> None:
+        """The step is over.
+
+        Args:
+            miscounts: whether its tokens were counted wrong, in each of the ways of
+                ``NumTokens.mistakes``, on the device; None where the loss is no sum of tokens.
+        """
+        self._is_unread, self._miscounts = True, miscounts
 
     def watch(
         self,
@@ -105,7 +112,7 @@ class StepReport:
                 others = LANGUAGE not in self.here and any(map(is_assigned, self.here))
                 has_rows = input_ids is not None and not is_packed and not others
                 self.rows = len(input_ids) if has_rows else None
-                if self.is_read and not is_read_again():
+                if not is_read_again():
                     given = {"input_ids": input_ids, "labels": labels_of(args, kwargs)}
                     self._texts.add(given if has_rows else {})
 
@@ -113,11 +120,12 @@ class StepReport:
 
     def pack(self) -> torch.Tensor:
         """Numbers of which each rank is to know the largest, in fp64 on the world's device."""
+        self._is_unread = False
         modules = list(self.data_parallel_sizes)
         size, device = 3 + 2 * len(modules), world_device()
         numbers = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
-        if self.miscounts is not None:
-            numbers[:2], self.miscounts = self.miscounts, None
+        if self._miscounts is not None:
+            numbers[:2], self._miscounts = self._miscounts, None
         numbers[2] = len(self._misfits)
         for name in self._readers():
             assert self.rows is not None
@@ -141,16 +149,18 @@ class StepReport:
         places = {(self.data_parallel_sizes[name], self.here[name]) for name in readers}
         return places.pop() if len(places) == 1 else None
 
-    def check_tokens(self) -> None:
-        """Look at the last step's, if no optimizer of Megatron's has: only then this waits.
+    def begin(self) -> None:
+        """Another step begins; if no optimizer of Megatron's has read of the last, this does.
 
         Raises:
-            RuntimeError: its tokens were not counted, or wrong; on all ranks alike.
+            RuntimeError: as :meth:`check`.
         """
+        if self._is_unread:
+            numbers = self.pack()
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+            self.check(numbers.tolist())
         self._texts.forget()
-        miscounts, self.miscounts = self.miscounts, None
-        if miscounts is not None:
-            _refuse_miscounts(miscounts.tolist())
+        self._misfits.clear()
 
     def check(self, numbers: Sequence[float]) -> None:
         """Say what is wrong, alike on every rank.
@@ -159,7 +169,7 @@ class StepReport:
             numbers: the largest of each, over all ranks.
 
         Raises:
-            RuntimeError: for either mistake.
+            RuntimeError: for any mistake.
         """
         misfits, self._misfits = self._misfits, []
         _refuse_miscounts(numbers[:2])

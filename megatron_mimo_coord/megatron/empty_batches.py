@@ -1,16 +1,20 @@
 """Modules that meet their replicas in a forward, and how they run a batch of nothing.
 
 A mixture sends tokens to experts on other ranks; a normalization may be over all replicas; whoever
-keeps a process group as an attribute uses it. Leans on experts being shared out over a dispatcher's
-``tp_ep_group``, on a router's ``tp_dp_cp_group``, ``gating`` and methods that add auxiliary losses,
-and on ``forward`` of an attention. Without these a rank without an image leaves others waiting.
+keeps a process group as an attribute uses it, and of a collection of groups those that its forward
+names. Leans on experts being shared out over a dispatcher's ``tp_ep_group``, on a router's
+``tp_dp_cp_group``, ``gating`` and methods that add auxiliary losses, and on ``forward`` of an
+attention. Without these a rank without an image leaves others waiting.
 """
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from inspect import unwrap
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_tokens_per_expert_and_token_count
@@ -45,7 +49,50 @@ def _groups(module: Any) -> Iterator[dist.ProcessGroup | None]:
     elif isinstance(module, SyncBatchNorm):
         yield module.process_group
     elif not type(module).__module__.startswith("megatron."):
-        yield from (held for held in vars(module).values() if isinstance(held, dist.ProcessGroup))
+        for name, held in vars(module).items():
+            if isinstance(held, ProcessGroupCollection):
+                yield from _named_groups(type(module), name, vars(held))
+            else:
+                yield from _held_groups(held)
+
+
+def _held_groups(held: Any) -> Iterator[dist.ProcessGroup]:
+    """What an attribute holds, alone or among others."""
+    if isinstance(held, dist.ProcessGroup):
+        yield held
+    elif isinstance(held, (list, tuple)):
+        for each in held:
+            yield from _held_groups(each)
+    elif isinstance(held, dict):
+        yield from _held_groups(list(held.values()))
+
+
+def _named_groups(
+    kind: type, attribute: str, groups: Mapping[str, Any]
+) -> Iterator[dist.ProcessGroup]:
+    """Of a collection that is an attribute, what a forward names; all if it names just that."""
+    names = _names_in_forward(kind)
+    if attribute in names:
+        named = [group for name, group in groups.items() if name in names]
+        yield from _held_groups(named or list(groups.values()))
+
+
+def _names_in_forward(kind: type) -> Set[str]:
+    """Attributes that a class's ``forward`` reads, and its methods and properties that it uses."""
+    found: set[str] = set()
+    to_read = {"forward"}
+    while to_read:
+        name = to_read.pop()
+        found.add(name)
+        method = getattr(kind, name, None)
+        method = getattr(method, "fget", method)
+        codes = [getattr(unwrap(method), "__code__", None)] if callable(method) else []
+        while codes:
+            code = codes.pop()
+            if isinstance(code, CodeType):
+                to_read |= {*code.co_names} - found
+                codes += code.co_consts
+    return found
 
 
 def run_empty_batches(module: torch.nn.Module, changes: Changes) -> None:

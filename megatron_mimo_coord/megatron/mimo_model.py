@@ -180,11 +180,4 @@ def unsupported(model: MimoModel) -> list[str]:
             f"Megatron's MimoModel hands it no input_ids, which multi-token prediction predicts "
             f"from: set mtp_num_layers=None and leave out mtp_block_spec"
         )
-    length = model.mimo_config.language_model_spec.params.get("max_sequence_length", 0)
-    parts, why = sequence_parts(model)
-    if length % parts:
-        problems.append(
-            f"the language model's max_sequence_length is {length}, which {parts} ({why}) does not "
-            f"divide: make it {-(-length // parts) * parts}, and pad texts to a multiple of {parts}"
-        )
     return problems

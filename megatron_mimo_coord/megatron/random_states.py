@@ -2,23 +2,27 @@
 
 ``initialize_model_parallel`` and ``model_parallel_cuda_manual_seed`` make them where all ranks have
 the same parallel sizes. With a grid for each module nobody does, and layers fail when they are
-built, or in their first forward. Leans on ``parallel_state`` making that buffer on request, and on
-the tracker giving its states out and taking them back, without which checkpoints cannot resume.
+built, or in their first forward. Leans on ``parallel_state`` making that buffer on request, on the
+tracker giving its states out and taking them back, without which checkpoints cannot resume, and on
+an embedding having its dropout as ``embedding_dropout``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
     model_parallel_cuda_manual_seed,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 
 ADVICE = "call infra.initialize_megatron(seed) before the model is built"
@@ -71,6 +75,33 @@ def needs_global_state(module: torch.nn.Module) -> bool:
         )
         for layer in module.modules()
     )
+
+
+def drop_whole_embeddings_alike(module: torch.nn.Module, changes: Changes) -> None:
+    """Have tensor-parallel ranks drop the same of a text that each of them embeds as a whole.
+
+    With sequence parallelism Megatron drops as if each had its own part. But ``MimoModel`` shares
+    out what it has put together, and in backward each rank gets the gradient of the whole.
+
+    Args:
+        module: whose embeddings.
+        changes: where is recorded what is set.
+    """
+    for each in module.modules():
+        if isinstance(each, LanguageModelEmbedding) and each.config.sequence_parallel:
+            dropout = each.embedding_dropout
+            if not each.scatter_to_sequence_parallel:
+                changes.set(dropout, "forward", _drawn_alike(dropout.forward))
+
+
+def _drawn_alike(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What draws from states that a module's tensor-parallel ranks share."""
+
+    def drawn(*args: Any) -> torch.Tensor:
+        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            return function(*args)
+
+    return drawn
 
 
 def tracked_states() -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
-"""What sequence parallelism wants is said in a sentence: of weights at construction, of lengths in
-a step, and what MimoModel cannot run before it is built; on every rank.
+"""What sequence parallelism wants of weights is said in a sentence at construction, and what MimoModel
+cannot run before it is built; on every rank.
 """
 
 from typing import Any
@@ -20,8 +20,10 @@ def _errors(job: Any, *args: Any) -> list[str]:
     return [text for _, text in errors.values()]
 
 
-def _build(case: StockCase, where: str) -> None:
-    """Build a model whose language model has a weight of the user's own."""
+def _build(case: StockCase, where: str) -> list[str]:
+    """Build a model whose language model has a weight of the user's own; what is logged of it."""
+    import logging
+
     import torch
     import vlm
 
@@ -34,10 +36,16 @@ def _build(case: StockCase, where: str) -> None:
         if name == "language" and where:
             module.get_submodule(where).adapter = torch.nn.Linear(2, 2, bias=False)
     case.wrap_modules(infra, model)
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_mimo_coord").addHandler(handler)
     try:
         MultiModuleCoordinator(infra, model)
     finally:
+        logging.getLogger("megatron_mimo_coord").removeHandler(handler)
         infra.destroy()
+    return said
 
 
 def test_a_weight_inside_a_layer_that_says_nothing_of_the_sequence():
@@ -48,16 +56,17 @@ def test_a_weight_inside_a_layer_that_says_nothing_of_the_sequence():
     world(3).run("test_sequence_parallel:_build", StockCase(modules=LAYOUT), "decoder.layers.1.mlp")
 
 
+def test_a_weight_outside_of_all_layers_is_taken_to_see_the_whole():
+    case = StockCase(modules=LAYOUT, configs=SEQUENCE_PARALLEL)
+    _, first, other = world(3).run("test_sequence_parallel:_build", case, "decoder")
+    assert "embedding.position_embeddings.weight, decoder.adapter.weight are taken to" in first[0]
+    assert len(first) == 1 and not other, "once a module"
+
+
 def test_multi_token_prediction():
     case = StockCase(modules=LAYOUT, configs={"language": {"mtp_num_layers": 1}})
     for text in _errors("test_sequence_parallel:_build", case, ""):
         assert "mtp_num_layers=1" in text
-
-
-def test_lengths_that_tensor_parallel_ranks_cannot_share():
-    case = StockCase(modules=LAYOUT, configs=SEQUENCE_PARALLEL, multiple=9)
-    for text in _errors("test_sequence_parallel:_build", case, ""):
-        assert "max_sequence_length is 9, which 2 (TP 2 of sequence parallelism) does not" in text
 
 
 def _train(case: StockCase) -> None:

@@ -1,14 +1,13 @@
 """Stock Megatron modules with configs of their own train like one process."""
 
 import os
-from random import Random
 
+import cases
 import pytest
 from attrs import evolve
 from layouts import (
     LAYOUTS,
     LOSSES,
-    MANY_BUCKETS,
     OVERLAP,
     SHARDED,
     SOME_RANKS_WITHOUT,
@@ -16,16 +15,15 @@ from layouts import (
     parallel,
 )
 from ranks import world
-from stock import RECOMPUTE, StockCase, mixture
+from stock import RECOMPUTE, SEQUENCE_PARALLEL, StockCase, mixture
+from stock_draws import drawn, drawn_with_dropout
 
-SEQUENCE_PARALLEL = {"sequence_parallel": True}
 
-
-def verify(case: StockCase) -> None:
+def verify(case: StockCase, *then: object) -> None:
     try:
-        assert sum(world(case.world_size).run("stock:check", case)) > 0
+        assert sum(world(case.world_size).run("stock:check", case, *then)) > 0
     except AssertionError as error:
-        error.add_note(f"to run it again: verify({case!r})")
+        error.add_note(f"to run it again: verify({', '.join(map(repr, (case, *then)))})")
         raise
 
 
@@ -79,12 +77,12 @@ CASES = {
         images=WITHOUT,
         steps=2,
     ),
-    "replicas that meet, one without images": StockCase(
-        modules={"vision": parallel(dp=2), "language": parallel()},
-        meets=True,
-        images=WITHOUT,
-        steps=2,
-    ),
+    **{
+        f"replicas that meet over a {meets}, one without images": StockCase(
+            modules=FAN_IN, meets=meets, images=WITHOUT, steps=2
+        )
+        for meets in ("group", "collection")
+    },
     "fan-in": StockCase(modules=FAN_IN, steps=2, per_token={"language": True}),
     "fan-out": StockCase(modules=FAN_OUT, steps=2, ddp={"use_distributed_optimizer": True}),
     "sequence-parallel language model": StockCase(
@@ -146,6 +144,7 @@ def test_auxiliary_losses_of_an_encoder_weigh_the_same_beside_a_dense_language_m
             configs={"vision": BALANCED},
             per_token=loss,
             num_microbatches=num_microbatches,
+            loss_scale=1024.0 if num_microbatches > 1 else 1.0,
             steps=2,
         )
     )
@@ -167,76 +166,39 @@ def test_modules_on_shared_ranks_drop_what_is_theirs(layout):
     assert with_dropout != without
 
 
+class WithSizes(StockCase):
+    """Whose encoder is given what is no tensor."""
+
+    def encoder_inputs(self, images):
+        return {"encoder": {"images": images, "sizes": range(2)}} if len(images) else None
+
+
+def _refused(case: StockCase) -> str:
+    with pytest.raises(RuntimeError) as error:
+        list(cases.train(case))
+    return str(error.value)
+
+
+def test_an_empty_batch_of_what_nobody_knows():
+    shared = parallel(dp=2, rank_offset=0)
+    modules = {"vision": shared, "language": shared}
+    for said in world(2).run(
+        "test_stock:_refused", WithSizes(modules=modules, meets="group", images=WITHOUT)
+    ):
+        assert "the replicas of vision meet in its forward, and one has no inputs" in said
+        assert "holds a range, of which it cannot be told what an empty one is" in said
+
+
 JOBS = int(os.environ.get("MIMO_STOCK_JOBS", "3"))
 """How many jobs are drawn; the first ones are always the same."""
 
-FROZEN = (
-    ((), ()),
-    ((), ()),
-    (("vision.",), ()),
-    (("language.embedding",), ()),
-    (("vision.encoders.encoder.embed", "language.decoder.layers.0"), ()),
-    (("vision.encoders", "language.embedding"), ("layernorm",)),
-    (("vision.", "language."), ("input_layernorm", "final_layernorm")),
-    (("language.",), ()),
-)
-SETTINGS = (
-    {},
-    OVERLAP,
-    SHARDED,
-    {**OVERLAP, **SHARDED, "overlap_param_gather": True},
-    MANY_BUCKETS,
-)
 
-
-def drawn(number: int) -> StockCase:
-    """A job of any layout that fits on four ranks, with any settings and any data."""
-    draw = Random(number)
-    size = draw.choice((2, 2, 4))
-    shared = draw.random() < 0.4
-    sizes = {}
-    for name in ("vision", "language"):
-        ranks = size if shared else max(1, size // 2)
-        tp = draw.choice([n for n in (1, 2) if ranks % n == 0])
-        pp = 1
-        if name == "language" and not shared and ranks // tp > 1:
-            pp = draw.choice((1, 2))
-        sizes[name] = tp, pp, ranks // tp // pp
-    configs, modules = {}, {}
-    for name, (tp, pp, dp) in sizes.items():
-        settings = dict(RECOMPUTE) if draw.random() < 0.3 else {}
-        experts = {}
-        if draw.random() < 0.4:
-            settings |= mixture()
-            ep = draw.choice([n for n in (1, 2) if tp * dp % n == 0])
-            experts = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": 1}
-        if tp > 1 and (experts or draw.random() < 0.5):
-            settings |= SEQUENCE_PARALLEL
-        configs[name] = settings
-        modules[name] = parallel(tp, pp, dp, **experts, **({"rank_offset": 0} if shared else {}))
-    frozen, trainable = draw.choice(FROZEN)
-    return StockCase(
-        modules=modules,
-        configs=configs,
-        images={
-            "vision": tuple(
-                tuple(tuple(draw.choice((0, 0, 1, 2, 5)) for _ in range(4)) for _ in range(2))
-                for _ in range(2)
-            )
-        },
-        lengths=draw.choice(((), (0, 1, 6, 2), (0, 0, 3, 6), (6, 2, 0, 0))),
-        num_microbatches=draw.choice((1, 2, 3)),
-        steps=draw.choice((2, 3)),
-        per_token=draw.choice(list(LOSSES.values())),
-        ddp=draw.choice(SETTINGS),
-        frozen=frozen,
-        trainable=trainable,
-        nan_step=draw.choice((-1, -1, 1)),
-        evaluate=draw.random() < 0.2,
-        seed=number,
-    )
+@pytest.mark.parametrize("number", range(JOBS))
+def test_drawn(number, tmp_path):
+    verify(*drawn(number), str(tmp_path))
 
 
 @pytest.mark.parametrize("number", range(JOBS))
-def test_drawn(number):
-    verify(drawn(number))
+def test_drawn_with_dropout(number, tmp_path):
+    case, other = drawn_with_dropout(number)
+    world(case.world_size).run("stock:check_equal", case, other, str(tmp_path))
