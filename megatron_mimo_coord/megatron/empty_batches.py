@@ -8,8 +8,7 @@ attention. Without these a rank without an image leaves others waiting.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from inspect import unwrap
-from types import CodeType
+from inspect import getclosurevars, isfunction, unwrap
 from typing import Any
 
 import torch
@@ -85,13 +84,9 @@ def _names_in_forward(kind: type) -> Set[str]:
         name = to_read.pop()
         found.add(name)
         method = getattr(kind, name, None)
-        method = getattr(method, "fget", method)
-        codes = [getattr(unwrap(method), "__code__", None)] if callable(method) else []
-        while codes:
-            code = codes.pop()
-            if isinstance(code, CodeType):
-                to_read |= {*code.co_names} - found
-                codes += code.co_consts
+        method = unwrap(getattr(method, "fget", method))
+        if isfunction(method):
+            to_read |= set().union(*getclosurevars(method)) - found
     return found
 
 
