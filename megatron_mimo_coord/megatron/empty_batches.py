@@ -83,7 +83,7 @@ def _names_in_forward(kind: type) -> Set[str]:
     while to_read:
         name = to_read.pop()
         found.add(name)
-        method = getattr(kind, name, None)
+        method: Any = getattr(kind, name, None)
         method = unwrap(getattr(method, "fget", method))
         if isfunction(method):
             to_read |= set().union(*getclosurevars(method)) - found
