@@ -52,8 +52,8 @@ from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.names import told_of_missing_names
-from megatron_mimo_coord.megatron.rotary_positions import cut_rotary_positions
 from megatron_mimo_coord.megatron.random_states import drop_whole_embeddings_alike
+from megatron_mimo_coord.megatron.rotary_positions import cut_rotary_positions
 from megatron_mimo_coord.megatron.schedule import (
     Hooks,
     Schedule,
