@@ -86,7 +86,8 @@ def _names_in_forward(kind: type) -> Set[str]:
         method: Any = getattr(kind, name, None)
         method = unwrap(getattr(method, "fget", method))
         if isfunction(method):
-            to_read |= set().union(*getclosurevars(method)) - found
+            to_read.update(*getclosurevars(method))
+            to_read -= found
     return found
 
 
