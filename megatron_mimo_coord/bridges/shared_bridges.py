@@ -266,8 +266,8 @@ class SharedBridges:
         for op in ops:
             (sent if op.op is dist.isend else received)[op.peer].append(op.tensor)
         own = zip(received.pop(self._rank, ()), sent.pop(self._rank, ()), strict=True)
-        messages = {peer: torch.cat([t.flatten() for t in each]) for peer, each in sent.items()}
-        buffers = {peer: each[0].new_empty(_elements(each)) for peer, each in received.items()}
+        messages = {peer: _message(each) for peer, each in sent.items()}
+        buffers = {peer: _buffer(each) for peer, each in received.items()}
         batch = [dist.P2POp(dist.isend, t, peer, self._devices) for peer, t in messages.items()]
         batch += [dist.P2POp(dist.irecv, t, peer, self._devices) for peer, t in buffers.items()]
         works = dist.batch_isend_irecv(batch) if batch else ()
@@ -276,13 +276,21 @@ class SharedBridges:
         for work in works:
             work.wait()
         for peer, each in received.items():
-            pieces = buffers[peer].split([tensor.numel() for tensor in each])
-            for tensor, piece in zip(each, pieces, strict=True):
-                tensor.copy_(piece.view_as(tensor))
+            if len(each) > 1:
+                pieces = buffers[peer].split([tensor.numel() for tensor in each])
+                for tensor, piece in zip(each, pieces, strict=True):
+                    tensor.copy_(piece.view_as(tensor))
 
 
-def _elements(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
+def _message(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What one rank sends another at once: a tensor as it is, several in a copy."""
+    return torch.cat([each.flatten() for each in tensors]) if len(tensors) > 1 else tensors[0]
+
+
+def _buffer(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Where it is received."""
+    first, elements = tensors[0], sum(tensor.numel() for tensor in tensors)
+    return first.new_empty(elements) if len(tensors) > 1 else first
 
 
 class Waiting:
