@@ -100,16 +100,18 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
             different = [key for key in found if not torch.equal(found[key], expected[key])]
             assert not different, (number, different)
             losses = other.steps(2, 3)
+            if number == len(cases):
+                trained = other.fingerprint()
+                for group in other.optimizer.param_groups:
+                    group["lr"] = 0.0
+                load(folder / "0", None)
+                loaded = other.fingerprint()
+                other.steps(2)
+                assert other.fingerprint() == loaded != trained, "the optimizer knows the weights"
         assert [loss for loss, _ in losses] == pytest.approx(
             [loss for loss, _ in undisturbed], rel=tolerance
         )
     assert losses == undisturbed, "on the same layout, bit for bit"
-    with training(cases[0], lr=0.0) as other:
-        untrained = other.fingerprint()
-        other.coordinator.load_checkpoint(folder / "0", None)
-        loaded = other.fingerprint()
-        other.steps(2)
-        assert other.fingerprint() == loaded != untrained, "the optimizer knows the weights"
     return len(expected)
 
 
