@@ -365,7 +365,7 @@ def optimizer_of(
         "clip_grad": 0.0,
         "bf16": bool(case.wrap),
         "fp16": case.loss_scale != 1,
-        "loss_scale": case.loss_scale,
+        "loss_scale": case.loss_scale if case.loss_scale != 1 else None,
         "use_distributed_optimizer": bool(case.ddp.get("use_distributed_optimizer")),
     }
     return coordinator.build_optimizer(OptimizerConfig(**config | settings), overrides)

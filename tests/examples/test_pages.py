@@ -15,7 +15,7 @@ THREE_RANKS = ["--vision-dp", "2", "--language-pp", "1"]
 def test_a_page_has_a_place_for_each_image():
     ((blank, answers, spelled),) = world(1).run("test_pages:_texts")
     text, places = blank
-    assert len(text) == 16 and text.count(28) == 8  # two images of four patches
+    assert len(text) == 17 and text.count(28) == 8  # two images of four patches
     assert [text[place] for place in places] == [27, 27]
     assert answers == ["seven", "zero"] and spelled == ["seven"]
 
