@@ -199,6 +199,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, rehearse: bool) -
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ["WORLD_SIZE"] = str(size)
+    faulthandler.enable()  # a rank that crashes prints where
     # The file stays open: whoever waits for this rank may ask where it hangs.
     faulthandler.register(signal.SIGUSR1, open(f"{Path(store).parent}/stack-{rank}", "w"))  # noqa: SIM115
     torch.set_num_threads(1)
