@@ -697,7 +697,10 @@ class MultiModuleCoordinator:
             extra: what else the trainer needs, the same on every rank, such as a scheduler's
                 ``state_dict()``: dicts, lists, tuples, strings, bytes, numbers, booleans, None,
                 tensors; other mappings come back as dicts.
-            rank_state: the same of this rank alone, such as where its data loader is.
+            rank_state: the same of this rank alone, such as where its data loader is: of PyTorch's
+                ``StatefulDataLoader`` its ``state_dict()``, for ``load_state_dict``; of
+                Megatron-Energon's ``pickle.dumps(loader.save_state_rank())``, for
+                ``loader.restore_state_rank(pickle.loads(...))``.
             trainable_only: leave out the weights that are frozen; to be loaded over them.
             keep: how many checkpoints the folder keeps.
             background: return once the state is copied to host memory, and write meanwhile. It
