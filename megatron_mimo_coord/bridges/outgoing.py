@@ -79,10 +79,6 @@ class SourceEnd(Link):
             self.send(message, rank) for peer, message in messages for rank in self.takers(peer)
         ]
 
-    def gradient(self, whole: Whole) -> Receipt[torch.Tensor]:
-        """The gradient of an output that was sent so, to be received."""
-        return self.receipt(whole)
-
 
 @frozen
 class _Sent:
@@ -168,16 +164,13 @@ class Outgoing(SourceEnd):
             )
         return [rows // number] * number
 
-    def _remark(self) -> str:
-        return "" if self.assignments is None else self.assignments.remark(self.name)
-
     # -- backward ----------------------------------------------------------------------------------
 
     def _drop_dead_references(self) -> None:
         while self._sent and self._sent[0].output() is None:
             self._sent.popleft()
 
-    def _backward(self) -> Receipt[torch.Tensor | None]:
+    def _backward(self) -> Receipt[torch.Tensor] | Receipt[None]:
         self._drop_dead_references()
         if not self._sent:
             raise RuntimeError(
@@ -188,8 +181,7 @@ class Outgoing(SourceEnd):
         sent = self._sent.popleft()
         if not sent.wants_gradient:
             return Receipt([], lambda: None)
-        received = self.gradient(sent.whole)
-        return Receipt(received.ops, received.tensor)
+        return self.receipt(sent.whole)
 
 
 class StageOutgoing(Outgoing):

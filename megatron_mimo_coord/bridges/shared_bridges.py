@@ -177,7 +177,7 @@ class SharedBridges:
             for op in target.returns(target.checked(next(given[target.name])), whole)
         ]
         receipts = [
-            (source.name, source.gradient(whole) if is_wanted else None)
+            (source.name, source.receipt(whole) if is_wanted else None)
             for source, is_wanted, whole in wanted
         ]
         self._run(sends + [op for _, each in receipts if each for op in each.ops])

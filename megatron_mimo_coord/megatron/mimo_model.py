@@ -60,8 +60,8 @@ def lengthen_texts(
         return pad(value, (0, more)) if torch.is_tensor(value) else value
 
     named = {name: longer(value) if name in _TEXTS else value for name, value in kwargs.items()}
-    places = zip(range(len(args)), args, strict=True)
-    return tuple(longer(value) if i < _MODALITY_INPUTS else value for i, value in places), named
+    placed = enumerate(args)
+    return tuple(longer(value) if i < _MODALITY_INPUTS else value for i, value in placed), named
 
 
 _TEXTS = ("input_ids", "position_ids", "loss_mask", "labels")
