@@ -86,7 +86,8 @@ class Inputs:
                 micro_batch_size=files.job.get("micro_batch_size"),
             )
 
-        return cls(at(1.0), modules, list(_assumptions(options, measured, at(1.0))), at)
+        request = at(1.0)
+        return cls(request, modules, list(_assumptions(options, measured, request)), at)
 
 
 class _Files:

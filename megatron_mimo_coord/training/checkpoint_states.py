@@ -6,6 +6,7 @@ gathered, and what was written fits every layout, with the distributed optimizer
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -120,7 +121,7 @@ def merge_settings(ranks: Sequence[Mapping[str, Settings]]) -> dict[str, Setting
     """
     merged: dict[str, Settings] = {}
     for name, settings in (pair for rank in ranks for pair in rank.items()):
-        known = merged.setdefault(name, {"groups": [], "steps": {}, "grad_scaler": {}})
+        known = merged.setdefault(name, deepcopy(NO_SETTINGS))
         for group in settings["groups"]:
             if _identity(group) not in map(_identity, known["groups"]):
                 known["groups"].append(group)
