@@ -14,6 +14,8 @@ from attrs import frozen
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 
 VISION = "vision"
+MEGATRON, SLICES, ASSIGNED, AHEAD = "Megatron", "slices", "assigned", "ahead"  # ways to run a step
+NO_IMAGES = "without images"
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # the rank that speaks for all
 
 

@@ -42,7 +42,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import frozen
 from benchmark_layouts import (
+    AHEAD,
+    ASSIGNED,
     IS_MAIN,
+    MEGATRON,
+    NO_IMAGES,
+    SLICES,
     Layout,
     exit_with,
     layout_parser,
@@ -53,8 +58,6 @@ from benchmark_layouts import (
 )
 from tables import interval, show, with_interval
 
-MEGATRON, SLICES, ASSIGNED, AHEAD = "Megatron", "slices", "assigned", "ahead"
-NO_IMAGES = "without images"
 SKEWS = ("none", "mild", "strong", "sorted")
 SKEWED_GOAL, EVEN_GOAL = 1.15, 1.02
 

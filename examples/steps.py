@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from attrs import frozen
+from benchmark_layouts import AHEAD, ASSIGNED, MEGATRON, NO_IMAGES, SLICES, VISION
 from megatron.core.models.mimo import MimoModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import (
@@ -24,9 +25,6 @@ from vlm import LANGUAGE, EncoderShape, LanguageShape, ModelShape, build_model
 
 from megatron_mimo_coord import MegatronMIMOInfra, ModuleParallelism, MultiModuleCoordinator
 
-VISION = "vision"
-MEGATRON, SLICES, ASSIGNED, AHEAD = "Megatron", "slices", "assigned", "ahead"
-NO_IMAGES = "without images"
 OF_SAMPLE = 0.01  # seconds that a layer of the language model takes forward, on shared ranks
 PATCHES, PATCH_DIM, TEXT = 2, 16, 4
 IMAGE, VOCABULARY = 31, 32
