@@ -9,7 +9,7 @@ the same.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, cycle
 from typing import Any
 
@@ -566,8 +566,14 @@ def alone() -> ProcessGroupCollection:
     return _alone[0]
 
 
+@cache
+def _hosts() -> Any:
+    """A group of all ranks that is no part of the job."""
+    return dist.new_group(backend="gloo")
+
+
 class Oracle:
-    """The whole model on this rank alone."""
+    """The whole model in one process: the first rank computes, and tells the others."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -584,6 +590,18 @@ class Oracle:
 
     def backward(self, step: int) -> float:
         """Gradient of the one loss of a step, by its definition; returns the loss."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        grads = [each.grad for each in self.parameters.values() if each.grad is not None]
+        loss = self._backward(step) if dist.get_rank() == 0 else 0.0
+        said = torch.cat([torch.tensor([loss]), *(grad.flatten().float() for grad in grads)])
+        dist.broadcast(said, 0, group=_hosts())
+        loss, *parts = said.split([1, *(grad.numel() for grad in grads)])
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.view_as(grad))
+        return float(loss)
+
+    def _backward(self, step: int) -> float:
         case = self.case
         replicas = case.modules[vlm.LANGUAGE].data_parallel_size
         cp = case.modules[vlm.LANGUAGE].context_parallel_size
@@ -611,8 +629,6 @@ class Oracle:
                     mean = mean + losses[samples][:, here].sum() / tokens_here
         mean = mean / (case.num_microbatches * replicas * cp)
         loss = total / number.clamp(min=1) if case.per_token.get(vlm.LANGUAGE) else mean
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         loss.backward()
         return float(total.detach() / number.clamp(min=1))
 

@@ -55,12 +55,16 @@ class ColocatedForward:
         microbatch = self._assignments.count(self)
         made, outputs = [], {}
         for name in self._bridges.encoders:
-            tokens = embeddings.get(name)
-            made.append(empty_output(self._model, name) if tokens is None else tokens)
+            output = embeddings.get(name)
+            made.append(empty_output(self._model, name) if output is None else output)
             given = made[-1].detach().requires_grad_(made[-1].requires_grad)
             outputs[name] = [Output(given, self._assignments.take(name), self._input_ids)]
-        delivered = self._bridges.deliver(outputs, microbatch)
-        tokens = _Joined.apply(delivered, self._bridges.encoders, *made)
+        if self._bridges.stays(outputs):
+            self._bridges.say(outputs, microbatch)
+            tokens = [each.to(self._bridges.dtype) for each in made]
+        else:
+            delivered = self._bridges.deliver(outputs, microbatch)
+            tokens = _Joined.apply(delivered, self._bridges.encoders, *made)
         return embeddings | dict(zip(self._bridges.encoders, tokens, strict=True))
 
 

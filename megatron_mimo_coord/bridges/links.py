@@ -80,6 +80,12 @@ class Link:
         """The rank of a data-parallel rank on the other side that this one takes from."""
         return giver(self.rank, self._lane, self.there[peer])
 
+    @property
+    def is_within(self) -> bool:
+        """Whether this rank alone has to do with itself, as long as nothing is assigned."""
+        mine = [self.rank]
+        return len(self.here) == len(self.there) and self.takers(self.turn[0]) == mine
+
     def finish(self) -> None:
         """Wait until what was sent last has been taken: one message under way, and no queue."""
         works, _ = self._under_way

@@ -21,7 +21,7 @@ from megatron_mimo_coord.bridges.agreement import Agreement
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import TargetEnd
-from megatron_mimo_coord.bridges.links import Ops
+from megatron_mimo_coord.bridges.links import Link, Ops
 from megatron_mimo_coord.bridges.outgoing import SourceEnd
 from megatron_mimo_coord.bridges.parts import Whole
 from megatron_mimo_coord.bridges.routes import Ends, in_turn
@@ -87,6 +87,7 @@ class SharedBridges:
 
     Attributes:
         encoders: all of them, in one order on every rank.
+        dtype: in which tokens travel.
     """
 
     def __init__(
@@ -108,6 +109,8 @@ class SharedBridges:
         self._sources: dict[str, SourceEnd] = {}
         self._targets: dict[str, TargetEnd] = {}
         self.encoders = [name for name in grids if name != LANGUAGE]
+        # That of the text's embeddings, which a model puts together with the tokens.
+        self.dtype = next(model.language_model.parameters()).dtype
         for tag, name in enumerate(self.encoders):
             way: dict[str, Any] = {
                 "name": name,
@@ -115,13 +118,18 @@ class SharedBridges:
                 "rank": rank,
                 "devices": devices,
                 "hosts": HostMessages(hosts, tag),
-                # That of the text's embeddings, which a model puts together with the tokens.
-                "dtype": next(model.language_model.parameters()).dtype,
+                "dtype": self.dtype,
             }
             if rank in grids[name].ranks:
                 self._sources[name] = SourceEnd(**way)
             if grids[LANGUAGE].coordinate(rank, "pp") == 0:
                 self._targets[name] = TargetEnd(**way, sequence_peers=sequence_peers)
+        ends: list[Link] = [*self._sources.values(), *self._targets.values()]
+        self._are_within = (
+            len(ends) == 2 * len(self.encoders)
+            and all(end.is_within for end in ends)
+            and sequence_peers is None
+        )
         holders = {name: [r for r in ranks if r in grids[name].ranks] for name in self.encoders}
         self._agreement = Agreement(hosts, holders, assignments.remark)
         groups.before_destroy(self._finish)
@@ -139,8 +147,7 @@ class SharedBridges:
                 its output is not what was assigned.
         """
         self._finish()
-        made = {name: [(each.assignment, each.rows) for each in outputs[name]] for name in outputs}
-        self._agreement.send(made, first)
+        self.say(outputs, first)
         self._say_sizes(outputs)
         sent = [
             (source, *each)
@@ -163,6 +170,15 @@ class SharedBridges:
         back = [(target, arrival.to_return) for target, arrival in arrivals]
         wanted = [(source, tokens.requires_grad, whole) for source, tokens, whole in sent]
         return Delivered(received, lambda gradients: self._give_back(back, wanted, gradients))
+
+    def stays(self, outputs: Mapping[str, Sequence[Output]]) -> bool:
+        """Whether this rank alone reads what it has encoded, and nothing else."""
+        return self._are_within and not any(each.assignment for each in chain(*outputs.values()))
+
+    def say(self, outputs: Mapping[str, Sequence[Output]], first: int) -> None:
+        """Tell the other ranks how images were assigned, and how many tokens were made of them."""
+        made = {name: [(each.assignment, each.rows) for each in outputs[name]] for name in outputs}
+        self._agreement.send(made, first)
 
     def _give_back(
         self,

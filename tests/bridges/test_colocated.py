@@ -194,7 +194,7 @@ def _without_waiting(case):
         return inside([True], call)
 
     with ExitStack() as stack:
-        for name in ("deliver", "_give_back"):
+        for name in ("say", "deliver", "_give_back"):
             replacement = between_modules(getattr(SharedBridges, name))
             stack.enter_context(cases._replaced(SharedBridges, name, replacement))
         stack.enter_context(cases._replaced(SharedBridges, "_read", inside([], read)))
@@ -212,8 +212,9 @@ def _without_waiting(case):
         (FAN_OUT, 1, {"batches": 4, "statements": 6}),
         (FAN_OUT, 0, {"batches": 4, "statements": 6, "waits": 4}),
         (EQUAL, 2, {"batches": 8, "statements": 6}),
+        (EQUAL, 0, {"statements": 6}),
     ],
-    ids=["in", "in slices", "out", "out slices", "equal"],
+    ids=["in", "in slices", "out", "out slices", "equal", "equal slices"],
 )
 def test_no_rank_waits_for_its_device_between_modules(modules, assign, expected):
     images = {"vision": (((3, 0, 1, 0), (0, 0, 0, 0), (0, 0, 0, 2)),)}
