@@ -28,7 +28,10 @@ import weights  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules  # noqa: E402
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector  # noqa: E402
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.transformer import ModuleSpec, TransformerConfig  # noqa: E402
+from megatron.core.transformer.mlp import MLPSubmodules  # noqa: E402
 
 import megatron_mimo_coord.megatron_bridge as coordinated  # noqa: E402
 from megatron_mimo_coord.cpu import enable_cpu_ranks  # noqa: E402
@@ -125,13 +128,6 @@ class Encoder(vlm.Encoder):
         return super().forward(images).transpose(0, 1)
 
 
-class Projection(torch.nn.Linear):
-    """A projection that each rank holds whole: Bridge hands it a group for tensor parallelism."""
-
-    def __init__(self, width: int, tp_group: Any) -> None:
-        super().__init__(width, width)
-
-
 def provider(layout: Layout, job: Job) -> Any:
     """Bridge's provider of the model."""
     from megatron.bridge.models.megatron_mimo import MegatronMIMOProvider
@@ -166,7 +162,11 @@ def provider(layout: Layout, job: Job) -> Any:
             patches=PATCHES, patch_dim=PATCH_DIM, token_id=tokens[name], hidden=HIDDEN, heads=2
         )
         encoder = ModuleSpec(Encoder, {"config": config(name), "shape": shape})
-        projection = ModuleSpec(Projection, {"width": HIDDEN})
+        projector: dict[str, Any] = {"projector_type": "mlp", "input_size": HIDDEN}
+        layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        projection = ModuleSpec(
+            MultimodalProjector, {"config": config(name), "submodules": layers} | projector
+        )
         parts = {"encoders": {"transformer": encoder}, "input_projections": [projection]}
         return ModuleSpec(VisionModalitySubmodules, {}, parts)
 
