@@ -13,23 +13,17 @@ from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     DATA,
     FORWARD,
-    OPTIMIZER,
     RECV_BACKWARD,
     RECV_FORWARD,
-    REDUCE,
-    SEND_BACKWARD,
     SEND_BACKWARD_RECV_FORWARD,
-    SEND_FORWARD,
     SEND_FORWARD_RECV_BACKWARD,
+    TO_NEXT,
+    TO_PREVIOUS,
     Span,
 )
 
 FINALIZE = "finalize"
 """All of ``finalize_model_grads``; what it waits for a module's reductions is ``REDUCE``."""
-
-TO_PREVIOUS = (RECV_FORWARD, SEND_BACKWARD, SEND_BACKWARD_RECV_FORWARD)
-TO_NEXT = (SEND_FORWARD, RECV_BACKWARD, SEND_FORWARD_RECV_BACKWARD)
-KINDS = (FORWARD, BACKWARD, DATA, *TO_PREVIOUS, *TO_NEXT, REDUCE, FINALIZE, OPTIMIZER)
 
 # What the schedule does once a method of the communicator has returned: a forward step first reads
 # its batch.
@@ -38,10 +32,6 @@ _NEXT = {
     SEND_BACKWARD_RECV_FORWARD: DATA,
     RECV_BACKWARD: BACKWARD,
     SEND_FORWARD_RECV_BACKWARD: BACKWARD,
-}
-_DIRECTION = {
-    **dict.fromkeys((FORWARD, RECV_FORWARD, SEND_FORWARD, SEND_FORWARD_RECV_BACKWARD), FORWARD),
-    **dict.fromkeys((BACKWARD, RECV_BACKWARD, SEND_BACKWARD, SEND_BACKWARD_RECV_FORWARD), BACKWARD),
 }
 
 
@@ -106,8 +96,8 @@ class SpanRecorder:
         start = self._clock.mark()
         yield
         module = self._place.modules[0]
-        sent = kind.startswith("send")
-        microbatch = self._counts[_DIRECTION[kind], module] - sent
+        verb, way, *_ = kind.split("_")  # of what it sends where it does both
+        microbatch = self._counts[way, module] - (verb == "send")
         self._marked.append((kind, module, microbatch, start, self._clock.mark()))
         if kind in _NEXT:
             # Autograd begins with what comes last; encoders alone go backward one by one.

@@ -19,14 +19,15 @@ from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 from megatron_mimo_coord.megatron.optimizers import updates
 from megatron_mimo_coord.metrics.clocks import clock_of
 from megatron_mimo_coord.metrics.measured_costs import RankBytes
-from megatron_mimo_coord.metrics.span_recorder import (
-    FINALIZE,
+from megatron_mimo_coord.metrics.span_recorder import FINALIZE, Place, SpanRecorder
+from megatron_mimo_coord.planning.timeline import (
+    BACKWARD,
+    FORWARD,
+    OPTIMIZER,
+    REDUCE,
     TO_NEXT,
     TO_PREVIOUS,
-    Place,
-    SpanRecorder,
 )
-from megatron_mimo_coord.planning.timeline import BACKWARD, FORWARD, OPTIMIZER, REDUCE
 from megatron_mimo_coord.world.device import world_device
 
 

@@ -18,6 +18,8 @@ from megatron_mimo_coord.planning.timeline import (
     SEND_BACKWARD_RECV_FORWARD,
     SEND_FORWARD,
     SEND_FORWARD_RECV_BACKWARD,
+    TO_NEXT,
+    TO_PREVIOUS,
 )
 
 
@@ -70,26 +72,19 @@ def ends_of_link(
         backward_seconds: of a message with gradients; None if no gradient is wanted.
         bridge: the encoder, if the link is its bridge.
     """
-    sent, taken = ((end,) for end in channel(forward_seconds))
-    gradients = () if backward_seconds is None else channel(backward_seconds)
-    returned, given = gradients[:1], gradients[1:]
-    outgoing = {
-        kind: [
-            Action(kind, sender, awaits=sent, bridge=bridge),  # what was sent before
+    sent, taken = channel(forward_seconds)
+    mine, theirs = {SEND_FORWARD: sent}, {RECV_FORWARD: taken}
+    if backward_seconds is not None:
+        theirs[SEND_BACKWARD], mine[RECV_BACKWARD] = channel(backward_seconds)
+    outgoing, incoming = {}, {}
+    for kind in TO_NEXT:
+        posts = tuple(mine[part] for part in mine if part in kind)
+        awaits = () if kind == SEND_FORWARD else posts
+        outgoing[kind] = [
+            Action(kind, sender, awaits=(sent,), bridge=bridge),  # what was sent before
             Action(kind, sender, posts=posts, awaits=awaits, bridge=bridge),
         ]
-        for kind, posts, awaits in (
-            (SEND_FORWARD, sent, ()),
-            (RECV_BACKWARD, given, given),
-            (SEND_FORWARD_RECV_BACKWARD, sent + given, sent + given),
-        )
-    }
-    incoming = {
-        kind: [Action(kind, receiver, posts=messages, awaits=messages, bridge=bridge)]
-        for kind, messages in (
-            (RECV_FORWARD, taken),
-            (SEND_BACKWARD, returned),
-            (SEND_BACKWARD_RECV_FORWARD, returned + taken),
-        )
-    }
+    for kind in TO_PREVIOUS:
+        posts = tuple(theirs[part] for part in theirs if part in kind)
+        incoming[kind] = [Action(kind, receiver, posts=posts, awaits=posts, bridge=bridge)]
     return outgoing, incoming
