@@ -13,6 +13,7 @@ from megatron_mimo_coord.layout.grids import (
     runs_encoders_first,
     span,
 )
+from megatron_mimo_coord.layout.parallelism import SIZE_FIELDS
 
 
 def summarize(
@@ -45,10 +46,7 @@ def summarize(
             name: {
                 "first_rank": grid.ranks[0],
                 "last_rank": grid.ranks[-1],
-                "tensor_model_parallel_size": grid.dim("tp"),
-                "context_parallel_size": grid.dim("cp"),
-                "pipeline_model_parallel_size": grid.dim("pp"),
-                "data_parallel_size": grid.data_parallel_size,
+                **{SIZE_FIELDS[dim]: grid.dim(dim) for dim in ("tp", "cp", "pp", "dp")},
                 "expert_model_parallel_size": grid.expert_sizes and grid.expert_sizes[0],
                 "expert_tensor_parallel_size": grid.expert_sizes and grid.expert_sizes[1],
                 "samples_per_rank_and_microbatch": micro_batch_size
@@ -150,11 +148,7 @@ def module_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 _SIZES = {
-    "TP": "tensor_model_parallel_size",
-    "CP": "context_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "DP": "data_parallel_size",
-    "EP": "expert_model_parallel_size",
+    **{dim.upper(): SIZE_FIELDS[dim] for dim in ("tp", "cp", "pp", "dp", "ep")},
     "expert TP": "expert_tensor_parallel_size",
 }
 

@@ -69,22 +69,20 @@ class ImageAssignment:
     @cached_property
     def loads(self) -> tuple[float, ...]:
         """Cost of each data-parallel rank."""
-        loads: list[float] = [0] * self.data_parallel_size
-        for owner, cost in zip(
-            chain.from_iterable(self.owners), chain.from_iterable(self.costs), strict=True
-        ):
-            loads[owner] += cost
-        return tuple(loads)
+        return self._by_rank(self.costs)
 
     @cached_property
     def tokens_of_ranks(self) -> tuple[int, ...]:
         """Tokens that the encoder makes on each data-parallel rank."""
-        tokens = [0] * self.data_parallel_size
-        for owner, count in zip(
-            chain.from_iterable(self.owners), chain.from_iterable(self.tokens), strict=True
-        ):
-            tokens[owner] += count
-        return tuple(tokens)
+        return self._by_rank(self.tokens)
+
+    def _by_rank[N: float](self, values: Sequence[Sequence[N]]) -> tuple[N, ...]:
+        """Numbers of images, added up for each data-parallel rank."""
+        sums: list[Any] = [0] * self.data_parallel_size
+        owners = chain.from_iterable(self.owners)
+        for owner, value in zip(owners, chain.from_iterable(values), strict=True):
+            sums[owner] += value
+        return tuple(sums)
 
     @property
     def imbalance(self) -> float:
