@@ -1,17 +1,15 @@
-"""A layout in a TOML file: a table for each module, with the fields of ``ModuleParallelism``.
+"""In TOML a layout file has a table for each module, with the fields of ``ModuleParallelism``.
 
     [vision]
     data_parallel_size = 4
 
     [language]
     tensor_model_parallel_size = 2
+    pipeline_model_parallel_size = 2
     data_parallel_size = 2
 
-What is left out has its default, as in Python. Above the tables may stand what the whole job has:
-
-    global_batch_size = 512
-    micro_batch_size = 32
-    calculate_per_token_loss = true
+What is left out has its default, as in Python. Above the tables may stand global_batch_size,
+micro_batch_size and calculate_per_token_loss, which the whole job has.
 """
 
 import tomllib
@@ -27,6 +25,9 @@ from megatron_mimo_coord.layout.grids import default_topology, pack
 from megatron_mimo_coord.layout.parallelism import ModuleParallelism
 from megatron_mimo_coord.layout.problems import Problem, layout_problems, name_problems
 from megatron_mimo_coord.layout.toml_tables import TomlFile, field_message, table_text
+
+DESCRIPTION = __doc__
+"""What stands in such a file, for the help of a command."""
 
 
 def read_layout(path: str | Path) -> dict[str, ModuleParallelism]:

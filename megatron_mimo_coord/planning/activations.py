@@ -17,8 +17,6 @@ copies of their own, as unfused ones in 16 bits do, are not in it.
 from collections.abc import Mapping
 from functools import cache
 
-from attrs import frozen
-
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import Shards, shards_of, stage_layers
@@ -40,23 +38,13 @@ DROPPED: Mapping[str, tuple[str, ...]] = {
 """What a layer does not keep for each of ``recompute_modules``."""
 
 
-@frozen
-class Activations:
-    """Bytes on one rank of a pipeline stage.
-
-    Args:
-        saved: what each microbatch leaves until its backward.
-        working: what is there once, while one layer or the loss is computed.
-    """
-
-    saved: float
-    working: float
-
-
 def stage_activations(
     sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, samples: float
-) -> Activations:
-    """What a microbatch leaves on a rank of a pipeline stage.
+) -> tuple[float, float]:
+    """Bytes on a rank of a pipeline stage: (saved, working).
+
+    Saved is what each microbatch leaves until its backward, working what is there once, while one
+    layer or the loss is computed.
 
     Args:
         sizes: of the module.
@@ -69,13 +57,13 @@ def stage_activations(
         ...     num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=128, seq_length=32,
         ...     hidden_dropout=0, attention_dropout=0, attention_backend="unfused",
         ... )
-        >>> stage_activations(sizes, ModuleParallelism(), 0, samples=2).saved
+        >>> stage_activations(sizes, ModuleParallelism(), 0, samples=2)[0]
         362560.0
     """
     tokens = sizes.tokens(samples, at_most=True) / parallelism.context_parallel_size
     layers = stage_layers(sizes, parallelism)[stage]
     saved, working = _of_a_token(sizes, shards_of(parallelism), layers)
-    return Activations(tokens * saved, tokens * working)
+    return tokens * saved, tokens * working
 
 
 @cache

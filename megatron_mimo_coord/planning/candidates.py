@@ -6,21 +6,15 @@ only those are looked at that are faster than all on fewer GPUs (on shared ranks
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from math import inf
 from operator import add
 
 from attrs import evolve, frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
-from megatron_mimo_coord.planning.choices import (
-    Choice,
-    Request,
-    choices,
-    recomputations,
-    side_by_side,
-)
+from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.planning.choices import Choice, Request, choices, recomputations
 from megatron_mimo_coord.planning.formula import pipeline_seconds, turn_seconds
 from megatron_mimo_coord.planning.memory import stage_memory
 
@@ -50,15 +44,6 @@ class Candidate:
     samples: int
     shared: bool
     encoder_microbatches: int | None = None
-
-    @property
-    def modules(self) -> dict[str, ModuleParallelism] | None:
-        """Each module with its first rank; None if no order keeps TP groups inside a node."""
-        language, *encoders = self.choices
-        modules = {choice.name: choice.parallelism for choice in (*encoders, language)}
-        if self.shared:
-            return {name: evolve(module, rank_offset=0) for name, module in modules.items()}
-        return side_by_side(modules)
 
 
 class Candidates:
@@ -118,27 +103,34 @@ class Candidates:
     def _with_encoders(self, root: Candidate) -> Iterator[Candidate]:
         """With as little recomputation as fits."""
         (base,) = root.choices
-        is_first = root.shared and base.stages > 1
-        number = self.request.global_batch_size // root.samples
-        for kept in [None, 0] if is_first else [None]:
-            for language in self.ways(base):
-                held = self.held(language, root.samples, waiting=number if is_first else 0)
-                if held > self.request.memory_bytes:
-                    continue
-                seconds = pipeline_seconds(language, None, root.samples, number)
-                root = evolve(root, choices=(language,), encoder_microbatches=kept)
-                found: list[Combination] = [
-                    (seconds, held if root.shared else root.gpus, root.choices)
-                ]
-                for name in self.request.encoders:
-                    beside = base if root.shared else language  # whatever that recomputes
-                    options = self._options(name, beside, root.samples, root.shared, kept)
-                    found = self._combinations(root, found, options)
-                    if not found:
-                        break
-                else:
-                    yield from self._candidates(root, found)
-                    break
+        runs_first = root.shared and base.stages > 1
+        for kept in [None, 0] if runs_first else [None]:
+            of_kept = evolve(root, encoder_microbatches=kept)
+            found = (self._combinations(of_kept, language) for language in self.ways(base))
+            yield from self._candidates(of_kept, next(filter(None, found), []))
+
+    def _combinations(self, root: Candidate, language: Choice) -> list[Combination]:
+        """Choices for all encoders that fit beside one for the language model."""
+        (base,) = root.choices
+        number, kept = self.request.global_batch_size // root.samples, root.encoder_microbatches
+        waiting = number if root.shared and base.stages > 1 else 0
+        held = self.held(language, root.samples, waiting=waiting)
+        if held > self.request.memory_bytes:
+            return []
+        seconds = pipeline_seconds(language, None, root.samples, number)
+        found: list[Combination] = [(seconds, held if root.shared else root.gpus, (language,))]
+        combine: Callable[[float, float], float] = add if root.shared else max
+        most = self.request.memory_bytes if root.shared else self.request.gpus
+        for name in self.request.encoders:
+            beside = base if root.shared else language  # whatever that recomputes
+            options = self._options(name, beside, root.samples, root.shared, kept)
+            found = _front(
+                (combine(seconds, more), taken + takes, chosen + choice)
+                for seconds, taken, chosen in found
+                for more, takes, choice in options
+                if taken + takes <= most
+            )
+        return found
 
     def _candidates(self, root: Candidate, found: list[Combination]) -> Iterator[Candidate]:
         """Combinations that are slower on fewer nodes."""
@@ -175,32 +167,13 @@ class Candidates:
                         fastest = min(fastest, pipeline_seconds(language, way, samples, number))
                         found.append((fastest, way.gpus, (way,)))
                         break
-        return found
+        return _front(found)
 
     def ways(self, choice: Choice) -> list[Choice]:
         """A choice with more and more recomputed."""
         request, name = self.request, choice.name
         more = recomputations(request.sizes[name])[1:]
-        return [choice, *(Choice.of(request, name, sizes, choice.parallelism) for sizes in more)]
-
-    def _combinations(
-        self, root: Candidate, found: list[Combination], options: list[Combination]
-    ) -> list[Combination]:
-        """Choices for one more module, the fastest first; each next is slower and takes less."""
-        combine: Callable[[float, float], float] = add if root.shared else max
-        most = self.request.memory_bytes if root.shared else self.request.gpus
-        combined = (
-            (combine(seconds, more), taken + takes, chosen + choice)
-            for seconds, taken, chosen in found
-            for more, takes, choice in options
-            if taken + takes <= most
-        )
-        least, kept = inf, []
-        for combination in sorted(combined, key=lambda each: each[:2]):
-            if combination[1] < least:
-                least = combination[1]
-                kept.append(combination)
-        return kept
+        return [choice, *(Choice(request, name, sizes, choice.parallelism) for sizes in more)]
 
     def held(self, choice: Choice, samples: int, behind: int = 0, waiting: int = 0) -> float:
         """Bytes on the fullest rank: of the first, the second or the last stage.
@@ -216,7 +189,7 @@ class Candidates:
             stage_memory(
                 choice.name,
                 {**self.request.sizes, choice.name: choice.sizes},
-                {choice.name: choice.parallelism},
+                choice.parallelism,
                 stage,
                 micro_batch_size=samples,
                 in_flight=min(number, behind + choice.stages - stage),
@@ -224,3 +197,13 @@ class Candidates:
             ).total
             for stage in {0, min(1, choice.stages - 1), choice.stages - 1}
         )
+
+
+def _front(combinations: Iterable[Combination]) -> list[Combination]:
+    """The fastest first; each next is slower and takes less."""
+    least, kept = inf, []
+    for combination in sorted(combinations, key=lambda each: each[:2]):
+        if combination[1] < least:
+            least = combination[1]
+            kept.append(combination)
+    return kept

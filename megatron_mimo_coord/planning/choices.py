@@ -1,13 +1,13 @@
 """What a layout is sought for, all ways to lay out one module, and what each costs."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import accumulate, pairwise, permutations, product
 
-from attrs import Factory, evolve, field, frozen
+from attrs import evolve, frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
-from megatron_mimo_coord.planning.durations import Durations
 from megatron_mimo_coord.planning.estimates import forward_flops
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import sharding_problems
@@ -60,58 +60,46 @@ class Request:
         return min(self.gpus, nodes * self.gpus_per_node)
 
 
-@frozen(eq=False)
 class Choice:
     """One way to lay out one module, and what it costs in seconds.
 
     Args:
+        request: what a layout is sought for.
         name: of the module.
         sizes: with what it recomputes.
         parallelism: its parallel sizes.
+
+    Attributes:
         costs: of the module in this layout.
         cluster: the links between ranks.
         work: of a sample of the batch on each stage, forward and back; images count as even.
+        whole, slowest: of a sample on all stages together, and on the slowest.
         reduction: of the first stage's sum of gradients.
         optimizer: on the stage with the largest share.
         gpus, stages, replicas: ranks, PP and DP.
-        whole, slowest: of a sample on all stages together, and on the slowest.
     """
 
-    name: str
-    sizes: ModuleSizes
-    parallelism: ModuleParallelism
-    costs: ModuleCosts
-    cluster: Cluster
-    work: list[float]
-    reduction: float
-    optimizer: float
-    gpus: int = field(default=Factory(lambda self: self.parallelism.size, True))
-    stages: int = field(default=Factory(lambda self: len(self.work), True))
-    replicas: int = field(default=Factory(lambda self: self.parallelism.data_parallel_size, True))
-    whole: float = field(default=Factory(lambda self: sum(self.work), True))
-    slowest: float = field(default=Factory(lambda self: max(self.work), True))
-
-    @classmethod
-    def of(
-        cls, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
-    ) -> "Choice":
-        """What a choice costs."""
-        costs = request.costs(name, sizes, parallelism)
-        stages = parallelism.pipeline_model_parallel_size
-        others = dict.fromkeys(request.encoders if name == LANGUAGE else (), ModuleParallelism())
-        modules = {name: parallelism, **others}
-        is_distributed = request.distributed_optimizer
-        even = {name: evolve(costs, images_per_sample_deviation=0.0)}
-        alone = Durations(modules, pack(modules), even, request.cluster, 1, is_distributed)
-        return cls(
-            name,
-            sizes,
-            parallelism,
-            costs,
-            request.cluster,
-            [alone.forward(name, stage) + alone.backward(name, stage) for stage in range(stages)],
-            alone.reduction(name, 0),
-            max(alone.optimizer(name, stage) for stage in range(stages)),
+    def __init__(
+        self, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
+    ) -> None:
+        self.name, self.sizes, self.parallelism = name, sizes, parallelism
+        self.costs, self.cluster = request.costs(name, sizes, parallelism), request.cluster
+        self.gpus, self.replicas = parallelism.size, parallelism.data_parallel_size
+        self.stages = parallelism.pipeline_model_parallel_size
+        even = self.costs
+        if even.is_uneven:
+            even = evolve(even, images_per_sample_deviation=0.0)
+        is_behind = name == LANGUAGE and bool(request.encoders)
+        self.work = [
+            even.forward_seconds(parallelism, stage, 1)
+            + even.backward_seconds(parallelism, stage, 1, receives=stage > 0 or is_behind)
+            for stage in range(self.stages)
+        ]
+        self.whole, self.slowest = sum(self.work), max(self.work)
+        self.reduction = even.reduction_seconds(parallelism, 0, self.cluster)
+        self.optimizer = max(
+            even.update_seconds(parallelism, stage, request.distributed_optimizer)
+            for stage in range(self.stages)
         )
 
     @property
@@ -147,7 +135,7 @@ def choices(request: Request, name: str) -> list[Choice]:
     are whole or shared like the rest of a layer: expert TP is 1 or TP.
     """
     sizes = request.sizes[name]
-    every = [Choice.of(request, name, sizes, each) for each in _parallelisms(request, name)]
+    every = [Choice(request, name, sizes, each) for each in _parallelisms(request, name)]
     return sorted(every, key=lambda choice: choice.gpus)
 
 
@@ -216,9 +204,10 @@ def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
                     )
 
 
-def _unequal_stages(sizes: ModuleSizes, most: int) -> Iterator[dict[str, int]]:
+@cache
+def _unequal_stages(sizes: ModuleSizes, most: int) -> list[dict[str, int]]:
     """For each PP the numbers of layers with the least work on the slowest stage, if unequal."""
-    total = sizes.num_layers
+    total, found = sizes.num_layers, []
     of_layers = (forward_flops(sizes, sizes.hidden_size, range(i, i + 1)) for i in range(total))
     before = [0.0, *accumulate(of_layers)]  # work of all layers before one
 
@@ -228,18 +217,18 @@ def _unequal_stages(sizes: ModuleSizes, most: int) -> Iterator[dict[str, int]]:
 
     for pp in range(2, most + 1):
         ways = [
-            (first, (total - first - last) // max(pp - 2, 1), last)
-            for first in range(1, total)
-            for last in range(1, total - first + 1)
-            if (total - first - last) % max(pp - 2, 1) == 0 and (total > first + last) == (pp > 2)
+            (first, middle, total - middle * (pp - 2) - first)
+            for middle in (range(1, (total - 2) // (pp - 2) + 1) if pp > 2 else [0])
+            for first in range(1, total - middle * (pp - 2))
         ]
-        first, middle, last = min(ways, key=lambda way: (slowest(*way), -way[2]))
+        first, middle, last = min(ways, key=lambda way: (slowest(*way), -way[2], way[0]))
         if len({first, middle or first, last}) > 1:
-            yield {
-                "pipeline_model_parallel_size": pp,
+            ends = {
                 "num_layers_in_first_pipeline_stage": first,
                 "num_layers_in_last_pipeline_stage": last,
             }
+            found.append({"pipeline_model_parallel_size": pp, **ends})
+    return found
 
 
 def _expert_sizes(sizes: ModuleSizes, tp: int, replicas: int) -> Iterator[tuple[int, int]]:

@@ -205,6 +205,33 @@ class ModuleCosts:
             seconds += self.forward_seconds_per_sample
         return seconds * self._work(module, stage, samples, together)
 
+    def reduction_seconds(
+        self, module: ModuleParallelism, stage: int, cluster: "Cluster", first_rank: int = 0
+    ) -> float:
+        """Seconds of the sum of a stage's gradients over its replicas; experts count as dense.
+
+        Args:
+            module: parallel sizes.
+            stage: index of the pipeline stage.
+            cluster: the links between ranks.
+            first_rank: of the stage.
+        """
+        tp, cp, dp, pp = module.shape
+        if self.frozen:
+            return 0.0
+        ranks = range(first_rank, first_rank + tp * cp * dp, tp)
+        return cluster.reduction_seconds(
+            ranks, self.gradient_bytes * self.stage_share(pp, stage) / tp
+        )
+
+    def update_seconds(self, module: ModuleParallelism, stage: int, is_distributed: bool) -> float:
+        """Seconds of the optimizer's update of a stage, whose work replicas share or not."""
+        tp, cp, dp, pp = module.shape
+        if self.frozen:
+            return 0.0
+        seconds = self.optimizer_seconds * self.stage_share(pp, stage) / tp
+        return seconds / (cp * dp if is_distributed else 1)
+
     def _work(self, module: ModuleParallelism, stage: int, samples: float, together: int) -> float:
         """Samples of the whole module on one rank that take as long as a stage takes."""
         tp, cp, dp, pp = module.shape

@@ -52,7 +52,8 @@ def read_costs(path: str | Path) -> tuple[dict[str, ModuleCosts], Cluster]:
     """
     file = CostsFile.read(path)
     file.refuse("is no file of costs")
-    return file.costs, file.cluster
+    cluster = Cluster(**file.told.pop(CLUSTER, {}))
+    return {name: ModuleCosts(**table) for name, table in file.told.items()}, cluster
 
 
 @define(slots=False)
@@ -60,8 +61,6 @@ class CostsFile(TomlFile):
     """What a file says about costs.
 
     Args:
-        costs: of each module whose table is right.
-        cluster: the links between ranks.
         told: the fields that stand in each table with nothing wrong, with their values.
     """
 
@@ -70,8 +69,6 @@ class CostsFile(TomlFile):
         "forward_seconds_per_sample = 0.01"
     )
 
-    costs: dict[str, ModuleCosts]
-    cluster: Cluster
     told: dict[str, dict[str, Any]]
 
     @classmethod
@@ -84,5 +81,4 @@ class CostsFile(TomlFile):
             problems += found
             if not found:
                 told[name] = table
-        costs = {name: ModuleCosts(**table) for name, table in told.items() if name != CLUSTER}
-        return cls(path, text, problems, costs, Cluster(**told.get(CLUSTER, {})), told)
+        return cls(path, text, problems, told)

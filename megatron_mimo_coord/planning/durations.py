@@ -100,22 +100,14 @@ class Durations:
         return (peers - 1) * self.cluster.message_seconds((ranks[0], ranks[-1]), message)
 
     def reduction(self, module: str, stage: int) -> float:
-        """The sum of a stage's gradients over its replicas; experts count as dense."""
-        grid, costs = self.grids[module], self.costs[module]
-        if costs.frozen:
-            return 0.0
-        tp, first = grid.dim("tp"), grid.rank_at(pp=stage)
-        gradients = costs.gradient_bytes * costs.stage_share(grid.dim("pp"), stage) / tp
-        ranks = range(first, first + tp * grid.replicas, tp)
-        return self.cluster.reduction_seconds(ranks, gradients)
+        """The sum of a stage's gradients over its replicas."""
+        sizes, first = self.modules[module], self.grids[module].rank_at(pp=stage)
+        return self.costs[module].reduction_seconds(sizes, stage, self.cluster, first)
 
     def optimizer(self, module: str, stage: int) -> float:
         """The optimizer's update of a stage."""
-        grid, costs = self.grids[module], self.costs[module]
-        if costs.frozen:
-            return 0.0
-        seconds = costs.optimizer_seconds * costs.stage_share(grid.dim("pp"), stage)
-        return seconds / grid.dim("tp") / (grid.replicas if self.distributed_optimizer else 1)
+        costs, sizes = self.costs[module], self.modules[module]
+        return costs.update_seconds(sizes, stage, self.distributed_optimizer)
 
 
 def busiest(sender: ModuleParallelism, receiver: ModuleParallelism) -> int:

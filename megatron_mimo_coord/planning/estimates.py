@@ -86,12 +86,7 @@ def estimated_costs(
     accelerator: Accelerator,
     cluster: Cluster,
 ) -> ModuleCosts:
-    """Costs of a module in a layout, from its sizes.
-
-    Assumed are: a backward pass of two forwards; the accelerator's rate whatever the shapes;
-    tensor-parallel ranks that wait for four sums of hidden states a layer (Shoeybi et al. 2019,
-    arXiv 1909.08053), and experts' ranks for tokens that come and go; an optimizer that memory
-    bounds; images that ``assign_images`` deals out.
+    """Costs of a module in a layout, from its sizes; :data:`ASSUMPTIONS` says what they rest on.
 
     Args:
         sizes: of the module.
@@ -153,8 +148,9 @@ def _estimated(
 def tensor_parallel_seconds(sizes: ModuleSizes, tp: int, cluster: Cluster) -> float:
     """Seconds in which tensor-parallel ranks sum hidden states for a sample, forward and back.
 
-    Behind attention and MLP of each layer forward, and before them backward; a language model's
-    vocabulary adds one behind the embedding, and one backward before the output layer.
+    Behind attention and MLP of each layer forward, and before them backward (Shoeybi et al. 2019,
+    arXiv 1909.08053); a language model's vocabulary adds one behind the embedding, and one backward
+    before the output layer.
     """
     hidden = sizes.tokens(1) * sizes.hidden_size * sizes.bytes_per_number
     sums = 4 * sizes.num_layers + (2 if sizes.is_language else 0)

@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor, pack
+from megatron_mimo_coord.layout import (
+    LANGUAGE,
+    ModuleGrid,
+    gradient_scaling_factor,
+    pack,
+)
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.description import headline, module_rows, summarize
 from megatron_mimo_coord.layout.problems import Problem, idle_ranks
 from megatron_mimo_coord.layout.suggestions import in_words, suggestions
-from megatron_mimo_coord.layout.toml_file import LayoutFile
+from megatron_mimo_coord.layout.toml_file import DESCRIPTION, LayoutFile
 from megatron_mimo_coord.layout.toml_tables import as_problem
 from megatron_mimo_coord.planning.drawing import Block, to_svg
 from megatron_mimo_coord.planning.terminal import (
@@ -29,23 +34,9 @@ from megatron_mimo_coord.planning.terminal import (
     write_problem,
 )
 
-EXAMPLE = """\
-a layout file has a table for each module, with the fields of ModuleParallelism:
-
-  [vision]
-  data_parallel_size = 4
-
-  [language]
-  tensor_model_parallel_size = 2
-  pipeline_model_parallel_size = 2
-  data_parallel_size = 2
-
-and above the tables, if you like, global_batch_size, micro_batch_size and calculate_per_token_loss
-
+EXAMPLE = f"""{DESCRIPTION}
 exit code 0 if the layout can run, 2 if it cannot, 1 if the answer cannot be written
 """
-
-
 BATCH_SIZES = ("global_batch_size", "micro_batch_size")
 
 

@@ -97,7 +97,6 @@ def layout_memory(
     grids = pack(modules)
     shared = sharing(grids)
     first = runs_encoders_first(grids) if encoders_first is None else encoders_first
-    waiting = num_microbatches if first else None
     kept = num_microbatches if encoder_microbatches is None else max(1, encoder_microbatches)
     found = {}
     for names, stage in modules_by_stage(grids):
@@ -106,11 +105,11 @@ def layout_memory(
             found[name, stage] = stage_memory(
                 name,
                 sizes,
-                modules,
+                modules[name],
                 0 if name in shared else stage,
                 micro_batch_size=micro_batch_size,
                 in_flight=min(num_microbatches, kept if first and name in shared else behind + 1),
-                waiting=waiting,
+                waiting=num_microbatches if first else None,
             )
     return {
         (name, stage): found[name, stage] for name in grids for each, stage in found if each == name
@@ -131,7 +130,7 @@ def rank_totals(
 def stage_memory(
     name: str,
     sizes: Mapping[str, ModuleSizes],
-    modules: Mapping[str, ModuleParallelism],
+    parallelism: ModuleParallelism,
     stage: int,
     *,
     micro_batch_size: int,
@@ -140,57 +139,38 @@ def stage_memory(
 ) -> StageMemory:
     """What a rank of a stage holds with some microbatches in flight.
 
-    Encoders that run before the language model's pipeline leave the tokens of ``waiting``
-    microbatches on its first stage.
+    Received hidden states of the same module are the first layer's input, and counted there. What a
+    stage sent is held unless ``deallocate_pipeline_outputs``; the language model's first stage
+    holds the tokens of every encoder beside the sequence that it puts them into, and those of
+    ``waiting`` microbatches where encoders run before its pipeline.
     """
-    own, parallelism = sizes[name], modules[name]
-    samples = micro_batch_size / parallelism.data_parallel_size
-    states = model_states(own, parallelism, stage, sizes[LANGUAGE].hidden_size)
-    kept = stage_activations(own, parallelism, stage, samples)
-    working = kept.working
-    if parallelism.context_parallel_size > 1 and stage == 0:  # whole, before ranks cut their parts
+    own, language = sizes[name], sizes[LANGUAGE]
+    tp, cp, dp, pp = parallelism.shape
+    samples = micro_batch_size / dp
+    states = model_states(own, parallelism, stage, language.hidden_size)
+    saved, working = stage_activations(own, parallelism, stage, samples)
+    if cp > 1 and stage == 0:  # whole, before ranks cut their parts
         working = max(working, hidden_bytes(own, samples))
+    received = sent = 0.0
+    if name == LANGUAGE and stage == 0:
+        encoders = (encoder for other, encoder in sizes.items() if other != LANGUAGE)
+        received = sum(encoder_output(each, language, samples) for each in encoders)
+    if stage < pp - 1:
+        sent = hidden_bytes(own, samples) / (tp if own.sequence_parallel else 1) / cp
+    elif name != LANGUAGE and waiting is None:
+        sent = encoder_output(own, language, samples)
+    if own.deallocate_pipeline_outputs:
+        sent = 0.0
     needs_backward = not own.frozen or name == LANGUAGE or stage > 0
     return StageMemory(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
-        activations=in_flight * kept.saved if needs_backward else 0.0,
+        activations=in_flight * saved if needs_backward else 0.0,
         working=working,
-        messages=message_bytes(name, sizes, parallelism, stage, samples, in_flight, waiting),
+        messages=(waiting or in_flight) * received + in_flight * sent,
         microbatches=in_flight,
     )
-
-
-def message_bytes(
-    name: str,
-    sizes: Mapping[str, ModuleSizes],
-    parallelism: ModuleParallelism,
-    stage: int,
-    samples: float,
-    in_flight: int,
-    waiting: int | None,
-) -> float:
-    """What a rank holds of messages until the backward of their microbatches.
-
-    Received hidden states of the same module are the first layer's input, and counted there. What a
-    stage sent is held unless ``deallocate_pipeline_outputs``; the language model's first stage
-    holds the tokens of every encoder beside the sequence that it puts them into.
-    """
-    own, language = sizes[name], sizes[LANGUAGE]
-    last = parallelism.pipeline_model_parallel_size - 1
-    received = sent = 0.0
-    if name == LANGUAGE and stage == 0:
-        encoders = (encoder for other, encoder in sizes.items() if other != LANGUAGE)
-        received = sum(encoder_output(each, language, samples) for each in encoders)
-    if stage < last:
-        shards = parallelism.tensor_model_parallel_size if own.sequence_parallel else 1
-        sent = hidden_bytes(own, samples) / shards / parallelism.context_parallel_size
-    elif name != LANGUAGE and waiting is None:
-        sent = encoder_output(own, language, samples)
-    if own.deallocate_pipeline_outputs:
-        sent = 0.0
-    return (waiting or in_flight) * received + in_flight * sent
 
 
 def hidden_bytes(sizes: ModuleSizes, samples: float) -> float:

@@ -1,24 +1,30 @@
-"""A model in a TOML file: a table for each module, with the fields of ``ModuleSizes``.
+"""In TOML a model file has a table for each module, with the fields of ``ModuleSizes``.
 
-    params_dtype = "bf16"               # above the tables: what all modules have
+They have the names and the defaults of Megatron's TransformerConfig, GPTModel and
+DistributedDataParallelConfig; above the tables stands what all modules have:
+
+    params_dtype = "bf16"              # or "fp16", "fp32"
     use_distributed_optimizer = true
+    grad_reduce_in_fp32 = true
 
     [vision]
     num_layers = 24
     hidden_size = 1024
     num_attention_heads = 16
-    patch_size = 588
-    tokens_per_image = 576
-    images_per_sample = 1.5
+    patch_size = 588                   # numbers of a patch, which a linear layer embeds
+    tokens_per_image = 576             # inside; output_tokens_per_image if fewer come out
+    images_per_sample = 1.5            # on average; max_images_per_sample for the memory
+    frozen = false
 
     [language]
     num_layers = 32
     hidden_size = 4096
     num_attention_heads = 32
-    vocab_size = 32000
+    num_query_groups = 8
+    ffn_hidden_size = 14336
+    gated_linear_unit = true
+    vocab_size = 128256                # with padding
     seq_length = 4096
-
-What is left out has Megatron's default.
 """
 
 import tomllib
@@ -31,6 +37,9 @@ from megatron_mimo_coord.layout.problems import language_problems
 from megatron_mimo_coord.layout.toml_tables import TomlFile, table_problems
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import size_problems
+
+DESCRIPTION = __doc__
+"""What stands in such a file, for the help of a command."""
 
 
 def read_model(path: str | Path) -> dict[str, ModuleSizes]:

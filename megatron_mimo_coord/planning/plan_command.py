@@ -9,21 +9,20 @@ mimo-plan.
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import Any, NoReturn
 
-from attrs import fields_dict
+from attrs import evolve, fields_dict
 
 from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.layout.toml_tables import as_problem
-from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.closest import closest, shortages
-from megatron_mimo_coord.planning.model_file import read_model
+from megatron_mimo_coord.planning.model_file import DESCRIPTION, read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.openings import openings
-from megatron_mimo_coord.planning.plan_inputs import InputError, Inputs
+from megatron_mimo_coord.planning.plan_inputs import Inputs, assumptions
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows, settings
 from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
 from megatron_mimo_coord.planning.terminal import (
@@ -41,39 +40,14 @@ from megatron_mimo_coord.planning.terminal import (
 from megatron_mimo_coord.planning.timeline_drawing import timeline_svg
 from megatron_mimo_coord.planning.trace import stage_trace
 
-EXAMPLE = """\
-a model file has a table for each module, with the names and the defaults of Megatron's
-TransformerConfig, GPTModel and DistributedDataParallelConfig; above the tables stands what all
-modules have:
-
-  params_dtype = "bf16"              # or "fp16", "fp32"
-  use_distributed_optimizer = true
-  grad_reduce_in_fp32 = true
-
-  [vision]
-  num_layers = 24
-  hidden_size = 1024
-  num_attention_heads = 16
-  patch_size = 588                   # numbers of a patch, which a linear layer embeds
-  tokens_per_image = 576             # inside the encoder; output_tokens_per_image if fewer come out
-  images_per_sample = 1.5            # on average; max_images_per_sample for the memory
-  frozen = false
-
-  [language]
-  num_layers = 32
-  hidden_size = 4096
-  num_attention_heads = 32
-  num_query_groups = 8
-  ffn_hidden_size = 14336
-  gated_linear_unit = true
-  vocab_size = 128256                # with padding
-  seq_length = 4096
-
-what else there is: {fields}
+FIELDS = fill(", ".join(fields_dict(ModuleSizes)), 80)
+EXAMPLE = f"""{DESCRIPTION}
+what else there is:
+{FIELDS}
 
 exit code 0 if a layout fits (with --layout, that one), 2 if none does or something is wrong, 1 if
 the answer cannot be written
-""".format(fields="\n".join(wrap(", ".join(fields_dict(ModuleSizes)), 80)))
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,34 +61,31 @@ def plan(options: argparse.Namespace) -> None:
     if options.measure:
         measure(options)
         return
-    try:
-        inputs = Inputs.of(options)
-    except InputError as error:
-        end_with(f"{options.model} cannot be planned:", as_answer(error.problems), options)
-    request, opened = inputs.request, list[str]()
-    if inputs.modules:
+    inputs = Inputs(options)
+    if wrong := inputs.problems():
+        end_with(f"{options.model} cannot be planned:", as_answer(wrong), options)
+    request, opened, assumed = inputs.request(), list[str](), list(assumptions(inputs))
+    if inputs.layout:
         how = {"encoders_first": False} if options.inside_first_stage else {}
-        proposals = [cheapest(request, inputs.modules, **how)]
+        proposals = [cheapest(request, inputs.layout.modules, **how)]
     else:
         proposals = propose(request, options.count, per_gpu=options.per_gpu)
         opened += openings(request, proposals[0].timeline.seconds if proposals else None)
     if not proposals:
         nearest, reasons = closest(request)
         head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
-        problems = list(map(as_problem, reasons))
-        answer = as_answer(problems, [], nearest, inputs.assumptions, opened)
+        answer = as_answer(map(as_problem, reasons), [], nearest, assumed, opened)
         end_with(head, answer, options)
-    inputs.assumptions[:0] = extrapolated(proposals[0])
-    inputs.assumptions[:0] = if_gpus_are_slower(proposals[0], inputs.at)
-    lacks = (f"the layout does not fit: {why}" for why in shortages(proposals[0]))
-    wrong = [*lacks, *write_files(proposals[0], options)]
+    best = proposals[0]
+    assumed = [*if_gpus_are_slower(best, inputs), *extrapolated(best), *assumed]
+    lacks = (f"the layout does not fit: {why}" for why in shortages(best))
+    unable = [*lacks, *write_files(best, options)]
     if options.json:
-        problems = list(map(as_problem, wrong))
-        print_json(as_answer(problems, proposals, None, inputs.assumptions, opened))
+        print_json(as_answer(map(as_problem, unable), proposals, None, assumed, opened))
     else:
-        show(inputs, proposals, opened)
-    if wrong:
-        end() if options.json else end("\n".join(wrong))
+        show(proposals, opened, assumed, is_given=bool(inputs.layout))
+    if unable:
+        end() if options.json else end("\n".join(unable))
 
 
 def end_with(head: str, answer: dict[str, Any], options: argparse.Namespace) -> NoReturn:
@@ -138,27 +109,28 @@ def measure(options: argparse.Namespace) -> None:
         end(problem)
 
 
-def show(inputs: Inputs, proposals: Sequence[Proposal], opened: Sequence[str]) -> None:
+def show(
+    proposals: Sequence[Proposal], opened: Sequence[str], assumed: Sequence[str], is_given: bool
+) -> None:
     """Numbers in the terminal."""
-    is_given, said = bool(inputs.modules), [*settings(proposals), *opened]
+    said = [*settings(proposals), *opened]
+    whose = "" if is_given else ", layout 1"
     print_parts(
         [headline(proposals[0].request, len(proposals), is_given)],
         [*table(rows(proposals), numbers=True), *(["", *said] if said else [])],
-        table(
-            memory_rows(proposals[0]),
-            f"memory of a GPU in GB{'' if is_given else ', layout 1'}",
-            numbers=True,
-        ),
-        ["assumed:", *(f"  - {line}" for line in inputs.assumptions)],
+        table(memory_rows(proposals[0]), f"memory of a GPU in GB{whose}", numbers=True),
+        ["assumed:", *(f"  - {line}" for line in assumed)],
     )
 
 
-def if_gpus_are_slower(best: Proposal, at: Callable[[float], Request]) -> Iterator[str]:
+def if_gpus_are_slower(best: Proposal, inputs: Inputs) -> Iterator[str]:
     """By how much the step of a layout changes if a GPU achieves less or more than assumed.
 
     Nothing where all costs were measured.
     """
-    slower, faster = (best.again(at(part)).timeline.seconds for part in (0.8, 1.2))
+    slower, faster = (
+        evolve(best, request=inputs.request(part)).timeline.seconds for part in (0.8, 1.2)
+    )
     if slower == faster:
         return
     yield (
@@ -202,7 +174,7 @@ def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
 
 
 def as_answer(
-    problems: Sequence[dict[str, Any]],
+    problems: Iterable[dict[str, Any]],
     proposals: Sequence[Proposal] = (),
     nearest: Proposal | None = None,
     assumptions: Sequence[str] = (),

@@ -1,10 +1,11 @@
 """What the planning command is given: files and options, and everything that is wrong with them."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack, ranks_taken
 from megatron_mimo_coord.layout.batch import batch_problems
@@ -30,68 +31,19 @@ OTHER_MODEL = 0.1
 SIZES = ("global_batch_size", "micro_batch_size")
 
 
-class InputError(ValueError):
-    """Files or options that no plan can be made of.
-
-    Attributes:
-        problems: all that is wrong, in types that JSON knows.
-    """
-
-    def __init__(self, problems: list[dict[str, Any]]) -> None:
-        super().__init__("\n".join(problem["text"] for problem in problems))
-        self.problems = problems
-
-
-@frozen
 class Inputs:
-    """What a plan is made of.
+    """What a plan is made of: the files, as far as they can be read, and the options.
 
     Args:
-        request: what a layout is sought for.
-        modules: the layout that is to be costed; None to seek one.
-        assumptions: what the numbers rest on, for a user to read.
-        at: the same request where a GPU achieves another part of the operations a second.
+        options: of the command line.
+
+    Attributes:
+        model, costs, layout: the files; None for one that was not given or cannot be read.
+        sizes: of each module of the model.
+        measured: the fields that the costs tell of each module, with their values.
+        job: the sizes of the batch, as the options tell, else the layout.
+        cluster: the links between ranks, as measured, and as assumed where nothing was measured.
     """
-
-    request: Request
-    modules: Mapping[str, ModuleParallelism] | None
-    assumptions: list[str]
-    at: Callable[[float], Request]
-
-    @classmethod
-    def of(cls, options: argparse.Namespace) -> "Inputs":
-        """Read all files and look at all options.
-
-        Raises:
-            InputError: something is wrong.
-        """
-        files = _Files(options)
-        if (told := files.problems()) or not files.model:
-            raise InputError(told)
-        measured = files.costs.told if files.costs else {}
-        modules = files.layout.modules if files.layout else None
-        cluster = _cluster(options, measured.get(CLUSTER, {}))
-        per_node = options.gpus_per_node
-        sizes = files.model.sizes
-
-        def at(part: float) -> Request:
-            return Request(
-                sizes=sizes,
-                gpus=options.gpus or -(-files.ranks // per_node) * per_node,
-                gpus_per_node=per_node,
-                global_batch_size=files.job["global_batch_size"],
-                memory_bytes=options.memory - options.reserve,
-                costs=_costs(sizes, options, cluster, measured, part),
-                cluster=cluster,
-                micro_batch_size=files.job.get("micro_batch_size"),
-            )
-
-        request = at(1.0)
-        return cls(request, modules, list(_assumptions(options, measured, request)), at)
-
-
-class _Files:
-    """The files, as far as they can be read, and the batch that they and the options tell."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.unread = options, list[Problem]()
@@ -100,6 +52,16 @@ class _Files:
         self.layout: LayoutFile | None = self._read(LayoutFile, options.layout)
         given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
         self.job = {**(self.layout.job if self.layout else {}), **given}
+        self.sizes = self.model.sizes if self.model else {}
+        self.measured = dict(self.costs.told) if self.costs else {}
+        assumed = Cluster(
+            ranks_per_node=options.gpus_per_node,
+            node_latency_seconds=options.node_latency * MICRO,
+            node_bytes_per_second=options.node_bandwidth * GIGA,
+            network_latency_seconds=options.network_latency * MICRO,
+            network_bytes_per_second=options.network_bandwidth * GIGA,
+        )
+        self.cluster = evolve(assumed, **self.measured.pop(CLUSTER, {}))
 
     def _read(self, kind: type[TomlFile], path: Any) -> Any:
         try:
@@ -107,6 +69,52 @@ class _Files:
         except ValueError as error:
             self.unread.append(Problem(str(error)))
             return None
+
+    def request(self, part: float = 1.0) -> Request:
+        """What a layout is sought for, once there are no :meth:`problems`.
+
+        Args:
+            part: of the operations a second that options tell, which a GPU achieves.
+        """
+        options, per_node = self.options, self.options.gpus_per_node
+        accelerator = Accelerator(
+            flops_per_second=part * options.flops * TERA,
+            memory_bytes_per_second=options.memory_bandwidth * GIGA,
+        )
+        return Request(
+            sizes=self.sizes,
+            gpus=options.gpus or -(-self.ranks // per_node) * per_node,
+            gpus_per_node=per_node,
+            global_batch_size=self.job["global_batch_size"],
+            memory_bytes=options.memory - options.reserve,
+            costs=partial(self._costs, accelerator),
+            cluster=self.cluster,
+            micro_batch_size=self.job.get("micro_batch_size"),
+        )
+
+    def _costs(
+        self,
+        accelerator: Accelerator,
+        name: str,
+        sizes: ModuleSizes,
+        parallelism: ModuleParallelism,
+    ) -> ModuleCosts:
+        """What a module costs in a layout: as measured, else as estimated."""
+        width, cluster = self.sizes[LANGUAGE].hidden_size, self.cluster
+        estimated = estimated_costs(sizes, parallelism, width, accelerator, cluster)
+        told = dict(self.measured.get(name, {}))
+        if not told:
+            return estimated
+        if len(told.get("layers_per_stage", ())) != parallelism.pipeline_model_parallel_size:
+            told.pop("layers_per_stage", None)  # of other stages
+        if "imbalance" in told:  # as it was measured
+            estimated = evolve(estimated, images_per_sample_deviation=0.0)
+        if {"tensor_parallel_efficiency", "context_parallel_efficiency"} & told.keys():
+            return evolve(estimated, **told)
+        found = evolve(
+            estimated, **told, tensor_parallel_efficiency=1.0, context_parallel_efficiency=1.0
+        )
+        return scaled(found, sizes, parallelism, cluster)
 
     @property
     def ranks(self) -> int:
@@ -139,7 +147,7 @@ class _Files:
         if self.options.gpus and self.ranks > self.options.gpus:
             yield Problem(f"the layout takes {self.ranks} ranks, but --gpus is {self.options.gpus}")
         if self.model and not self.model.problems:
-            sizes, modules = self.model.sizes, layout.modules
+            sizes, modules = self.sizes, layout.modules
             for name in sizes.keys() - modules.keys():
                 yield Problem(f"the layout has no module {name} of the model: add [{name}]")
             for name in modules.keys() - sizes.keys():
@@ -150,10 +158,10 @@ class _Files:
     def _of_costs(self, costs: CostsFile) -> Iterator[Problem]:
         if costs.problems or not self.model:
             return
-        for name in costs.costs.keys() - self.model.sizes.keys() if not self.model.problems else ():
+        for name in self.measured.keys() - self.sizes.keys() if not self.model.problems else ():
             yield Problem(f"the model has no module {name}; remove the table", (name, ""))
-        per_node, given = costs.cluster.ranks_per_node, self.options.gpus_per_node
-        if per_node not in (None, given):
+        per_node, given = self.cluster.ranks_per_node, self.options.gpus_per_node
+        if per_node != given:
             yield Problem(
                 f"ranks_per_node is {per_node}, but --gpus-per-node {given}; give the same",
                 (CLUSTER, "ranks_per_node"),
@@ -170,58 +178,10 @@ class _Files:
             yield from batch_problems((), *(self.job[name] for name in SIZES))
 
 
-def _cluster(options: argparse.Namespace, measured: Mapping[str, Any]) -> Cluster:
-    """The links between ranks: as measured, and as assumed where nothing was measured."""
-    assumed = Cluster(
-        ranks_per_node=options.gpus_per_node,
-        node_latency_seconds=options.node_latency * MICRO,
-        node_bytes_per_second=options.node_bandwidth * GIGA,
-        network_latency_seconds=options.network_latency * MICRO,
-        network_bytes_per_second=options.network_bandwidth * GIGA,
-    )
-    return evolve(assumed, **measured)
-
-
-def _costs(
-    sizes: Mapping[str, ModuleSizes],
-    options: argparse.Namespace,
-    cluster: Cluster,
-    measured: Mapping[str, Mapping[str, Any]],
-    part: float = 1.0,
-) -> Callable[[str, ModuleSizes, ModuleParallelism], ModuleCosts]:
-    """What a module costs in a layout: as measured, and as estimated where nothing was measured."""
-    accelerator = Accelerator(
-        flops_per_second=part * options.flops * TERA,
-        memory_bytes_per_second=options.memory_bandwidth * GIGA,
-    )
-    width = sizes[LANGUAGE].hidden_size
-
-    def of(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> ModuleCosts:
-        estimated = estimated_costs(sizes, parallelism, width, accelerator, cluster)
-        told = dict(measured.get(name, {}))
-        if not told:
-            return estimated
-        if len(told.get("layers_per_stage", ())) != parallelism.pipeline_model_parallel_size:
-            told.pop("layers_per_stage", None)  # of other stages
-        if "imbalance" in told:  # as it was measured
-            estimated = evolve(estimated, images_per_sample_deviation=0.0)
-        if {"tensor_parallel_efficiency", "context_parallel_efficiency"} & told.keys():
-            return evolve(estimated, **told)
-        found = evolve(
-            estimated, **told, tensor_parallel_efficiency=1.0, context_parallel_efficiency=1.0
-        )
-        return scaled(found, sizes, parallelism, cluster)
-
-    return of
-
-
-def _assumptions(
-    options: argparse.Namespace, measured: Mapping[str, Mapping[str, Any]], request: Request
-) -> Iterator[str]:
-    """What the numbers rest on."""
-    for name, told in measured.items():
-        if name == CLUSTER:
-            continue
+def assumptions(inputs: Inputs) -> Iterator[str]:
+    """What the numbers rest on, for a user to read."""
+    options, cluster, request = inputs.options, inputs.cluster, inputs.request()
+    for name, told in inputs.measured.items():
         yield (
             f"{name} costs what {options.costs} says, measured at TP "
             f"{told.get('measured_tensor_parallel_size', 1)} and CP "
@@ -242,7 +202,7 @@ def _assumptions(
                 f"extrapolated: {options.costs} has {estimated / GIGA:.3g} GB of gradients for "
                 f"{name}, the model file {expected / GIGA:.3g} GB: it was measured on another model"
             )
-    bandwidth, cluster = options.memory_bandwidth, request.cluster
+    bandwidth = options.memory_bandwidth
     yield f"a GPU achieves {options.flops:g} TFLOP/s and {bandwidth:g} GB/s of memory"
     yield (
         f"links: {cluster.node_bytes_per_second / GIGA:g} GB/s and "

@@ -1,24 +1,20 @@
 """Proposals as tables and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from attrs import asdict
 
-from megatron_mimo_coord.layout import runs_encoders_first
+from megatron_mimo_coord.layout import SIZE_FIELDS, runs_encoders_first, span
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import PARTS, StageMemory
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.search import Proposal
 
 GB = 1e9
-SIZES = {
-    "TP": "tensor_model_parallel_size",
-    "CP": "context_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "DP": "data_parallel_size",
-    "EP": "expert_model_parallel_size",
-}
+SIZES = {dim.upper(): SIZE_FIELDS[dim] for dim in ("tp", "cp", "pp", "dp", "ep")}
+IN_SLICES = "in\nslices"
 
 
 def headline(request: Request, count: int, is_given: bool) -> str:
@@ -32,46 +28,49 @@ def headline(request: Request, count: int, is_given: bool) -> str:
 
 def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     """A row for each layout, below a row of titles; idle are ranks that compute nothing."""
-    names = list(proposals[0].modules)
     sizes = {
-        name: {
-            title: size
+        name: [
+            title
             for title, size in SIZES.items()
             if title in "TP PP DP"
             or any(getattr(each.modules[name], size) > 1 for each in proposals)
-        }
-        for name in names
-    }
-    is_uneven = any(each.seconds_in_slices != each.timeline.seconds for each in proposals)
-    titles = [
-        "",
-        *(f"{name}\n{' '.join(sizes[name])}" for name in names),
-        "micro\nbatch",
-        "step\nseconds",
-    ]
-    titles += ["in\nslices"] if is_uneven else []
-    titles += ["samples\n/s", "per\nGPU", "GPUs", "ranks", "empty"]
-    titles += [*(f"{name}\nidle" for name in names), "free\nGB"]
-    table = [titles]
-    for index, each in enumerate(proposals, 1):
-        shapes = [
-            " ".join(f"{getattr(module, size):>2}" for size in sizes[name].values())
-            for name, module in each.modules.items()
         ]
-        table.append(
-            [
-                *(str(index), *shapes, str(each.micro_batch_size), f"{each.timeline.seconds:.4g}"),
-                *([f"{each.seconds_in_slices:.4g}"] if is_uneven else []),
-                f"{each.samples_per_second:.4g}",
-                f"{each.samples_per_second / each.allocated:.4g}",
-                str(each.allocated),
-                "shared" if each.is_shared else "own",
-                str(each.allocated - each.gpus),
-                *(f"{each.ranks_idle(name):.0%}" for name in names),
-                f"{each.headroom / GB:.1f}",
-            ]
+        for name in proposals[0].modules
+    }
+    table = [_cells(each, sizes) for each in proposals]
+    if all(each.seconds_in_slices == each.timeline.seconds for each in proposals):
+        for cells in table:
+            del cells[IN_SLICES]
+    numbered = ([str(index), *cells.values()] for index, cells in enumerate(table, 1))
+    return [["", *table[0]], *numbered]
+
+
+def _is_used(title: str, name: str, proposals: Sequence[Proposal]) -> bool:
+    return any(getattr(each.modules[name], SIZES[title]) > 1 for each in proposals)
+
+
+def _cells(proposal: Proposal, sizes: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What a row says below each title, with some sizes of each module."""
+    shapes = {
+        f"{name}\n{' '.join(sizes[name])}": " ".join(
+            f"{getattr(module, SIZES[title]):>2}" for title in sizes[name]
         )
-    return table
+        for name, module in proposal.modules.items()
+    }
+    rate = proposal.samples_per_second
+    return {
+        **shapes,
+        "micro\nbatch": str(proposal.micro_batch_size),
+        "step\nseconds": f"{proposal.timeline.seconds:.4g}",
+        IN_SLICES: f"{proposal.seconds_in_slices:.4g}",
+        "samples\n/s": f"{rate:.4g}",
+        "per\nGPU": f"{rate / proposal.allocated:.4g}",
+        "GPUs": str(proposal.allocated),
+        "ranks": "shared" if proposal.is_shared else "own",
+        "empty": str(proposal.allocated - proposal.gpus),
+        **{f"{name}\nidle": f"{proposal.ranks_idle(name):.0%}" for name in sizes},
+        "free\nGB": f"{proposal.headroom / GB:.1f}",
+    }
 
 
 def settings(proposals: Sequence[Proposal]) -> list[str]:
@@ -100,14 +99,10 @@ def memory_rows(proposal: Proposal) -> list[list[str]]:
     """A row for each stage, below a row of titles; stages that hold the same share a row."""
     table = [["", "stage", "in\nflight", *PARTS, "total"]]
     for name in proposal.modules:
-        stages = [held for (module, _), held in proposal.memory.items() if module == name]
-        first = 0
-        for stage, held in enumerate(stages):
-            if stage + 1 < len(stages) and _shown(stages[stage + 1]) == _shown(held):
-                continue
-            label = f"{first}" if first == stage else f"{first}-{stage}"
-            table.append([name, label, *_shown(held)])
-            first = stage + 1
+        stages = enumerate(held for (at, _), held in proposal.memory.items() if at == name)
+        for shown, alike in groupby(stages, key=lambda stage: _shown(stage[1])):
+            first, *others = (index for index, _ in alike)
+            table.append([name, span(range(first, first + len(others) + 1)), *shown])
     return table
 
 
@@ -153,12 +148,9 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-RECOMPUTE = ("granularity", "method", "num_layers", "modules")
-
-
 def _recompute(sizes: ModuleSizes) -> dict[str, Any]:
     """What to set in a module's ``TransformerConfig``."""
-    found = {f"recompute_{name}": getattr(sizes, f"recompute_{name}") for name in RECOMPUTE}
+    found = asdict(sizes, filter=lambda field, _: field.name.startswith("recompute"))
     if sizes.recompute_granularity != "selective":
         del found["recompute_modules"]
     return found

@@ -7,6 +7,7 @@ hundred or so are simulated, and the best of these listed.
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice, product
 from typing import Any
 
@@ -24,8 +25,7 @@ from megatron_mimo_coord.layout import (
     sharing,
 )
 from megatron_mimo_coord.planning.candidates import ALIKE, Candidate, Candidates
-from megatron_mimo_coord.planning.choices import Request, recomputations
-from megatron_mimo_coord.planning.costs import ModuleCosts
+from megatron_mimo_coord.planning.choices import Request, recomputations, side_by_side
 from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.simulation import simulate_step
@@ -35,18 +35,15 @@ MOST = 120  # layouts that are simulated, or three times as many as are wanted
 MARGIN = 1.1  # how much longer than another a step may seem and yet be shorter
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class Proposal:
-    """A layout and what it costs.
+    """A layout and, worked out when asked for, what it costs.
 
     Args:
         request: what it was sought for.
         sizes: of each module, with what it recomputes.
         modules: parallel sizes of each module, each with its first rank.
         micro_batch_size: samples in a microbatch over all ranks.
-        timeline: of a simulated step.
-        memory: of a rank of each (module, stage).
-        seconds_in_slices: of a step without ``assign_images``.
         how: ``encoders_first`` and ``encoder_microbatches``, as in :func:`simulate_step`.
     """
 
@@ -54,16 +51,70 @@ class Proposal:
     sizes: Mapping[str, ModuleSizes]
     modules: Mapping[str, ModuleParallelism]
     micro_batch_size: int
-    timeline: Timeline
-    memory: Mapping[tuple[str, int], StageMemory]
-    seconds_in_slices: float
     how: Mapping[str, Any]
 
-    def again(self, request: Request) -> "Proposal":
-        """The same layout for another request."""
-        return cost(request, self.modules, self.micro_batch_size, self.sizes, **self.how)
+    @classmethod
+    def of(cls, request: Request, candidate: Candidate) -> "Proposal | None":
+        """That of a candidate; None if no order of its modules keeps TP groups inside a node."""
+        language, *encoders = candidate.choices
+        chosen = {choice.name: choice for choice in (*encoders, language)}
+        parallelisms = {name: choice.parallelism for name, choice in chosen.items()}
+        modules = side_by_side(parallelisms)
+        if candidate.shared:
+            modules = {name: evolve(each, rank_offset=0) for name, each in parallelisms.items()}
+        if modules is None:
+            return None
+        sizes = {name: choice.sizes for name, choice in chosen.items()}
+        how = {"encoder_microbatches": candidate.encoder_microbatches}
+        return cls(request, sizes, modules, candidate.samples, how)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Of a simulated step."""
+        return self._simulated()
+
+    @cached_property
+    def seconds_in_slices(self) -> float:
+        """Of a step without ``assign_images``."""
+        return self._simulated(images_assigned=False).seconds
+
+    def _simulated(self, **changed: Any) -> Timeline:
+        costs = {
+            name: evolve(self.request.costs(name, self.sizes[name], module), **changed)
+            for name, module in self.modules.items()
+        }
+        return simulate_step(
+            self.modules,
+            costs,
+            micro_batch_size=self.micro_batch_size,
+            num_microbatches=self.num_microbatches,
+            cluster=self.request.cluster,
+            distributed_optimizer=self.request.distributed_optimizer,
+            **self.how,
+        )
+
+    @cached_property
+    def memory(self) -> dict[tuple[str, int], StageMemory]:
+        """Of a rank of each (module, stage)."""
+        return layout_memory(
+            self.modules,
+            self.sizes,
+            micro_batch_size=self.micro_batch_size,
+            num_microbatches=self.num_microbatches,
+            **self.how,
+        )
+
+    @cached_property
+    def rank_memory(self) -> dict[tuple[str, int], float]:
+        """Bytes on a rank of each (module, stage), with modules on the same ranks."""
+        return rank_totals(self.grids, self.memory)
 
     @property
+    def headroom(self) -> float:
+        """Bytes that are left on the fullest GPU; below zero if the layout does not fit."""
+        return self.request.memory_bytes - max(self.rank_memory.values())
+
+    @cached_property
     def grids(self) -> dict[str, ModuleGrid]:
         """Where each module lies."""
         return pack(self.modules)
@@ -98,15 +149,11 @@ class Proposal:
         """Of the whole job."""
         return self.request.global_batch_size / self.timeline.seconds
 
-    @property
-    def rank_memory(self) -> dict[tuple[str, int], float]:
-        """Bytes on a rank of each (module, stage), with modules on the same ranks."""
-        return rank_totals(self.grids, self.memory)
-
-    @property
-    def headroom(self) -> float:
-        """Bytes that are left on the fullest GPU; below zero if the layout does not fit."""
-        return self.request.memory_bytes - max(self.rank_memory.values())
+    @cached_property
+    def kind(self) -> tuple[ModuleParallelism, int, bool, int]:
+        """What layouts have in common that differ in encoders alone."""
+        language = evolve(self.modules[LANGUAGE], rank_offset=None)
+        return language, self.micro_batch_size, self.is_shared, self.allocated
 
     def ranks_idle(self, module: str) -> float:
         """Share of a step in which a rank of a module computes nothing, for this or another."""
@@ -119,75 +166,20 @@ class Proposal:
         return max(0.0, sum(idle) / len(idle))
 
 
-def cost(
-    request: Request,
-    modules: Mapping[str, ModuleParallelism],
-    micro_batch_size: int,
-    sizes: Mapping[str, ModuleSizes] | None = None,
-    **how: Any,
-) -> Proposal:
-    """What one layout costs, whether it fits or not.
-
-    Args:
-        request: what the layout is for.
-        modules: parallel sizes of each module.
-        micro_batch_size: samples in a microbatch over all ranks.
-        sizes: of each module, with what it recomputes; None for those of the request.
-        how: ``encoders_first`` and ``encoder_microbatches``, as in :func:`simulate_step`.
-
-    Raises:
-        ValueError: the layout cannot run.
-    """
-    sizes = request.sizes if sizes is None else sizes
-    number = request.global_batch_size // micro_batch_size
-    batch: dict[str, Any] = {"micro_batch_size": micro_batch_size, "num_microbatches": number}
-    costs = {name: request.costs(name, sizes[name], module) for name, module in modules.items()}
-
-    def simulated(costs: Mapping[str, ModuleCosts]) -> Timeline:
-        return simulate_step(
-            modules,
-            costs,
-            **batch,
-            **how,
-            cluster=request.cluster,
-            distributed_optimizer=request.distributed_optimizer,
-        )
-
-    slices = {
-        name: evolve(each, images_assigned=each.images_assigned and not each.is_uneven)
-        for name, each in costs.items()
-    }
-    timeline = simulated(costs)
-    return Proposal(
-        request,
-        sizes,
-        modules,
-        micro_batch_size,
-        timeline,
-        layout_memory(modules, sizes, **batch, **how),
-        timeline.seconds if slices == costs else simulated(slices).seconds,
-        how,
-    )
-
-
 def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: Any) -> Proposal:
     """What one layout costs with the shortest step that fits; if none does, with the least memory.
 
     What is recomputed is chosen where the sizes do not say it.
+
+    Raises:
+        ValueError: the layout cannot run.
     """
-    assert request.micro_batch_size, "the batch is known"
-    ways = [recomputations(request.sizes[name]) for name in modules]
+    samples = request.micro_batch_size
+    assert samples, "the batch is known"
     first = runs_encoders_first(pack(modules)) and how.get("encoders_first") is not False
     every = [
-        cost(
-            request,
-            modules,
-            request.micro_batch_size,
-            dict(zip(modules, way, strict=True)),
-            **how,
-            **kept,
-        )
-        for way in product(*ways)
+        Proposal(request, dict(zip(modules, way, strict=True)), modules, samples, {**how, **kept})
+        for way in product(*(recomputations(request.sizes[name]) for name in modules))
         for kept in ([{}, {"encoder_microbatches": 0}] if first else [{}])
     ]
     fitting = [each for each in every if each.headroom >= 0]
@@ -216,45 +208,27 @@ def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list
 
     found: list[Proposal] = []
     for candidate in islice(Candidates(request).best_first(cost_of), max(MOST, 3 * count)):
-        listed = _apart(found, count) if len(found) >= count else []
+        listed = _apart(found, count)
         seems = cost_of(candidate.seconds, candidate.gpus)
         if len(listed) == count and seems > MARGIN * rank(listed[-1])[0]:
             break
-        if candidate.modules and (proposal := costed(request, candidate)).headroom >= 0:
+        proposal = Proposal.of(request, candidate)
+        if proposal and proposal.headroom >= 0:
             insort(found, proposal, key=rank)
     return _apart(found, count)
 
 
 def _apart(found: Sequence[Proposal], count: int) -> list[Proposal]:
-    """The first of some layouts of which no two are alike."""
+    """The first of some layouts, without those that are like a faster one."""
     kept: list[Proposal] = []
     for proposal in found:
-        if len(kept) < count and not any(_are_alike(proposal, each) for each in kept):
+        if len(kept) < count and not any(_is_like(proposal, faster) for faster in kept):
             kept.append(proposal)
     return kept
 
 
-def costed(request: Request, candidate: Candidate) -> Proposal:
-    """What a candidate costs."""
-    chosen = {choice.name: choice.sizes for choice in candidate.choices}
-    modules, kept = candidate.modules, candidate.encoder_microbatches
-    assert modules, "it can be placed"
-    sizes = {name: chosen[name] for name in modules}
-    return cost(request, modules, candidate.samples, sizes, encoder_microbatches=kept)
-
-
-def _are_alike(one: Proposal, other: Proposal) -> bool:
+def _is_like(proposal: Proposal, faster: Proposal) -> bool:
     """Whether two layouts are one, or differ in nothing that makes a step longer."""
-    if one.modules == other.modules:
-        return True
-    seconds = one.timeline.seconds, other.timeline.seconds
-    what = [
-        (
-            evolve(each.modules[LANGUAGE], rank_offset=0),
-            each.micro_batch_size,
-            each.is_shared,
-            each.allocated,
-        )
-        for each in (one, other)
-    ]
-    return what[0] == what[1] and max(seconds) <= (1 + ALIKE) * min(seconds)
+    longest = (1 + ALIKE) * faster.timeline.seconds
+    is_as_long = proposal.timeline.seconds <= longest
+    return proposal.modules == faster.modules or (proposal.kind == faster.kind and is_as_long)

@@ -240,18 +240,14 @@ class _Step:
             forward, backward = (
                 of(name, 0, times) for of in (durations.forward, durations.backward)
             )
-            once = Action(FORWARD, name, forward)
+            backwards = [Action(BACKWARD, name, backward)] * (times - self.num_repeated)
+            backwards += [Action(BACKWARD, name, forward + backward)] * self.num_repeated
             for stage in hosts:
-                ahead[stage] += [once] * times
+                ahead[stage] += [Action(FORWARD, name, forward)] * times
                 ahead[stage].append(Action(EXCHANGE, name, 0.0, (tokens[stage][0],), (), name))
                 if learns:
                     back = (gradients[stage][1],)
-                    behind[stage].append(Action(EXCHANGE, name, 0.0, back, back, name))
-                    repeated = Action(BACKWARD, name, forward + backward)
-                    behind[stage] += [Action(BACKWARD, name, backward)] * (
-                        times - self.num_repeated
-                    )
-                    behind[stage] += [repeated] * self.num_repeated
+                    behind[stage] += [Action(EXCHANGE, name, 0.0, back, back, name), *backwards]
             received = tuple(tokens[stage][1] for stage in hosts)
             arriving.append(Action(EXCHANGE, name, 0.0, received, received, name))
             sent = tuple(gradients[stage][0] for stage in hosts)

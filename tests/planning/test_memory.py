@@ -34,7 +34,7 @@ def test_all_that_is_held_counts():
 
 def test_activations_are_those_of_all_microbatches_in_flight():
     memory = layout_memory({LANGUAGE: parallel(pp=4)}, {LANGUAGE: WORDS}, **STEP)
-    one = stage_activations(WORDS, parallel(pp=4), 1, samples=4).saved
+    one = stage_activations(WORDS, parallel(pp=4), 1, samples=4)[0]
     assert [memory[LANGUAGE, stage].activations for stage in (1, 2)] == [3 * one, 2 * one]
 
 

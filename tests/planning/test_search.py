@@ -25,7 +25,7 @@ from megatron_mimo_coord.planning.choices import Choice, Request
 from megatron_mimo_coord.planning.closest import closest
 from megatron_mimo_coord.planning.memory import layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.search import propose
+from megatron_mimo_coord.planning.search import Proposal, propose
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 VISION = ModuleSizes(
@@ -259,9 +259,9 @@ def test_the_formula_ranks_by_about_what_is_simulated(request):
 
     free = evolve(request, cluster=Cluster(), costs=twice)
     for candidate in Candidates(free):
-        if layout := candidate.modules:
-            took = seconds(free, layout, candidate.samples, candidate.encoder_microbatches)
-            assert candidate.seconds == pytest.approx(took, rel=0.3), layout
+        if placed := Proposal.of(free, candidate):
+            took = seconds(free, placed.modules, *batch(placed))
+            assert candidate.seconds == pytest.approx(took, rel=0.3), placed.modules
 
 
 def test_frozen_stages_that_receive_are_ranked_with_their_backward():
@@ -277,7 +277,7 @@ def test_frozen_stages_that_receive_are_ranked_with_their_backward():
     )
     # Half of a forward pass a stage, and half of a backward pass where something asks for it.
     for name, work in (("vision", [0.5, 1.0]), (LANGUAGE, [1.0, 1.0])):
-        assert Choice.of(request, name, request.sizes[name], parallel(pp=2)).work == work
+        assert Choice(request, name, request.sizes[name], parallel(pp=2)).work == work
 
 
 def fullest(request, layout, samples, kept=None):
@@ -342,9 +342,10 @@ def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most)
         cluster=cluster,
     )
     simulated = []
-    real = search.cost
     monkeypatch.setattr(
-        search, "cost", lambda *args, **how: simulated.append(args) or real(*args, **how)
+        search,
+        "simulate_step",
+        lambda *args, **how: simulated.append(args) or simulate_step(*args, **how),
     )
     assert len(propose(request, 10)) == 10
     assert 10 <= len(simulated) <= most
