@@ -190,10 +190,7 @@ class ModuleCosts:
         that only reads data has no backward at all.
 
         Args:
-            module: parallel sizes.
-            stage: index of the pipeline stage.
-            samples: ``micro_batch_size``, counted over all ranks.
-            together: microbatches after which ranks wait for each other.
+            module, stage, samples, together: as in :meth:`forward_seconds`.
             receives: whether an input of the stage wants a gradient.
         """
         if self.frozen and not receives:
@@ -211,18 +208,16 @@ class ModuleCosts:
         """Seconds of the sum of a stage's gradients over its replicas; experts count as dense.
 
         Args:
-            module: parallel sizes.
-            stage: index of the pipeline stage.
+            module, stage: as in :meth:`forward_seconds`.
             cluster: the links between ranks.
             first_rank: of the stage.
         """
         tp, cp, dp, pp = module.shape
         if self.frozen:
             return 0.0
+        gradients = self.gradient_bytes * self.stage_share(pp, stage) / tp
         ranks = range(first_rank, first_rank + tp * cp * dp, tp)
-        return cluster.reduction_seconds(
-            ranks, self.gradient_bytes * self.stage_share(pp, stage) / tp
-        )
+        return cluster.reduction_seconds(ranks, gradients)
 
     def update_seconds(self, module: ModuleParallelism, stage: int, is_distributed: bool) -> float:
         """Seconds of the optimizer's update of a stage, whose work replicas share or not."""

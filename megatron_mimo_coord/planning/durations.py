@@ -1,6 +1,6 @@
 """How long the stages of one layout compute and their messages take: costs, dealt out to ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import ceil
 
 from attrs import frozen
@@ -65,7 +65,7 @@ class Durations:
         first = grid.rank_offset + stage * length
         # Pairs of ranks repeat their place in the nodes: a node's worth of them is enough.
         senders = range(first, first + min(length, self.cluster.ranks_per_node or 1))
-        return max(self.cluster.message_seconds((rank, rank + length), message) for rank in senders)
+        return self._slowest(((rank, rank + length) for rank in senders), message)
 
     def over_bridge(self, encoder: str, *, forward: bool) -> float:
         """The messages of a microbatch over a bridge, forward or back, all under way at once.
@@ -83,8 +83,12 @@ class Durations:
             (senders[part * len(senders) // parts], receivers[part * len(receivers) // parts])
             for part in range(parts)
         )
+        return self._slowest(pairs, messages)
+
+    def _slowest(self, pairs: Iterable[tuple[int, int]], message_bytes: float) -> float:
+        """A message between each of some pairs of ranks, all under way at once."""
         links = {self.cluster.link(pair) for pair in pairs}
-        return max(latency + messages / bandwidth for latency, bandwidth in links)
+        return max(latency + message_bytes / bandwidth for latency, bandwidth in links)
 
     def exchange(self, encoder: str) -> float:
         """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.

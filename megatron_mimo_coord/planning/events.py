@@ -6,8 +6,9 @@ whatever does not fit into its buffers. Who waits for it to be over is another m
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from megatron_mimo_coord.planning.timeline import BACKWARD, EXCHANGE, FORWARD, Span, StageShares
 
@@ -37,8 +38,7 @@ def channel(seconds: float) -> tuple[Message, Message]:
     return (sender, receiver, seconds), (receiver, sender, seconds)
 
 
-@frozen(eq=False)
-class Action:
+class Action(NamedTuple):
     """One thing that ranks do: they compute, or they are there for messages.
 
     Args:
@@ -84,23 +84,23 @@ class StageRanks:
         """Do all that can be done; returns the ranks that waited for it."""
         now, actions, ends = self.now, self.actions, self.ends
         released: list[StageRanks] = []
-        while len(ends) < len(actions):
-            action = actions[len(ends)]
-            over = now + action.seconds
-            if action.posts and not self._has_posted:
+        for index in range(len(ends), len(actions)):
+            _, _, seconds, posts, awaits, _ = actions[index]
+            over = now + seconds
+            if posts and not self._has_posted:
                 self._has_posted = True
-                for mine, _, _ in action.posts:
+                for mine, _, _ in posts:
                     mine.append(now)
                     if mine.waiting is not None:
                         released.append(mine.waiting)
                         mine.waiting = None
-            for mine, other, seconds in action.awaits:
-                last = len(mine) - 1
-                if last >= len(other):
+            for mine, other, seconds in awaits:
+                number = len(mine)
+                if number > len(other):
                     other.waiting = self
                     return released
-                if last >= 0:
-                    over = max(over, max(mine[last], other[last]) + seconds)
+                if number:
+                    over = max(over, mine[-1] + seconds, other[number - 1] + seconds)
             self._has_posted = False
             now = over
             ends.append(now)

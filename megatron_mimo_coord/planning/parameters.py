@@ -164,23 +164,18 @@ def _norm(sizes: ModuleSizes, width: int) -> Iterator[Parameter]:
 
 @cache
 def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Sequence[Parameter]:
-    return tuple(_of_layer(sizes, shards, has_experts))
-
-
-def _of_layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Iterator[Parameter]:
     hidden, tp = sizes.hidden_size, shards[0]
-    yield from _norm(sizes, hidden)
-    yield from _linear(sizes.query_size // tp, hidden, sizes.add_bias_linear)
     qkv = (sizes.query_size + 2 * sizes.key_size) // tp
-    yield from _linear(hidden, qkv, sizes.has_qkv_bias)
-    if sizes.qk_layernorm:
-        yield from _norm(sizes, sizes.kv_channels)
-        yield from _norm(sizes, sizes.kv_channels)
-    yield from _norm(sizes, hidden)
-    if has_experts:
-        yield from _mixture(sizes, shards)
-    else:
-        yield from _mlp(sizes, sizes.ffn_hidden_size // tp, sizes.add_bias_linear)
+    norm, of_heads = tuple(_norm(sizes, hidden)), tuple(_norm(sizes, sizes.kv_channels))
+    mlp = _mlp(sizes, sizes.ffn_hidden_size // tp, sizes.add_bias_linear)
+    return (
+        *norm,
+        *_linear(sizes.query_size // tp, hidden, sizes.add_bias_linear),
+        *_linear(hidden, qkv, sizes.has_qkv_bias),
+        *(of_heads * 2 if sizes.qk_layernorm else ()),
+        *norm,
+        *(_mixture(sizes, shards) if has_experts else mlp),
+    )
 
 
 def _mlp(sizes: ModuleSizes, width: int, bias: bool, **kind: Any) -> Iterator[Parameter]:
