@@ -160,8 +160,9 @@ class MultiModuleCoordinator:
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         hand_over_no_views(job.model, self._changes)
-        groups = job.infra.pg_collections.get(LANGUAGE)
-        if groups is not None:
+        if LANGUAGE in job.ddps:
+            groups = job.infra.pg_collections[LANGUAGE]
+            assert groups is not None, "a job has refused a module without groups"
             cut_rotary_positions(job.model, groups.cp, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)

@@ -97,6 +97,7 @@ def _foreign(kind: str) -> dict[str, Any]:
     from types import SimpleNamespace
 
     import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_mimo_coord import MultiModuleCoordinator, validate_data_loader_contract
 
@@ -118,8 +119,9 @@ def _foreign(kind: str) -> dict[str, Any]:
         names = MegatronMIMOInfra.__dataclass_fields__
         theirs = MegatronMIMOInfra(**{name: getattr(infra, name) for name in names})
     elif kind == "Megatron-LM":
-        here = {name: groups for name, groups in infra.pg_collections.items() if groups}
-        theirs = HeteroTopology(infra.module_to_grid_map, here)
+        nowhere = ProcessGroupCollection(tp=None, cp=None, dp=None, pp=None)
+        groups = {name: each or nowhere for name, each in infra.pg_collections.items()}
+        theirs = HeteroTopology(infra.module_to_grid_map, groups)
     elif kind == "Megatron-LM's groups":
         collection = MultiModuleCoordinator(infra, model).schedule_pg_collection
         theirs = SimpleNamespace(grids=infra.module_to_grid_map, module_pgs=collection)
