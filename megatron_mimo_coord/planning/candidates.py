@@ -14,7 +14,7 @@ from operator import add
 from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.planning.choices import Choice, Request, choices, recomputations
+from megatron_mimo_coord.planning.choices import Choice, Request, choices
 from megatron_mimo_coord.planning.formula import pipeline_seconds, turn_seconds
 from megatron_mimo_coord.planning.memory import stage_memory
 
@@ -52,7 +52,6 @@ class Candidates:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.choices = {name: choices(request, name) for name in request.sizes}
-        self.ways = cache(self.ways)  # type: ignore[method-assign]
         self.held = cache(self.held)  # type: ignore[method-assign]
         self._options = cache(self._options)  # type: ignore[method-assign]
 
@@ -106,7 +105,7 @@ class Candidates:
         runs_first = root.shared and base.stages > 1
         for kept in [None, 0] if runs_first else [None]:
             of_kept = evolve(root, encoder_microbatches=kept)
-            found = (self._combinations(of_kept, language) for language in self.ways(base))
+            found = (self._combinations(of_kept, language) for language in base.ways)
             yield from self._candidates(of_kept, next(filter(None, found), []))
 
     def _combinations(self, root: Candidate, language: Choice) -> list[Combination]:
@@ -156,24 +155,18 @@ class Candidates:
                 continue
             if shared and encoder.gpus <= language.gpus:
                 if encoder.stages == 1 and encoder.gpus % of_stage == 0:
-                    for way in self.ways(encoder):
+                    for way in encoder.ways:
                         seconds = turn_seconds(way, language, samples, number, repeated)
                         found.append((seconds, self.held(way, samples, held - 1), (way,)))
             elif not shared and encoder.gpus + language.gpus <= self.request.gpus:
                 if pipeline_seconds(language, encoder, samples, number) >= fastest:
                     continue  # those with fewer GPUs are as fast
-                for way in self.ways(encoder):
+                for way in encoder.ways:
                     if self.held(way, samples, language.stages) <= self.request.memory_bytes:
                         fastest = min(fastest, pipeline_seconds(language, way, samples, number))
                         found.append((fastest, way.gpus, (way,)))
                         break
         return _front(found)
-
-    def ways(self, choice: Choice) -> list[Choice]:
-        """A choice with more and more recomputed."""
-        request, name = self.request, choice.name
-        more = recomputations(request.sizes[name])[1:]
-        return [choice, *(Choice(request, name, sizes, choice.parallelism) for sizes in more)]
 
     def held(self, choice: Choice, samples: int, behind: int = 0, waiting: int = 0) -> float:
         """Bytes on the fullest rank: of the first, the second or the last stage.

@@ -1,7 +1,7 @@
 """What a layout is sought for, all ways to lay out one module, and what each costs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate, pairwise, permutations, product
 
 from attrs import evolve, frozen
@@ -82,7 +82,7 @@ class Choice:
     def __init__(
         self, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
     ) -> None:
-        self.name, self.sizes, self.parallelism = name, sizes, parallelism
+        self.request, self.name, self.sizes, self.parallelism = request, name, sizes, parallelism
         self.costs, self.cluster = request.costs(name, sizes, parallelism), request.cluster
         self.gpus, self.replicas = parallelism.size, parallelism.data_parallel_size
         self.stages = parallelism.pipeline_model_parallel_size
@@ -101,6 +101,12 @@ class Choice:
             even.update_seconds(parallelism, stage, request.distributed_optimizer)
             for stage in range(self.stages)
         )
+
+    @cached_property
+    def ways(self) -> "list[Choice]":
+        """The same with more and more recomputed."""
+        _, *more = recomputations(self.request.sizes[self.name])
+        return [self, *(Choice(self.request, self.name, sizes, self.parallelism) for sizes in more)]
 
     @property
     def has_backward(self) -> bool:

@@ -147,7 +147,7 @@ def stage_memory(
     own, language = sizes[name], sizes[LANGUAGE]
     tp, cp, dp, pp = parallelism.shape
     samples = micro_batch_size / dp
-    states = model_states(own, parallelism, stage, language.hidden_size)
+    weights, gradients, optimizer = model_states(own, parallelism, stage, language.hidden_size)
     saved, working = stage_activations(own, parallelism, stage, samples)
     if cp > 1 and stage == 0:  # whole, before ranks cut their parts
         working = max(working, hidden_bytes(own, samples))
@@ -163,9 +163,9 @@ def stage_memory(
         sent = 0.0
     needs_backward = not own.frozen or name == LANGUAGE or stage > 0
     return StageMemory(
-        weights=states.weights,
-        gradients=states.gradients,
-        optimizer=states.optimizer,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=in_flight * saved if needs_backward else 0.0,
         working=working,
         messages=(waiting or in_flight) * received + in_flight * sent,

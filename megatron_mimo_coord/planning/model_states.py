@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from math import lcm
 
-from attrs import frozen
-
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import Parameter, stage_parameters
@@ -22,27 +20,14 @@ MASTER = 4  # bytes a parameter: its copy in fp32, where the parameter itself is
 LEAST_BUCKET, BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # DistributedDataParallel's own
 
 
-@frozen
-class ModelStates:
-    """What a rank holds whatever the batch is, in bytes.
-
-    Args:
-        weights: parameters; with the distributed optimizer, the buffer they lie in.
-        gradients: buffers of gradients.
-        optimizer: moments and master copies, on the rank that has most; with the distributed
-            optimizer a part of the padded buffer.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-
 @cache
 def model_states(
     sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
-) -> ModelStates:
-    """Weights, gradient buffers and optimizer state of a rank of a pipeline stage.
+) -> tuple[int, int, int]:
+    """Bytes of weights, gradient buffers and optimizer state of a rank of a pipeline stage.
+
+    With the distributed optimizer weights are the buffer that they lie in, and its state is a part
+    of the padded buffer, on the rank that has most.
 
     Args:
         sizes: of the module.
@@ -53,12 +38,12 @@ def model_states(
     Example:
         >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
         >>> model_states(sizes, ModuleParallelism(data_parallel_size=2), 0, 64)
-        ModelStates(weights=465920, gradients=465920, optimizer=931840)
+        (465920, 465920, 931840)
     """
     parameters = stage_parameters(sizes, parallelism, stage, language_hidden_size)
     width = sizes.bytes_per_number
     if sizes.frozen:
-        return ModelStates(width * sum(each.numel for each in parameters), 0, 0)
+        return width * sum(each.numel for each in parameters), 0, 0
     numel = optimized = 0
     for is_expert in (False, True):
         chosen = [each for each in parameters if each.is_expert == is_expert]
@@ -70,11 +55,9 @@ def model_states(
             length = padded(chosen, lcm(replicas, pad_to), bucket_size)
         numel += length
         optimized += length // (replicas if sizes.use_distributed_optimizer else 1)
-    return ModelStates(
-        weights=width * numel,
-        gradients=(4 if sizes.grad_reduce_in_fp32 else width) * numel,
-        optimizer=(MOMENTS + (MASTER if width < MASTER else 0)) * optimized,
-    )
+    gradient = 4 if sizes.grad_reduce_in_fp32 else width
+    state = MOMENTS + (MASTER if width < MASTER else 0)
+    return width * numel, gradient * numel, state * optimized
 
 
 def _replicas(parallelism: ModuleParallelism, is_expert: bool) -> int:

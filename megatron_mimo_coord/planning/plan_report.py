@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import asdict
 
-from megatron_mimo_coord.layout import SIZE_FIELDS, runs_encoders_first, span
+from megatron_mimo_coord.layout import SIZE_FIELDS, is_colocated, runs_encoders_first, span
 from megatron_mimo_coord.planning.choices import Request
 from megatron_mimo_coord.planning.memory import PARTS, StageMemory
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
@@ -121,7 +121,7 @@ def as_json(proposal: Proposal) -> dict[str, Any]:
         "gpus": proposal.gpus,
         "allocated_gpus": proposal.allocated,
         "empty_gpus": proposal.allocated - proposal.gpus,
-        "colocated": proposal.is_colocated,
+        "colocated": len(proposal.modules) > 1 and is_colocated(proposal.grids.values()),
         "encoders_first": runs_encoders_first(proposal.grids),
         "encoder_microbatches": proposal.how.get("encoder_microbatches"),
         "micro_batch_size": proposal.micro_batch_size,

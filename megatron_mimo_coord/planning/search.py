@@ -17,7 +17,6 @@ from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleGrid,
     ModuleParallelism,
-    is_colocated,
     modules_by_stage,
     pack,
     ranks_taken,
@@ -118,11 +117,6 @@ class Proposal:
     def grids(self) -> dict[str, ModuleGrid]:
         """Where each module lies."""
         return pack(self.modules)
-
-    @property
-    def is_colocated(self) -> bool:
-        """Whether several modules share all ranks."""
-        return len(self.modules) > 1 and is_colocated(self.grids.values())
 
     @property
     def is_shared(self) -> bool:

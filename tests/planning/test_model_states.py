@@ -113,12 +113,9 @@ def test_states_are_what_megatron_allocates(case):
             assert most[:2] == list(held[:2])
     assert len(fullest) == sum(grid.dim("pp") for grid in grids.values())
     for (name, stage), (weights, gradients, optimizer) in fullest.items():
-        states = model_states(sizes[name], modules[name], stage, 64)
-        assert states.weights == weights
-        assert states.gradients == gradients
-        assert 0.999 * optimizer <= states.optimizer <= 1.03 * optimizer, (
-            "padding of a small buffer"
-        )
+        held = model_states(sizes[name], modules[name], stage, 64)
+        assert held[:2] == (weights, gradients)
+        assert 0.999 * optimizer <= held[2] <= 1.03 * optimizer, "padding of a small buffer"
 
 
 parameters = st.builds(Parameter, st.integers(1, 500), is_shared=st.booleans())
