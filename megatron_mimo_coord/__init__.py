@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_mimo_coord.checks.modules import unwrap_mimo_model
     from megatron_mimo_coord.coordinator import MultiModuleCoordinator
     from megatron_mimo_coord.infra import (
         MegatronMIMOInfra,
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     )
     from megatron_mimo_coord.layout import ModuleParallelism
     from megatron_mimo_coord.layout.toml_file import read_layout
+    from megatron_mimo_coord.megatron.mimo_model import unwrap_mimo_model
     from megatron_mimo_coord.training.checkpoint_folder import checkpoint_steps
     from megatron_mimo_coord.world.process_group import init_process_group
 
@@ -34,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     "MultiModuleCoordinator": "coordinator",
-    "unwrap_mimo_model": "checks.modules",
+    "unwrap_mimo_model": "megatron.mimo_model",
     "MegatronMIMOInfra": "infra",
     "is_current_rank_in_grid": "infra",
     "validate_data_loader_contract": "infra",

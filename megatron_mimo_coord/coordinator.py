@@ -170,7 +170,8 @@ class MultiModuleCoordinator:
             job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
         )
         self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report.tell)
-        self._fit.watch(self._changes)
+        encoders = {name: ddp for name, ddp in job.ddps.items() if name != LANGUAGE}
+        self._fit.watch(encoders, self._changes)
         self._token_counts = TokenCounts(
             job.model,
             fan_in_ratios(job.grids, job.infra.topology),
@@ -197,6 +198,7 @@ class MultiModuleCoordinator:
             job.grids,
             job.meeting,
             lambda: not turns.language,
+            self._gradients.report.tell,
             ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE]),
             self._changes,
         )

@@ -1,9 +1,11 @@
 """Grids and process groups of every module, made once and given back whole."""
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
 from attrs import asdict, frozen
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -35,6 +37,7 @@ from megatron_mimo_coord.layout.problems import (
     raise_problems,
 )
 from megatron_mimo_coord.megatron.bridge_groups import destroy_bridge_groups
+from megatron_mimo_coord.megatron.mimo_model import unwrap_mimo_model
 from megatron_mimo_coord.megatron.module_configs import config_of
 from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
 from megatron_mimo_coord.megatron.random_states import global_state_problems
@@ -237,7 +240,7 @@ class MegatronMIMOInfra:
 
     def wrap_in_ddp(
         self,
-        model: MimoModel,
+        model: torch.nn.Module,
         ddp_config: DistributedDataParallelConfig,
         configs: Mapping[str, ModelParallelConfig] | None = None,
     ) -> None:
@@ -245,50 +248,59 @@ class MegatronMIMOInfra:
 
         The same as ``DistributedDataParallel(config, ddp_config, module, pg_collection=...)`` for
         each, with the module's own config: the language model's, or that of the encoders inside.
-        A module that is wrapped already stays as it is. ``Float16Module`` goes around a module
-        before, or around the model, which gets the ``pg_collection`` that it looks for.
+        A module that is wrapped already stays as it is. ``Float16Module`` goes around modules, or
+        the model, before, and gets the ``pg_collection`` that it looks for.
 
         Args:
-            model: the model, on its device; what is frozen is frozen already.
-            ddp_config: settings of every module's DDP.
+            model: the ``MimoModel``, or what is around it, on its device and in its data type; what
+                is frozen is frozen already.
+            ddp_config: settings of every module's DDP, each of which gets a copy.
             configs: configs of modules that hold none, such as one of ``torch.nn.Linear``, or whose
                 encoders have several that differ.
 
         Raises:
-            ValueError: a module holds no config, or several that differ, and none is given; on
-                every rank.
+            ValueError: a module holds no config, or several that differ, and none is given, or
+                Megatron's DDP refuses it; on every rank, but for Megatron's own error.
         """
-        found: dict[str, ModelParallelConfig] = {}
+        given = configs or {}
 
-        def find() -> RankFacts:
-            problems = [
+        def wrap() -> RankFacts:
+            unknown = [
                 f"there is no module {name!r}: configs may name {', '.join(self.pg_collections)}"
                 for name in given
                 if name not in self.pg_collections
             ]
-            for name in self.participating_modules:
-                found[name] = given.get(name) or config_of(name, self._module(model, name))
-            return RankFacts({}, {}, problems)
+            mimo_model = unwrap_mimo_model(model)
+            for name in self.participating_modules if not unknown else ():
+                self._wrap(mimo_model, name, ddp_config, given.get(name))
+            for each in (model, mimo_model):
+                if getattr(each, "pg_collection", None) is None:
+                    each.pg_collection = self._own_groups
+            return RankFacts({}, {}, unknown)
 
-        given = configs or {}
-        check_consistency(find, "these modules cannot be wrapped")
-        for name, config in found.items():
-            module = self._module(model, name)
-            if any(isinstance(each, DistributedDataParallel) for each in module.modules()):
-                continue
-            ddp = DistributedDataParallel(
-                config, ddp_config, module, pg_collection=self.pg_collections[name]
-            )
-            if name == LANGUAGE:
-                model.language_model = ddp
-            else:
-                model.modality_submodules[name] = ddp
-        if getattr(model, "pg_collection", None) is None:
-            model.pg_collection = self._own_groups
+        check_consistency(wrap, "these modules cannot be wrapped")
 
-    @staticmethod
-    def _module(model: MimoModel, name: str) -> Any:
-        return model.language_model if name == LANGUAGE else model.modality_submodules[name]
+    def _wrap(
+        self,
+        model: MimoModel,
+        name: str,
+        ddp_config: DistributedDataParallelConfig,
+        config: ModelParallelConfig | None,
+    ) -> None:
+        """Wrap one module of this rank, unless it is wrapped."""
+        module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
+        if any(isinstance(each, DistributedDataParallel) for each in module.modules()):
+            return
+        ddp = DistributedDataParallel(
+            config or config_of(name, module),
+            copy(ddp_config),  # where Megatron keeps a bucket size, by the module's DP
+            module,
+            pg_collection=self.pg_collections[name],
+        )
+        if name == LANGUAGE:
+            model.language_model = ddp
+        else:
+            model.modality_submodules[name] = ddp
 
     @property
     def _own_groups(self) -> ProcessGroupCollection:

@@ -224,6 +224,25 @@ def test_overlap_adds_the_hooks_that_it_needs():
 # -- what is refused -------------------------------------------------------------------------------
 
 
+def _break(fault: str, model: Any) -> None:
+    """What is wrong with a model on a rank with an encoder of DP 2 and the distributed optimizer."""
+    import torch
+    import torch.distributed as dist
+
+    ddp = model.modality_submodules["vision"]
+    encoder = ddp.module.encoders["transformer"]
+    if fault == "another group":
+        encoder.block.layers[1].mlp.linear_fc1.tp_group = dist.group.WORLD
+    if fault == "converted":
+        encoder.embed.float().double()
+    if fault == "of the model":
+        model.scale = torch.nn.Parameter(torch.ones(1, device="cuda"))
+    if fault == "trained too late":
+        ddp.module.late = torch.nn.Linear(2, 2)
+    if fault == "one token for all":
+        model.special_token_ids.clear()
+
+
 def _refused(case: Case, fault: str) -> None:
     import torch.distributed as dist
     import vlm
@@ -262,6 +281,8 @@ def _refused(case: Case, fault: str) -> None:
             ddp.ddp_config.overlap_param_gather = True
     if fault == "multi-token prediction" and rank == 2:
         model.language_model.config.mtp_num_layers = 1
+    if rank == 0:
+        _break(fault, model)
     if fault == "version" and rank == 0:
         from megatron_mimo_coord.checks import job
 
@@ -289,11 +310,16 @@ def _refused(case: Case, fault: str) -> None:
         ("language flag", "calculate_per_token_loss of the language model: rank 2 has True, "),
         ("ddp", "vision: overlap_grad_reduce: rank 0 has True, rank 1 has False"),
         ("multi-token prediction", "config has mtp_num_layers=1"),
+        ("another group", "(encoders.transformer.block.layers.1.mlp.linear_fc1) lie on ranks [0, 1, 2]"),
+        ("converted", "after its DDP was put around it (encoders.transformer.embed.weight, "),
+        ("of the model", "scale of the model need a gradient, but no DDP reduces it"),
+        ("trained too late", "modality_submodules.vision.late.weight, "),
+        ("one token for all", "vision has no special token, by which a text says"),
         ("version", "megatron-core version: rank 0 has 0.0, ranks 1, 2 have"),
     ],
 )
 def test_a_fault_on_one_rank_is_said_on_every_rank(fault, message):
-    ddp = SHARDED if fault == "gather buffer" else {}
+    ddp = SHARDED if fault in ("gather buffer", "converted") else {}
     case = Case(modules=FAN_IN, ddp=ddp)
     answers, errors = world(3).try_run("test_coordinator:_refused", case, fault)
     assert not answers

@@ -137,8 +137,9 @@ def _wrap() -> dict[str, str]:
     infra = MegatronMIMOInfra.build(case.modules)
     infra.initialize_megatron(1)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+    ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True)
     said = {}
-    for what in ("none", "several", "given"):
+    for what in ("unknown", "none", "several", "given"):
         model = case.bare(infra)
         if "vision" in infra.participating_modules:
             encoders = model.modality_submodules["vision"].encoders
@@ -146,15 +147,16 @@ def _wrap() -> dict[str, str]:
                 encoders["other"] = Encoder(config, infra.pg_collections["vision"])
             else:
                 encoders["encoder"] = torch.nn.Linear(3, 8)
-        configs = {"vision": config} if what == "given" else None
+        configs = {"given": {"vision": config}, "unknown": {"visoin": config}}.get(what)
         try:
-            infra.wrap_in_ddp(model, DistributedDataParallelConfig(), configs)
+            infra.wrap_in_ddp(model, ddp_config, configs)
             said[what] = ""
         except ValueError as error:
             said[what] = str(error)
     ddps = vlm.submodules(model)
     assert "vision" not in ddps or ddps["vision"].config is config
-    infra.wrap_in_ddp(model, DistributedDataParallelConfig(), configs)
+    assert ddp_config.bucket_size is None, "a size by one module's DP is not that of another"
+    infra.wrap_in_ddp(model, ddp_config, configs)
     assert vlm.submodules(model) == ddps, "what is wrapped is not wrapped again"
     assert model.pg_collection is infra.pg_collections[infra.participating_modules[0]], (
         "a Float16Module around the model looks for it"
@@ -168,6 +170,7 @@ def test_modules_are_wrapped_once_by_a_config_of_their_own():
         assert "module 'vision' (VisionModalitySubmodules) holds no Megatron module" in said["none"]
         assert 'configs={"vision": config}' in said["none"]
         assert "have configs that differ in " in said["several"]
+        assert "no module 'visoin': configs may name vision, language" in said["unknown"]
         assert said["given"] == ""
 
 

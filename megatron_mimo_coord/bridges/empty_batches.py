@@ -14,10 +14,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel
 
+from megatron_mimo_coord.gradients.misfits import UnknownInputs
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.empty_batches import run_empty_batches
-from megatron_mimo_coord.megatron.mimo_model import change_modality_inputs
+from megatron_mimo_coord.megatron.mimo_model import (
+    change_modality_inputs,
+    expect_no_tokens_of,
+)
 from megatron_mimo_coord.world.gather import all_gather_text
 from megatron_mimo_coord.world.groups import ExtraGroups
 
@@ -28,13 +32,22 @@ class EmptyBatches:
     Args:
         groups: for each encoder, its replicas' hosts.
         encoders_run: whether a forward of the model runs them.
+        tell: told of inputs that cannot be empty; raises in an evaluation.
+
+    Attributes:
+        left_out: encoders that no rank runs in this forward, as one of their replicas cannot.
     """
 
     def __init__(
-        self, groups: Mapping[str, dist.ProcessGroup], encoders_run: Callable[[], bool]
+        self,
+        groups: Mapping[str, dist.ProcessGroup],
+        encoders_run: Callable[[], bool],
+        tell: Callable[[UnknownInputs], None],
     ) -> None:
         self._groups = groups
         self._encoders_run = encoders_run
+        self._tell = tell
+        self.left_out: set[str] = set()
 
     @classmethod
     def watch(
@@ -44,6 +57,7 @@ class EmptyBatches:
         grids: Mapping[str, ModuleGrid],
         meeting: Mapping[str, bool],
         encoders_run: Callable[[], bool],
+        tell: Callable[[UnknownInputs], None],
         groups: ExtraGroups,
         changes: Changes,
     ) -> None:
@@ -55,6 +69,7 @@ class EmptyBatches:
             grids: of all modules.
             meeting: of each module, whether its replicas meet in its forward.
             encoders_run: whether a forward of the model runs encoders.
+            tell: told of inputs that cannot be empty; raises in an evaluation.
             groups: where to get groups of hosts.
             changes: where is recorded what is changed in the model.
         """
@@ -67,19 +82,25 @@ class EmptyBatches:
             if name in modules:
                 run_empty_batches(modules[name], changes)
         if here:
-            fill = change_modality_inputs(cls(here, encoders_run)._fill)
+            found = cls(here, encoders_run, tell)
+            expect_no_tokens_of(model, found.left_out, changes)
+            fill = change_modality_inputs(found._fill)
             changes.on_close(model.register_forward_pre_hook(fill, with_kwargs=True).remove)
 
     def _fill(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of each encoder, of those with none an empty batch if replicas have some."""
         filled = dict(inputs)
+        self.left_out.clear()
         for name, group in self._groups.items() if self._encoders_run() else ():
             mine = filled.get(name)
             said = all_gather_text(json.dumps(mine, default=_described) if mine else "", group)
             like = next(filter(None, said), "")
-            if like and not all(said):
-                _refuse_unknown(name, like)
-            if like and not mine:
+            unknown = None if all(said) else re.search(r'"cannot be told": "(\w+)"', like)
+            if unknown:
+                self._tell(UnknownInputs(name, unknown[1]))
+                self.left_out.add(name)
+                filled[name] = None
+            elif like and not mine:
                 filled[name] = json.loads(like, object_hook=_made)
         return filled
 
@@ -107,14 +128,3 @@ def _made(described: dict[str, Any]) -> Any:
         return described
     dtype = getattr(torch, described["dtype"])
     return torch.zeros(described["shape"], dtype=dtype, device=torch.cuda.current_device())
-
-
-def _refuse_unknown(name: str, described: str) -> None:
-    """Where some replica has no image: all ranks of the group read the same."""
-    unknown = re.search(r'"cannot be told": "(\w+)"', described)
-    if unknown:
-        raise RuntimeError(
-            f"the replicas of {name} meet in its forward, and one has no inputs: it is to run an "
-            f"empty batch, but what others were given holds a {unknown[1]}, of which it cannot be "
-            f"told what an empty one is: pass tensors, numbers, strings, lists and dicts"
-        )

@@ -1,20 +1,23 @@
 """Texts that have other numbers of an encoder's tokens than it made, such as texts that were cut.
 
-Or whose length does not divide by the ranks that share it. The rank that finds it is not alone: its
+Or whose length does not divide by the ranks that share it; or tokens of another width. The rank that finds it is not alone: its
 peers wait for what it sends. So the step goes on, with texts and tokens that are cut or filled up
 with zeros, to where all ranks hear of it, before an optimizer uses the gradients. Nothing is asked
 of the device that ``MimoModel`` does not ask already.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.mimo import MimoModel
+from torch.nn.functional import pad
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.gradients.misfits import (
     Misfit,
+    OtherWidth,
     TextMisfit,
     UnevenLength,
     UnknownParts,
@@ -22,6 +25,7 @@ from megatron_mimo_coord.gradients.misfits import (
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
     input_ids_of,
+    is_last_stage,
     lengthen_texts,
     packing_of,
     sequence_parts,
@@ -47,13 +51,32 @@ class TextFit:
         self._assignments = assignments
         self._tell = tell
 
-    def watch(self, changes: Changes) -> None:
-        """Look at what the model puts together."""
+    def watch(self, encoders: Mapping[str, torch.nn.Module], changes: Changes) -> None:
+        """Look at what the model puts together.
+
+        Args:
+            encoders: the DDPs of those on this rank.
+            changes: where is recorded what is changed in the model.
+        """
+        for name, ddp in encoders.items():
+            if is_last_stage(self._model, name):
+                hook = partial(self._widen, name)
+                changes.on_close(ddp.module.register_forward_hook(hook).remove)
         changes.set(self._model, "align_embeddings_by_token_positions", self._align)
         if sequence_parts(self._model)[0] > 1 and self._model.language_model is not None:
             changes.on_close(
                 self._model.register_forward_pre_hook(self._lengthen, with_kwargs=True).remove
             )
+
+    def _widen(
+        self, name: str, _: Any, __: Any, tokens: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Have an encoder's tokens be as wide as the language model's."""
+        hidden_size = self._model.config.hidden_size
+        if tokens is None or tokens.shape[-1] == hidden_size:
+            return None
+        self._tell(OtherWidth(name, tokens.shape[-1], hidden_size))
+        return pad(tokens, (0, hidden_size - tokens.shape[-1]))
 
     def _lengthen(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

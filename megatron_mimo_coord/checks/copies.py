@@ -11,9 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.parameters import is_tensor_parallel
 
+_SUMMED = (
+    ", and give each the sum of their gradients, with copy_to_tensor_model_parallel_region behind a "
+    "weight that feeds shards, such as an adapter's first"
+)
 ROUNDING, DRIFT = 1e-3, 0.05  # parts of its norm by which copies of a weight may differ
 
 
@@ -45,20 +50,41 @@ def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
         dense = {name: each for name, each in params.items() if ".experts." not in name}
         copies = {name: each for name, each in dense.items() if id(each) in tensor_parallel}
         expert = {name: param for name, param in params.items() if name not in dense}
-        for kind, alike, group, tolerance in (
-            ("tensor-parallel", copies, groups.tp, DRIFT),
-            ("data-parallel", dense, groups.dp_cp, ROUNDING),
-            ("data-parallel", expert, groups.expt_dp if expert else None, ROUNDING),
+        for kind, alike, group, tolerance, cure in (
+            ("tensor-parallel", copies, groups.tp, DRIFT, _SUMMED),
+            ("data-parallel", dense, groups.dp_cp, ROUNDING, ""),
+            ("data-parallel", expert, groups.expt_dp if expert else None, ROUNDING, ""),
         ):
             if alike and group is not None and group.size() > 1:
                 found += [
                     f"{name} of module {module!r} is not the same on the {kind} ranks "
                     f"{dist.get_process_group_ranks(group)}, of which one would be kept: where "
                     f"each has a shard, derive the module from MegatronModule and set its "
-                    f"tp_group to pg_collection.tp; else start them alike"
+                    f"tp_group to pg_collection.tp; else start them alike{cure}"
                     for name in _differing(alike, group, tolerance)
                 ]
     return found
+
+
+def differing_buffers(job: Job) -> Iterator[str]:
+    """A remark on what modules hold beside weights, and replicas differently. Collective in each.
+
+    Such as the means of a batch norm, which has seen other images on each.
+    """
+    for module, ddp in job.ddps.items():
+        groups, kept = job.infra.pg_collections[module], ddp.module.state_dict(keep_vars=True)
+        buffers = {
+            name: buffer
+            for name, buffer in ddp.module.named_buffers()
+            if name in kept and buffer.is_floating_point() and buffer.numel()
+        }
+        if buffers and groups is not None and groups.dp_cp.size() > 1:
+            differing = _differing(buffers, groups.dp_cp, ROUNDING)
+            if differing and groups.dp_cp.rank() == 0:
+                yield (
+                    f"replicas of module {module!r} hold different values of the buffers "
+                    f"{listed(differing)}, of which a checkpoint keeps the first replica's"
+                )
 
 
 def _replicated(job: Job, weights: ShardedWeights) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
@@ -71,7 +97,7 @@ def _replicated(job: Job, weights: ShardedWeights) -> Iterator[tuple[str, torch.
 
 @torch.no_grad()
 def _differing(
-    params: Mapping[str, torch.nn.Parameter], group: dist.ProcessGroup, tolerance: float
+    params: Mapping[str, torch.Tensor], group: dist.ProcessGroup, tolerance: float
 ) -> list[str]:
     """Names of those that differ on the ranks of a group. Collective in it."""
     sums = torch.stack([_weighted_sum(param) for param in params.values()])
@@ -84,7 +110,7 @@ def _differing(
     return [name for name, flag in zip(params, differs.tolist(), strict=True) if flag]
 
 
-def _weighted_sum(param: torch.nn.Parameter) -> torch.Tensor:
+def _weighted_sum(param: torch.Tensor) -> torch.Tensor:
     """A sum that is another one for most other values of a parameter, or for another order."""
     weights = torch.arange(param.numel(), dtype=torch.float32, device=param.device)
     return (param.detach().float().view(-1) * weights.cos_().add_(1.5)).sum()

@@ -15,7 +15,7 @@ from megatron_mimo_coord.checks.modules import (
     ddp_facts,
     find_ddp,
     module_problems_here,
-    unwrap_mimo_model,
+    weight_problems_here,
 )
 from megatron_mimo_coord.checks.replicas import check_replicas
 from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
@@ -23,7 +23,7 @@ from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_fa
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.empty_batches import meets_replicas
-from megatron_mimo_coord.megatron.mimo_model import unsupported
+from megatron_mimo_coord.megatron.mimo_model import unsupported, unwrap_mimo_model
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
 from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags
@@ -88,6 +88,8 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     problems += unsupported(mimo_model)
     for name in here:
         problems += module_problems_here(mimo_model, infra, grids[name])
+    if len(ddps) == len(here):
+        problems += weight_problems_here(mimo_model, ddps)
     if any(needs_global_state(ddp) for ddp in ddps.values()):
         problems += global_state_problems()
     return RankFacts(

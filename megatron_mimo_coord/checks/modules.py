@@ -1,5 +1,6 @@
 """What a coordinator looks for in a module before it takes charge of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,33 +10,9 @@ from megatron.core.models.mimo import MimoModel
 from megatron_mimo_coord.checks.sequence_parallel import weight_problems
 from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
-
-
-def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
-    """The ``MimoModel`` inside ``Float16Module`` and ``DistributedDataParallel``.
-
-    Args:
-        model: a ``MimoModel``, or a chain of wrappers with ``.module`` around one.
-
-    Raises:
-        RuntimeError: there is no ``MimoModel`` inside.
-
-    Example:
-        >>> unwrap_mimo_model(torch.nn.Linear(1, 1))
-        Traceback (most recent call last):
-        RuntimeError: there is no MimoModel inside Linear; pass the MimoModel itself, or a \
-Float16Module or DistributedDataParallel around it
-    """
-    inner: Any = model
-    while not isinstance(inner, MimoModel):
-        if not isinstance(getattr(inner, "module", None), torch.nn.Module):
-            raise RuntimeError(
-                f"there is no MimoModel inside {type(model).__name__}; pass the MimoModel itself, "
-                f"or a Float16Module or DistributedDataParallel around it"
-            )
-        inner = inner.module
-    return inner
+from megatron_mimo_coord.megatron.parameters import layers_on_other_ranks
 
 
 def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
@@ -66,13 +43,22 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"module {name!r} is not wrapped in megatron.core.distributed."
             f"DistributedDataParallel: wrap each submodule of the MimoModel, frozen ones too"
         ]
-    if infra.pg_collections.get(name) is None:
+    groups = infra.pg_collections.get(name)
+    if groups is None:
         return [
             f"infra has no process groups for module {name!r} on a rank of its grid: fill "
             f"pg_collections[{name!r}] there"
         ]
     found = []
     ddp = ModuleDdp(wrapped)
+    elsewhere = dict(layers_on_other_ranks(wrapped, groups))
+    if elsewhere:
+        found.append(
+            f"tensor-parallel layers of module {name!r} ({listed([*elsewhere])}) lie on ranks "
+            f"{next(iter(elsewhere.values()))}, and not on those of the module's tp group: build "
+            f"them, and what is around them, with tp_group or pg_collection of "
+            f"infra.pg_collections[{name!r}]"
+        )
     if ddp.replicas != grid.replicas:
         found.append(
             f"module {name!r} is reduced over {ddp.replicas} ranks by its DDP, but "
@@ -82,6 +68,14 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
         found.append(
             f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
+        )
+    misplaced = ddp.misplaced()
+    if misplaced:
+        found.append(
+            f"weights of module {name!r} were moved or converted after its DDP was put around it "
+            f"({listed(misplaced)}), and the distributed optimizer would update others in their "
+            f"place: do so before, as Float16Module does, which goes around the model before "
+            f"wrap_in_ddp"
         )
     told = getattr(wrapped.config, "context_parallel_size", 1)
     if told != grid.dim("cp"):
@@ -99,6 +93,25 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"but the MimoModel's config says {per_token}: use one config for both"
         )
     return found
+
+
+def weight_problems_here(
+    model: MimoModel, ddps: Mapping[str, DistributedDataParallel]
+) -> list[str]:
+    """Weights of this rank that are to be trained, and that nobody would train."""
+    trained = {id(param) for ddp in ddps.values() for param in ModuleDdp(ddp).params}
+    left = [
+        name.replace(".module.", ".")
+        for name, param in model.named_parameters()
+        if param.requires_grad and id(param) not in trained
+    ]
+    if not left:
+        return []
+    return [
+        f"{listed(left)} of the model need a gradient, but no DDP reduces it: they would stay as "
+        f"they are; put them into a module, and have them need one before its DDP is put around "
+        f"it, or set requires_grad = False"
+    ]
 
 
 def auxiliary_loss_remark(

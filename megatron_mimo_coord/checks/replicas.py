@@ -7,7 +7,6 @@ nobody says more; else all ranks tell each other the digest of each weight.
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -16,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.layout.problems import listed, raise_problems
+from megatron_mimo_coord.megatron.mimo_model import bare
 from megatron_mimo_coord.megatron.parameters import replicated_over
 from megatron_mimo_coord.world.consistency import CANNOT_START
 from megatron_mimo_coord.world.device import world_device
@@ -73,15 +73,9 @@ Digests = Mapping[str, dict[str, torch.Tensor]]
 def _digests(ddp: DistributedDataParallel, device: torch.device) -> Digests:
     """Of each weight, under the group over which it is replicated."""
     found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
-    for name, parameter in _bare(ddp).named_parameters():
+    for name, parameter in bare(ddp).named_parameters():
         found[replicated_over(parameter)][name] = _digest(parameter.detach(), device)
     return found
-
-
-def _bare(module: Any) -> torch.nn.Module:
-    while isinstance(getattr(module, "module", None), torch.nn.Module):
-        module = module.module
-    return module
 
 
 def _digest(weight: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from megatron_mimo_coord.megatron import gpu_only
 
@@ -37,11 +37,13 @@ class CudaMeansCpu(TorchFunctionMode):
 def inside(mode: TorchFunctionMode, run_backward: Callable[..., Any]) -> Callable[..., Any]:
     """Around autograd's engine: PyTorch leaves a mode while it runs what the mode has let through.
 
-    But backward runs functions of Megatron's, which name devices too.
+    But backward runs functions of Megatron's, which name devices too. Of a backward from gradient
+    edges a mode hears nothing, and is not left: twice it would take the CPU that it has put in
+    place of "cuda" for the host's.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with mode:
+        with contextlib.nullcontext() if mode in _get_current_function_mode_stack() else mode:
             return run_backward(*args, **kwargs)
 
     return run

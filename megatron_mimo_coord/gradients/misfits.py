@@ -1,4 +1,4 @@
-"""What is wrong with the texts of a microbatch, as a rank found it, and the sentence about it."""
+"""What is wrong with a microbatch, as a rank found it, and the sentence about it."""
 
 from collections.abc import Sequence
 
@@ -117,4 +117,56 @@ class UnevenLength:
         )
 
 
-Misfit = TextMisfit | UnknownParts | UnevenLength
+@frozen
+class OtherWidth:
+    """Tokens of an encoder that cannot stand among those of a text.
+
+    Args:
+        module: the encoder.
+        width: numbers of each of its tokens.
+        hidden_size: of the language model.
+    """
+
+    module: str
+    width: int
+    hidden_size: int
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before all others: it is so in every microbatch."""
+        return (-1,)
+
+    def __str__(self) -> str:
+        return (
+            f"the tokens of {self.module} have {self.width} numbers, but the language model's "
+            f"hidden_size is {self.hidden_size}: project them to it, with a module in "
+            f"input_projections of its VisionModalitySubmodules, or by another output size"
+        )
+
+
+@frozen
+class UnknownInputs:
+    """Inputs of which a replica that has none, but meets others that do, cannot make empty ones.
+
+    Args:
+        module: the encoder.
+        kind: class of what was given.
+    """
+
+    module: str
+    kind: str
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before what follows from it."""
+        return -1, 1
+
+    def __str__(self) -> str:
+        return (
+            f"the replicas of {self.module} meet in its forward, and one has no inputs: it is to "
+            f"run an empty batch, but what others were given holds a {self.kind}, of which it "
+            f"cannot be told what an empty one is: pass tensors, numbers, strings, lists and dicts"
+        )
+
+
+Misfit = TextMisfit | UnknownParts | UnevenLength | OtherWidth | UnknownInputs

@@ -11,7 +11,8 @@ the next step begins, which then waits for the device:
   trainer's affair: most layouts never read them;
 - ranks that read different samples (``texts_read.py``);
 - texts that have other numbers of an encoder's tokens than the encoder made, do not say how many of
-  them are for whom, or cannot be shared by the ranks that read parts of them (``misfits.py``).
+  them are for whom, or cannot be shared by the ranks that read parts of them, and the like
+  (``misfits.py``).
 """
 
 import json
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from attrs import define, evolve, field
 
-from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnevenLength
+from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnknownParts
 from megatron_mimo_coord.gradients.texts_read import TextsRead
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
@@ -66,12 +67,12 @@ class StepReport:
         self._texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
 
     def tell(self, misfit: Misfit) -> None:
-        """Texts do not fit: every rank is told once the step is over.
+        """A microbatch does not fit: every rank is told once the step is over.
 
         Raises:
             RuntimeError: it is an evaluation, after which nobody is.
         """
-        if not isinstance(misfit, UnevenLength):
+        if isinstance(misfit, TextMisfit | UnknownParts):
             place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
             rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
             misfit = evolve(misfit, first=place * rows)

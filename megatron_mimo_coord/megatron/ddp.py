@@ -66,6 +66,22 @@ class ModuleDdp:
             param.main_grad.untyped_storage().data_ptr() in storages for param in self.params
         )
 
+    def misplaced(self) -> list[str]:
+        """Weights that are not where the distributed optimizer updates and gathers them."""
+        places = {
+            id(param): buffer.param_data.untyped_storage().data_ptr()
+            for buffer in self._buffers
+            if buffer.param_data is not None
+            for param in buffer.params
+            if type(param) is torch.nn.Parameter  # others, such as those in fp8, have several
+        }
+        return [
+            name
+            for name, param in self.ddp.module.named_parameters()
+            if places.get(id(param), param.untyped_storage().data_ptr())
+            != param.untyped_storage().data_ptr()
+        ]
+
     def scale_in_reduction(self, factor: float, changes: Changes) -> None:
         """Have DDP multiply gradients by ``factor`` besides, in its own pass or in none."""
         for group in self.groups:

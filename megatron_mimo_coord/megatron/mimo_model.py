@@ -1,8 +1,8 @@
 """What ``MimoModel`` is given in a forward, and what it cannot run.
 
 Leans on ``input_ids``, ``loss_mask``, ``labels``, ``modality_inputs`` and ``packing_kwargs`` being
-arguments 0 and 3 to 6 of a forward, on ``mimo_config`` holding the spec of the language model and
-the grids, and on ``mtp_num_layers`` of a config. Without the first five nobody reads a text, or
+arguments 0 and 3 to 6 of a forward, on ``mimo_config`` holding the specs of modules and the grids,
+on a ``partition_adapter`` that shares sequences out, and on ``mtp_num_layers`` of a config. Without the first five nobody reads a text, or
 sees that there is no image; without the others what cannot run fails on some ranks, while the
 others wait. A forward of colocated modules calls ``_apply_colocated_comms`` where there are
 ``colocated_comms``, any other one ``_attach_modality_split_sizes`` and ``_has_encoder_tokens``, and
@@ -10,7 +10,7 @@ asks the model's ``role`` for its stages; an output carries ``_mimo_bridge_split
 these it is cut evenly.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,32 @@ from torch.nn.functional import pad
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.world.timeouts import inherit_timeout
+
+
+def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
+    """The ``MimoModel`` inside ``Float16Module`` and ``DistributedDataParallel``.
+
+    Args:
+        model: a ``MimoModel``, or a chain of wrappers with ``.module`` around one.
+
+    Raises:
+        RuntimeError: there is no ``MimoModel`` inside.
+
+    Example:
+        >>> unwrap_mimo_model(torch.nn.Linear(1, 1))
+        Traceback (most recent call last):
+        RuntimeError: there is no MimoModel inside Linear; pass the MimoModel itself, or a \
+Float16Module or DistributedDataParallel around it
+    """
+    inner: Any = model
+    while not isinstance(inner, MimoModel):
+        if not isinstance(getattr(inner, "module", None), torch.nn.Module):
+            raise RuntimeError(
+                f"there is no MimoModel inside {type(model).__name__}; pass the MimoModel itself, "
+                f"or a Float16Module or DistributedDataParallel around it"
+            )
+        inner = inner.module
+    return inner
 
 
 def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -112,6 +138,22 @@ def read_texts_by(
     changes.set(model, "_has_encoder_tokens", has_encoder_tokens)
 
 
+def expect_no_tokens_of(model: MimoModel, encoders: Container[str], changes: Changes) -> None:
+    """Have a forward not look into a text for tokens of encoders that it leaves out.
+
+    Args:
+        model: the model.
+        encoders: those that this forward leaves out.
+        changes: where is recorded what is set.
+    """
+    has_tokens = model._has_encoder_tokens
+    changes.set(
+        model,
+        "_has_encoder_tokens",
+        lambda text, name: name not in encoders and has_tokens(text, name),
+    )
+
+
 _SPLIT_SIZES = "_mimo_bridge_split_sizes"
 
 
@@ -169,15 +211,46 @@ def sequence_parts(model: MimoModel) -> tuple[int, str]:
 
 
 def unsupported(model: MimoModel) -> list[str]:
-    """A sentence for each setting of a language model that ``MimoModel`` cannot run.
+    """A sentence for each setting of a model that ``MimoModel`` cannot run.
 
-    Said on every rank before the language model is built, which would fail on some.
+    Said on every rank before the language model is built, which would fail on some; and once more
+    when it is built.
     """
-    config, problems = model.config, []
+    config, problems = model.config, [*_token_problems(model)]
     if getattr(config, "mtp_num_layers", None):
         problems.append(
             f"the language model's config has mtp_num_layers={config.mtp_num_layers}, and "
             f"Megatron's MimoModel hands it no input_ids, which multi-token prediction predicts "
             f"from: set mtp_num_layers=None and leave out mtp_block_spec"
         )
+    adapter = model.partition_adapter
+    embedding = getattr(bare(getattr(model, "language_model", None)), "embedding", None)
+    scatters = getattr(embedding, "scatter_to_sequence_parallel", False)
+    if adapter is not None and adapter.cfg.seq_parallel and scatters:
+        problems.append(
+            "the language model shares its sequences out where it embeds words, and MimoModel does "
+            "so once more: pass it scatter_embedding_sequence_parallel=False"
+        )
     return problems
+
+
+def bare(module: Any) -> Any:
+    """What is inside ``Float16Module`` and DDP."""
+    while isinstance(getattr(module, "module", None), torch.nn.Module):
+        module = module.module
+    return module
+
+
+def _token_problems(model: MimoModel) -> Iterator[str]:
+    """Encoders whose place in a text nobody can tell."""
+    encoders: dict[int | None, list[str]] = {}
+    for name in model.mimo_config.modality_submodules_spec:
+        encoders.setdefault(model.special_token_ids.get(name), []).append(name)
+    for token, names in encoders.items():
+        if token is None or len(names) > 1:
+            has = "no special token" if token is None else f"the same special token {token}"
+            yield (
+                f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} {has}, by which a text "
+                f"says where an encoder's tokens stand: give each one of its own in "
+                f"MimoModelConfig(special_token_ids=...)"
+            )

@@ -1,14 +1,23 @@
 """What parameters say of themselves: where they are replicated, and what they are applied to.
 
 Leans on ``tensor_model_parallel`` and ``allreduce``, on ``sequence_parallel`` and
-``average_gradients_across_tp_domain`` of a parameter, which Megatron's finalize reads, and on
-layers being of one class. Without these a weight that gets a part of its gradient is not told.
+``average_gradients_across_tp_domain`` of a parameter, which Megatron's finalize reads, on layers
+being of one class, and on the ``tp_group`` of tensor-parallel ones, which is None where a trainer
+gave none: then they are whole on each rank. Without these a weight that gets a part of its gradient,
+or another on each rank, is not told.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 
@@ -37,6 +46,35 @@ def unmarked_weights(ddp: DistributedDataParallel) -> Iterator[tuple[str, bool]]
         )
         if parameter.requires_grad and not (says or is_shared or is_expert or is_summed):
             yield name, name.startswith(tuple(layers)) if layers else False
+
+
+def layers_on_other_ranks(
+    ddp: DistributedDataParallel, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, list[int]]]:
+    """Tensor-parallel layers that are shared out over other ranks than those of their module.
+
+    Args:
+        ddp: the module.
+        groups: its own.
+
+    Yields:
+        A layer's name, and its ranks.
+    """
+    own = [
+        dist.get_process_group_ranks(group)
+        for group in (groups.tp, getattr(groups, "expt_tp", None))
+        if group is not None
+    ]
+    for name, layer in ddp.module.named_modules():
+        if any(map(is_tensor_parallel, layer.parameters(recurse=False))):
+            group = getattr(layer, "tp_group", None)
+            if group is not None or isinstance(layer, _TENSOR_PARALLEL):
+                ranks = dist.get_process_group_ranks(group) if group else [dist.get_rank()]
+                if ranks not in own:
+                    yield name, ranks
+
+
+_TENSOR_PARALLEL = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
 
 
 def replicated_over(parameter: torch.nn.Parameter) -> str:

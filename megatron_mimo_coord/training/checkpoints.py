@@ -15,7 +15,7 @@ from attrs import frozen
 from megatron.core import __version__ as megatron_version
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
-from megatron_mimo_coord.checks.copies import copy_problems, differing_copies
+from megatron_mimo_coord.checks.copies import copy_problems, differing_buffers, differing_copies
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.layout import LANGUAGE
@@ -116,6 +116,8 @@ class Checkpoints:
         weights = self._agreed_weights(headline)
         saving = CheckpointSave(folder, step, rank=self._job.rank, keep=keep)
         differing = differing_copies(self._job, weights)
+        for remark in differing_buffers(self._job):
+            logger.warning("%s", remark)
         wanted = (optimizer, bool(trainable_only), extra or {}, rank_state)
         begin = partial(self._begin, saving, weights, differing, wanted, background)
         flags = _agree(begin, headline)

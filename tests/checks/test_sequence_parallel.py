@@ -9,6 +9,7 @@ from ranks import world
 from stock import StockCase
 
 LAYOUT = {"vision": parallel(), "language": parallel(tp=2)}
+SCATTERED = "twice"
 SEQUENCE_PARALLEL = {"language": {"sequence_parallel": True}}
 
 
@@ -33,7 +34,9 @@ def _build(case: StockCase, where: str) -> list[str]:
     infra.initialize_megatron(1)
     model = case.bare(infra)
     for name, module in vlm.submodules(model).items():
-        if name == "language" and where:
+        if name == "language" and where == SCATTERED:
+            module.embedding.scatter_to_sequence_parallel = True
+        elif name == "language" and where:
             module.get_submodule(where).adapter = torch.nn.Linear(2, 2, bias=False)
     case.wrap_modules(infra, model)
     said: list[str] = []
@@ -63,10 +66,15 @@ def test_a_weight_outside_of_all_layers_is_taken_to_see_the_whole():
     assert len(first) == 1 and not other, "once a module"
 
 
-def test_multi_token_prediction():
-    case = StockCase(modules=LAYOUT, configs={"language": {"mtp_num_layers": 1}})
-    for text in _errors("test_sequence_parallel:_build", case, ""):
-        assert "mtp_num_layers=1" in text
+def test_what_mimo_model_cannot_run():
+    predicting = {"language": {"mtp_num_layers": 1}}
+    for configs, where, said in (
+        (predicting, "", "mtp_num_layers=1"),
+        (SEQUENCE_PARALLEL, SCATTERED, "pass it scatter_embedding_sequence_parallel=False"),
+    ):
+        case = StockCase(modules=LAYOUT, configs=configs)
+        for text in _errors("test_sequence_parallel:_build", case, where):
+            assert said in text
 
 
 def _train(case: StockCase) -> None:

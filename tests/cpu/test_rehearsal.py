@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from ranks import World
 from ranks import world as any_world
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
@@ -447,6 +448,7 @@ def _marks() -> list[bool]:
     assert not any(taken.values()), taken
     taken = {name: message_of(lambda t=t: dist.all_reduce(t)) for name, t in hosts.items()}
     assert all("host's memory" in message for message in taken.values()), taken
+    assert _moved_from_an_edge(made) is made, "what is there is not copied"
     dist.all_reduce(host, group=dist.new_group(backend="gloo"))
     names: list[Any] = [None]
     dist.all_gather_object(names, "PyTorch puts them where the group wants them")
@@ -481,6 +483,15 @@ def _made_in_backward() -> torch.Tensor:
     leaf.register_hook(lambda gradient: made.append(torch.zeros(4)))
     leaf.sum().backward()
     return made[0]
+
+
+def _moved_from_an_edge(made: torch.Tensor) -> torch.Tensor:
+    """To where it is, in a backward from a gradient edge."""
+    leaf, moved = device(4, requires_grad=True), []
+    leaf.register_hook(lambda gradient: moved.append(made.to("cuda")))
+    with no_host_sync():
+        torch.autograd.backward(get_gradient_edge(leaf * 2), device(4))
+    return moved[0]
 
 
 def _works() -> list[str]:

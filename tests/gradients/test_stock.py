@@ -124,6 +124,12 @@ CASES = {
         frozen=("vision.encoders.encoder.embed", "language.embedding"),
         steps=3,
     ),
+    "all in bf16": StockCase(
+        modules=FAN_IN,
+        wrap="model",
+        ddp={**SHARDED, **OVERLAP, "grad_reduce_in_fp32": True},
+        steps=3,
+    ),
     "frozen embeddings": StockCase(modules=FAN_IN, steps=2, frozen=("language.embedding",)),
 }
 
@@ -180,10 +186,8 @@ def _refused(case: StockCase) -> str:
 
 
 def test_an_empty_batch_of_what_nobody_knows():
-    shared = parallel(dp=2, rank_offset=0)
-    modules = {"vision": shared, "language": shared}
-    for said in world(2).run(
-        "test_stock:_refused", WithSizes(modules=modules, meets="group", images=WITHOUT)
+    for said in world(3).run(
+        "test_stock:_refused", WithSizes(modules=FAN_IN, meets="group", images=WITHOUT)
     ):
         assert "the replicas of vision meet in its forward, and one has no inputs" in said
         assert "holds a range, of which it cannot be told what an empty one is" in said

@@ -11,6 +11,7 @@ from cases import Case
 from layouts import LAYOUTS, parallel
 from ranks import world
 from stock import SEQUENCE_PARALLEL, StockCase
+from torch.nn.functional import pad
 
 IMAGES = {"vision": (((1, 3, 0, 1), (1, 1, 2, 0)),)}
 TWO_STAGES = {"vision": parallel(), "language": parallel(pp=2)}
@@ -37,6 +38,9 @@ def _said(case: Case, mistake: str, ranks: tuple[int, ...]) -> str:
         return args, {**kwargs, "labels": kwargs["labels"].flip(0)}
 
     def built(_: object, model: torch.nn.Module) -> None:
+        if mistake == "width" and len(model.modality_submodules):
+            projection = model.modality_submodules["vision"].module.input_projections[0]
+            projection.register_forward_hook(lambda _, __, made: pad(made, (0, 1)))
         if mistake == "other labels" and is_one:
             model.register_forward_pre_hook(with_other_labels, with_kwargs=True, prepend=True)
 
@@ -73,6 +77,7 @@ MISTAKES = {
         (),
         "microbatch 0: the texts are 10 tokens long, which 4 (2 x CP 2) does not divide: pad",
     ),
+    "width": (LAYOUTS["fan-in"], "width", (), "the tokens of vision have 17 numbers, but the lang"),
     "nothing": (LAYOUTS["fan-in"], "", (), ""),
 }
 

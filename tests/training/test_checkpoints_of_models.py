@@ -1,5 +1,6 @@
 """Checkpoints of models that are not alike everywhere: fp16, frozen layers, modules of one's own."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,19 @@ def refuse_shards_as_replicas(folder: Path, case: Case, change_replica: bool) ->
     with training(case) as one:
         job = one.coordinator._job
         if change_replica:
-            if job.rank == 1:
-                encoder = one.model.modality_submodules["vision"].module.encoders["transformer"]
+            if "vision" in job.ddps:
+                encoder = job.ddps["vision"].module.encoders["transformer"]
+                seen = torch.full((2,), float(job.rank), device="cuda")
+                encoder.register_buffer("seen", seen)
                 with torch.no_grad():
-                    encoder.embed.weight.add_(0.5)
-            return refusal(one.coordinator.save_checkpoint, folder, one.optimizer, step=1)
+                    encoder.embed.weight.add_(0.5 * job.rank)
+            said: list[str] = []
+            handler = logging.Handler()
+            handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+            logging.getLogger("megatron_mimo_coord").addHandler(handler)
+            said.append(refusal(one.coordinator.save_checkpoint, folder, one.optimizer, step=1))
+            logging.getLogger("megatron_mimo_coord").removeHandler(handler)
+            return "\n".join(said)
         ddp = job.ddps.get("vision")
         if ddp is not None:
             encoder = ddp.module.encoders["transformer"]
@@ -203,9 +212,12 @@ def test_shards_that_megatron_calls_replicas_are_refused_on_every_rank(tmp_path)
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2}], ids=["tensor", "data"])
 def test_replicas_that_differ_are_refused_on_every_rank(sizes, tmp_path):
     case = Case(modules={"vision": parallel(**sizes), "language": parallel()})
-    for said in world(3).run(refuse_shards_as_replicas, tmp_path, case, True):
+    everyone = world(3).run(refuse_shards_as_replicas, tmp_path, case, True)
+    first = everyone[0]
+    for said in everyone:
         assert "embed.weight of module 'vision' is not the same on the" in said
         assert "-parallel ranks [0, 1]" in said
+    assert ("of the buffers encoders.transformer.seen, of which" in first) == ("dp" in sizes)
     assert not list(tmp_path.glob("*")), "nothing was written"
 
 
