@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
-from megatron_mimo_coord.megatron.parameters import is_tensor_parallel
+from megatron_mimo_coord.megatron.parameters import gradients_of_own_copies, is_tensor_parallel
 
 _SUMMED = (
     ", and give each the sum of their gradients, with copy_to_tensor_model_parallel_region behind a "
     "weight that feeds shards, such as an adapter's first"
 )
 ROUNDING, DRIFT = 1e-3, 0.05  # parts of its norm by which copies of a weight may differ
+PART = 0.1  # and those of its gradient
 
 
 def copy_problems(job: Job, weights: ShardedWeights) -> Iterator[str]:
@@ -64,6 +66,15 @@ def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
                     for name in _differing(alike, group, tolerance)
                 ]
     return found
+
+
+def differing_gradients(ddp: DistributedDataParallel, tp: dist.ProcessGroup) -> list[str]:
+    """Weights of a trainer's own layers whose tensor-parallel copies get different gradients.
+
+    Collective in the module's tensor-parallel ranks.
+    """
+    gradients = gradients_of_own_copies(ddp)
+    return _differing(gradients, tp, PART) if gradients else []
 
 
 def differing_buffers(job: Job) -> Iterator[str]:

@@ -12,6 +12,7 @@ from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.module_configs import configs_inside
 from megatron_mimo_coord.megatron.parameters import layers_on_other_ranks
 
 
@@ -77,12 +78,12 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
             f"place: do so before, as Float16Module does, which goes around the model before "
             f"wrap_in_ddp"
         )
-    told = getattr(wrapped.config, "context_parallel_size", 1)
-    if told != grid.dim("cp"):
+    told = {config.context_parallel_size for config in configs_inside(wrapped.module)}
+    if told - {grid.dim("cp")}:
         found.append(
             f"module {name!r} has CP {grid.dim('cp')} in its grid, but its config says "
-            f"context_parallel_size={told}, by which Megatron shares out sequences: give both the "
-            f"same"
+            f"context_parallel_size={max(told)}, by which Megatron shares out sequences: give both "
+            f"the same"
         )
     found += _gather_problems(name, ddp.settings)
     found += weight_problems(name, wrapped)

@@ -82,7 +82,7 @@ class Gradients:
         finalizer = GradientFinalizer(
             list(modules.values()), num_tokens, step, report, schedule, changes
         )
-        optimizer_steps = OptimizerSteps(ddps, step, report, changes)
+        optimizer_steps = OptimizerSteps(list(modules.values()), step, report, changes)
         return cls(modules, step, finalizer, report, optimizer_steps, any(mixtures))
 
     @property

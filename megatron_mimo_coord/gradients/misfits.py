@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from attrs import frozen
 
+from megatron_mimo_coord.layout.problems import listed
+
 
 @frozen
 class TextMisfit:
@@ -169,4 +171,32 @@ class UnknownInputs:
         )
 
 
-Misfit = TextMisfit | UnknownParts | UnevenLength | OtherWidth | UnknownInputs
+@frozen
+class PartsOfGradients:
+    """Copies of weights that tensor-parallel ranks would move apart.
+
+    Args:
+        module: whose.
+        weights: their names.
+    """
+
+    module: str
+    weights: Sequence[str]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before all others but one."""
+        return -1, 2
+
+    def __str__(self) -> str:
+        return (
+            f"the tensor-parallel ranks of {self.module} have other gradients of the same weights "
+            f"({listed(self.weights)}), and would move them apart: have each get the sum, by "
+            f"parameter.sequence_parallel = True where a weight is applied to parts of a sequence, "
+            f"and by copy_to_tensor_model_parallel_region(output, group=pg_collection.tp) where its "
+            f"output feeds shards, as that of an adapter's first layer does; what is a shard itself "
+            f"is to be one of Megatron's layers, or parameter.tensor_model_parallel = True"
+        )
+
+
+Misfit = TextMisfit | UnknownParts | UnevenLength | OtherWidth | UnknownInputs | PartsOfGradients

@@ -7,19 +7,24 @@ from weakref import WeakSet
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_mimo_coord.checks.copies import differing_gradients
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
+from megatron_mimo_coord.gradients.misfits import PartsOfGradients
+from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.optimizers import route_step
+
+LOOKED_AT = 4
+"""Steps in which copies of weights are compared: where an adapter begins at zero, not the first."""
 
 
 class OptimizerSteps:
     """Checks gradients before an optimizer uses them, and remembers that it did.
 
     Args:
-        ddps: the modules on this rank.
+        modules: those on this rank.
         step: where a step stands.
         report: what the ranks tell each other before an optimizer's step.
         changes: where is recorded what is changed in optimizers.
@@ -30,9 +35,13 @@ class OptimizerSteps:
     """
 
     def __init__(
-        self, ddps: Sequence[ModuleDdp], step: StepState, report: StepReport, changes: Changes
+        self,
+        modules: Sequence[ModuleGradients],
+        step: StepState,
+        report: StepReport,
+        changes: Changes,
     ) -> None:
-        self._ddps = ddps
+        self._modules = modules
         self._step = step
         self._report = report
         self._changes = changes
@@ -50,10 +59,14 @@ class OptimizerSteps:
             self.optimizers.add(optimizer)
         if isinstance(optimizer, MimoOptimizer):
             FiniteSteps(optimizer, self._report, self._changes)
-            for ddp in self._ddps:
-                ddp.leave_nan_to_the_optimizer(self._changes)
+            for module in self._modules:
+                module.ddp.leave_nan_to_the_optimizer(self._changes)
         route_step(optimizer, self._before, self._step.used, self._changes)
 
     def _before(self) -> None:
         self._step.check_finalized()
+        for module in self._modules if self.num_changes < LOOKED_AT else ():
+            weights = differing_gradients(module.ddp.ddp, module.pg_collection.tp)
+            if weights:
+                self._report.tell(PartsOfGradients(module.name, weights))
         self.num_changes += 1

@@ -37,6 +37,11 @@ def config_of(name: str, module: torch.nn.Module) -> ModelParallelConfig:
     return found[0]
 
 
+def configs_inside(module: torch.nn.Module) -> list[ModelParallelConfig]:
+    """Of all Megatron modules that are in no other; none where a module is none of Megatron's."""
+    return list(_outermost(module, True))
+
+
 def _outermost(module: torch.nn.Module, inside: bool = False) -> Iterator[ModelParallelConfig]:
     """Configs that are in no module with one; those of a module's children too if asked."""
     config = getattr(module, "config", None)

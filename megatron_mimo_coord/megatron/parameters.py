@@ -8,6 +8,7 @@ or another on each rank, is not told.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,22 +31,29 @@ def unmarked_weights(ddp: DistributedDataParallel) -> Iterator[tuple[str, bool]]
         A parameter's name, and whether it is inside a transformer layer, where it is applied to a
         part of the sequence.
     """
-    config = ddp.config
-    if not getattr(config, "sequence_parallel", False) or ddp.tp_group.size() == 1:
+    if not getattr(ddp.config, "sequence_parallel", False):
         return
     layers = [f"{n}." for n, m in ddp.module.named_modules() if isinstance(m, BaseTransformerLayer)]
-    for name, parameter in ddp.module.named_parameters():
+    for name in gradients_of_own_copies(ddp):
+        yield name, name.startswith(tuple(layers)) if layers else False
+
+
+def gradients_of_own_copies(ddp: DistributedDataParallel) -> dict[str, Any]:
+    """Of each trained weight that all tensor-parallel ranks hold, and that is none of Megatron's."""
+    found = {}
+    for name, parameter in ddp.module.named_parameters() if ddp.tp_group.size() > 1 else ():
         says = any(
             hasattr(parameter, attribute)
             for attribute in ("sequence_parallel", "average_gradients_across_tp_domain")
         )
-        is_shared = is_tensor_parallel(parameter)
         is_expert = not getattr(parameter, "allreduce", True)
-        is_summed = getattr(config, "qk_layernorm", False) and (
+        is_summed = getattr(ddp.config, "qk_layernorm", False) and (
             "q_layernorm" in name or "k_layernorm" in name
         )
-        if parameter.requires_grad and not (says or is_shared or is_expert or is_summed):
-            yield name, name.startswith(tuple(layers)) if layers else False
+        is_own = not (says or is_tensor_parallel(parameter) or is_expert or is_summed)
+        if parameter.requires_grad and is_own:
+            found[name] = getattr(parameter, "main_grad", None)  # there once all is checked
+    return found
 
 
 def layers_on_other_ranks(

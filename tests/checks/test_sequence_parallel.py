@@ -1,9 +1,10 @@
-"""What sequence parallelism wants of weights is said in a sentence at construction, and what MimoModel
+"""What tensor and sequence parallelism want of weights is said in a sentence at construction, and what MimoModel
 cannot run before it is built; on every rank.
 """
 
 from typing import Any
 
+from attrs import frozen
 from layouts import parallel
 from ranks import world
 from stock import StockCase
@@ -75,6 +76,39 @@ def test_what_mimo_model_cannot_run():
         case = StockCase(modules=LAYOUT, configs=configs)
         for text in _errors("test_sequence_parallel:_build", case, where):
             assert said in text
+
+
+@frozen(kw_only=True)
+class Adapted(StockCase):
+    """With adapters of a low rank, zero at first, of which each rank has a shard of the second."""
+
+    def wrap_modules(self, infra: Any, model: Any) -> None:
+        import torch
+
+        for layer in model.language_model.decoder.layers if model.language_model else ():
+            linear = layer.mlp.linear_fc1
+            linear.first = torch.nn.Linear(linear.weight.shape[1], 2, bias=False).cuda()
+            linear.second = torch.nn.Linear(2, linear.weight.shape[0], bias=False).cuda()
+            torch.nn.init.zeros_(linear.second.weight)
+            for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                setattr(linear.second.weight, name, getattr(linear.weight, name))
+            linear.register_forward_hook(_add_adapter)
+        super().wrap_modules(infra, model)
+
+
+def _add_adapter(linear: Any, given: Any, made: Any) -> Any:
+    output, bias = made
+    return output + linear.second(linear.first(given[0])), bias
+
+
+def test_copies_that_get_parts_of_a_gradient():
+    case = Adapted(modules=LAYOUT, steps=3)
+    answers, errors = world(3).try_run("test_sequence_parallel:_train", case)
+    assert not answers
+    for name, text in errors.values():
+        assert name == "RuntimeError"
+        assert "ranks of language have other gradients of the same weights (decoder.layers.0." in text
+        assert "mlp.linear_fc1.first.weight, decoder.layers.1.mlp.linear_fc1.first.weight)" in text
 
 
 def _train(case: StockCase) -> None:
