@@ -310,7 +310,10 @@ def _refused(case: Case, fault: str) -> None:
         ("language flag", "calculate_per_token_loss of the language model: rank 2 has True, "),
         ("ddp", "vision: overlap_grad_reduce: rank 0 has True, rank 1 has False"),
         ("multi-token prediction", "config has mtp_num_layers=1"),
-        ("another group", "(encoders.transformer.block.layers.1.mlp.linear_fc1) lie on ranks [0, 1, 2]"),
+        (
+            "another group",
+            "(encoders.transformer.block.layers.1.mlp.linear_fc1) lie on ranks [0, 1, 2]",
+        ),
         ("converted", "after its DDP was put around it (encoders.transformer.embed.weight, "),
         ("of the model", "scale of the model need a gradient, but no DDP reduces it"),
         ("trained too late", "modality_submodules.vision.late.weight, "),

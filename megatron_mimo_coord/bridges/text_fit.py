@@ -1,9 +1,9 @@
 """Texts that have other numbers of an encoder's tokens than it made, such as texts that were cut.
 
-Or whose length does not divide by the ranks that share it; or tokens of another width. The rank that finds it is not alone: its
-peers wait for what it sends. So the step goes on, with texts and tokens that are cut or filled up
-with zeros, to where all ranks hear of it, before an optimizer uses the gradients. Nothing is asked
-of the device that ``MimoModel`` does not ask already.
+Or whose length does not divide by the ranks that share it; or tokens of another width. The rank
+that finds it is not alone: its peers wait for what it sends. So the step goes on, with texts and
+tokens that are cut or filled up with zeros, to where all ranks hear of it, before an optimizer uses
+the gradients. Nothing is asked of the device that ``MimoModel`` does not ask already.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 from torch.nn.functional import pad
 
@@ -51,7 +52,7 @@ class TextFit:
         self._assignments = assignments
         self._tell = tell
 
-    def watch(self, encoders: Mapping[str, torch.nn.Module], changes: Changes) -> None:
+    def watch(self, encoders: Mapping[str, DistributedDataParallel], changes: Changes) -> None:
         """Look at what the model puts together.
 
         Args:

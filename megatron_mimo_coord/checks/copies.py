@@ -17,8 +17,8 @@ from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.parameters import gradients_of_own_copies, is_tensor_parallel
 
 _SUMMED = (
-    ", and give each the sum of their gradients, with copy_to_tensor_model_parallel_region behind a "
-    "weight that feeds shards, such as an adapter's first"
+    ", and give each the sum of their gradients, with copy_to_tensor_model_parallel_region behind "
+    "a weight that feeds shards, such as an adapter's first"
 )
 ROUNDING, DRIFT = 1e-3, 0.05  # parts of its norm by which copies of a weight may differ
 PART = 0.1  # and those of its gradient

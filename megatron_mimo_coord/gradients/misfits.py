@@ -192,10 +192,11 @@ class PartsOfGradients:
         return (
             f"the tensor-parallel ranks of {self.module} have other gradients of the same weights "
             f"({listed(self.weights)}), and would move them apart: have each get the sum, by "
-            f"parameter.sequence_parallel = True where a weight is applied to parts of a sequence, "
-            f"and by copy_to_tensor_model_parallel_region(output, group=pg_collection.tp) where its "
-            f"output feeds shards, as that of an adapter's first layer does; what is a shard itself "
-            f"is to be one of Megatron's layers, or parameter.tensor_model_parallel = True"
+            f"parameter.sequence_parallel = True where a weight is applied to parts of a "
+            f"sequence, and by copy_to_tensor_model_parallel_region(output, "
+            f"group=pg_collection.tp) where its output feeds shards, as that of an adapter's first "
+            f"layer does; what is a shard itself is to be one of Megatron's layers, or "
+            f"parameter.tensor_model_parallel = True"
         )
 
 

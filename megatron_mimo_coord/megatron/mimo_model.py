@@ -2,12 +2,12 @@
 
 Leans on ``input_ids``, ``loss_mask``, ``labels``, ``modality_inputs`` and ``packing_kwargs`` being
 arguments 0 and 3 to 6 of a forward, on ``mimo_config`` holding the specs of modules and the grids,
-on a ``partition_adapter`` that shares sequences out, and on ``mtp_num_layers`` of a config. Without the first five nobody reads a text, or
-sees that there is no image; without the others what cannot run fails on some ranks, while the
-others wait. A forward of colocated modules calls ``_apply_colocated_comms`` where there are
-``colocated_comms``, any other one ``_attach_modality_split_sizes`` and ``_has_encoder_tokens``, and
-asks the model's ``role`` for its stages; an output carries ``_mimo_bridge_split_sizes``. Without
-these it is cut evenly.
+on a ``partition_adapter`` that shares sequences out, and on ``mtp_num_layers`` of a config. Without
+the first five nobody reads a text, or sees that there is no image; without the others what cannot
+run fails on some ranks, while the others wait. A forward of colocated modules calls
+``_apply_colocated_comms`` where there are ``colocated_comms``, any other one
+``_attach_modality_split_sizes`` and ``_has_encoder_tokens``, and asks the model's ``role`` for its
+stages; an output carries ``_mimo_bridge_split_sizes``. Without these it is cut evenly.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence

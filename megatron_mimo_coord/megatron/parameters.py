@@ -3,8 +3,8 @@
 Leans on ``tensor_model_parallel`` and ``allreduce``, on ``sequence_parallel`` and
 ``average_gradients_across_tp_domain`` of a parameter, which Megatron's finalize reads, on layers
 being of one class, and on the ``tp_group`` of tensor-parallel ones, which is None where a trainer
-gave none: then they are whole on each rank. Without these a weight that gets a part of its gradient,
-or another on each rank, is not told.
+gave none: then they are whole on each rank. Without these a weight that gets a part of its
+gradient, or another on each rank, is not told.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def unmarked_weights(ddp: DistributedDataParallel) -> Iterator[tuple[str, bool]]
 
 
 def gradients_of_own_copies(ddp: DistributedDataParallel) -> dict[str, Any]:
-    """Of each trained weight that all tensor-parallel ranks hold, and that is none of Megatron's."""
+    """Of each trained weight that tensor-parallel ranks all hold, and that is none of Megatron's."""
     found = {}
     for name, parameter in ddp.module.named_parameters() if ddp.tp_group.size() > 1 else ():
         says = any(

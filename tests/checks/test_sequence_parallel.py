@@ -107,7 +107,9 @@ def test_copies_that_get_parts_of_a_gradient():
     assert not answers
     for name, text in errors.values():
         assert name == "RuntimeError"
-        assert "ranks of language have other gradients of the same weights (decoder.layers.0." in text
+        assert (
+            "ranks of language have other gradients of the same weights (decoder.layers.0." in text
+        )
         assert "mlp.linear_fc1.first.weight, decoder.layers.1.mlp.linear_fc1.first.weight)" in text
 
 
