@@ -39,7 +39,7 @@ def unmarked_weights(ddp: DistributedDataParallel) -> Iterator[tuple[str, bool]]
 
 
 def gradients_of_own_copies(ddp: DistributedDataParallel) -> dict[str, Any]:
-    """Of each trained weight that tensor-parallel ranks all hold, and that is none of Megatron's."""
+    """Of each trained weight that tensor-parallel ranks all hold, and is none of Megatron's."""
     found = {}
     for name, parameter in ddp.module.named_parameters() if ddp.tp_group.size() > 1 else ():
         says = any(

@@ -41,7 +41,7 @@ TEXT = """
     language_model modality_submodules module sharded_state_dict scale_loss step no_sync_func
     finalize_model_grads_func grad_scale_func grad_sync_func param_sync_func
     calculate_per_token_loss variable_seq_lengths use_distributed_optimizer
-    overlap_param_gather overlap_grad_reduce align_param_gather
+    overlap_param_gather overlap_grad_reduce align_param_gather special_token_ids
     num_distributed_optimizer_instances timers sequence_parallel rank_offset size tp cp dp pp dp_cp
     ep expt_tp parallel_state get_model_config ParamKey ParamGroupOverride
 """
