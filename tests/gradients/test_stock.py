@@ -186,8 +186,9 @@ def _refused(case: StockCase) -> str:
 
 
 def test_an_empty_batch_of_what_nobody_knows():
+    images = {"vision": (((1, 1, 0, 0), (0, 0, 1, 0)),)}
     for said in world(3).run(
-        "test_stock:_refused", WithSizes(modules=FAN_IN, meets="group", images=WITHOUT)
+        "test_stock:_refused", WithSizes(modules=FAN_IN, meets="group", images=images)
     ):
         assert "the replicas of vision meet in its forward, and one has no inputs" in said
         assert "holds a range, of which it cannot be told what an empty one is" in said
