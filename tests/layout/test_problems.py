@@ -177,7 +177,7 @@ def test_ten_thousand_bad_layouts_are_refused_with_a_sentence():
                 broken(random, job)
         problems = problems_in_python(job)
         assert (not problems) == is_good(job), (seed, problems)
-        if random.random() < 1 / 3:
+        if random.random() < 1 / 12:
             problems += problems_in_file(job)
         seen["bad"] += bool(problems)
         for problem in problems:
