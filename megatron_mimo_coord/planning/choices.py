@@ -24,7 +24,7 @@ class Request:
         global_batch_size: samples in a step.
         memory_bytes: of a GPU, for one rank.
         costs: what a module of some sizes costs in a layout.
-        cluster: the links between ranks.
+        cluster: how fast messages are.
         micro_batch_size: the only microbatch to consider, over all ranks; None for every one.
     """
 
@@ -71,7 +71,7 @@ class Choice:
 
     Attributes:
         costs: of the module in this layout.
-        cluster: the links between ranks.
+        cluster: how fast messages are.
         work: of a sample of the batch on each stage, forward and back; images count as even.
         whole, slowest: of a sample on all stages together, and on the slowest.
         reduction: of the first stage's sum of gradients.

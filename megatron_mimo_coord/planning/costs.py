@@ -209,7 +209,7 @@ class ModuleCosts:
 
         Args:
             module, stage: as in :meth:`forward_seconds`.
-            cluster: the links between ranks.
+            cluster: how fast messages are.
             first_rank: of the stage.
         """
         tp, cp, dp, pp = module.shape
@@ -269,8 +269,8 @@ class Cluster:
     network_latency_seconds: float = number(0.0, _MEASURED)
     network_bytes_per_second: float = positive(inf, _MEASURED)
 
-    def link(self, ranks: Sequence[int]) -> tuple[float, float]:
-        """(seconds of latency, bytes per second) of the slowest link that joins some ranks."""
+    def latency_and_bandwidth(self, ranks: Sequence[int]) -> tuple[float, float]:
+        """(seconds, bytes per second) of messages between some ranks, the slowest of them."""
         per_node = self.ranks_per_node
         if per_node is None or min(ranks) // per_node == max(ranks) // per_node:
             return self.node_latency_seconds, self.node_bytes_per_second
@@ -278,7 +278,7 @@ class Cluster:
 
     def message_seconds(self, ranks: Sequence[int], message_bytes: float) -> float:
         """Seconds of a message from one of two ranks to the other."""
-        latency, bandwidth = self.link(ranks)
+        latency, bandwidth = self.latency_and_bandwidth(ranks)
         return latency + message_bytes / bandwidth
 
     def reduction_seconds(self, ranks: Sequence[int], reduced_bytes: float) -> float:
@@ -294,5 +294,5 @@ class Cluster:
         count = len(ranks)
         if count == 1 or not reduced_bytes:
             return 0.0
-        latency, bandwidth = self.link(ranks)
+        latency, bandwidth = self.latency_and_bandwidth(ranks)
         return 2 * (count - 1) * (latency + reduced_bytes / count / bandwidth)

@@ -17,7 +17,7 @@ class Durations:
         modules: parallel sizes of each module.
         grids: where each module lies, with dims in the order of ``DIM_NAMES``.
         costs: what each module costs.
-        cluster: the links between ranks.
+        cluster: how fast messages are.
         micro_batch_size: samples in a microbatch over all ranks.
         distributed_optimizer: whether data-parallel ranks share the optimizer's work.
     """
@@ -87,8 +87,8 @@ class Durations:
 
     def _slowest(self, pairs: Iterable[tuple[int, int]], message_bytes: float) -> float:
         """A message between each of some pairs of ranks, all under way at once."""
-        links = {self.cluster.link(pair) for pair in pairs}
-        return max(latency + message_bytes / bandwidth for latency, bandwidth in links)
+        kinds = {self.cluster.latency_and_bandwidth(pair) for pair in pairs}
+        return max(latency + message_bytes / bandwidth for latency, bandwidth in kinds)
 
     def exchange(self, encoder: str) -> float:
         """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.

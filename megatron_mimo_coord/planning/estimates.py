@@ -16,7 +16,7 @@ from megatron_mimo_coord.planning.parameters import (
 )
 
 LEAST_COMPUTED = 0.5
-"""Part of measured seconds that ranks computed at least, however slow links are said to be."""
+"""Part of measured seconds that ranks computed at least, however slow messages are said to be."""
 
 OPTIMIZER_TRAFFIC = 28
 """Bytes that Adam reads and writes for each parameter: its gradient once, the parameter's master
@@ -185,9 +185,9 @@ def scaled(
         ...     forward_seconds_per_sample=3, backward_seconds_per_sample=5,
         ...     measured_tensor_parallel_size=2,
         ... )
-        >>> links = Cluster(node_bytes_per_second=48)  # 6 sums of 8 bytes take 1 s over two ranks
+        >>> cluster = Cluster(node_bytes_per_second=48)  # 6 sums of 8 bytes take 1 s over two ranks
         >>> layout = ModuleParallelism()
-        >>> alone = scaled(costs, sizes, layout, links)
+        >>> alone = scaled(costs, sizes, layout, cluster)
         >>> alone.forward_seconds_per_sample, alone.backward_seconds_per_sample
         (2.25, 3.75)
     """
@@ -229,7 +229,7 @@ def _exchange(sizes: ModuleSizes, shards: Shards, cluster: Cluster) -> float:
     layers = sum(map(sizes.has_experts, range(sizes.num_layers)))
     if ep == 1 or not layers:
         return 0.0
-    _, bandwidth = cluster.link(range(ep * expert_tp))
+    _, bandwidth = cluster.latency_and_bandwidth(range(ep * expert_tp))
     sent = sizes.tokens(1) * sizes.moe_router_topk * sizes.hidden_size * sizes.bytes_per_number
     return 2 * layers * sent * (1 - 1 / ep) / bandwidth
 

@@ -39,9 +39,9 @@ def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, i
 
 
 def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
-    """A file of costs: forward as it was timed, backward twice as long, and links under torchrun.
+    """A file of costs: forward as it was timed, backward twice as long.
 
-    Attention is timed too. The sequence is that of a sample, or of an image.
+    Attention is timed too, and messages under torchrun. The sequence is that of a sample, or of an image.
 
     Args:
         sizes: of each module.
@@ -101,6 +101,6 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
         sending = seconds(lambda: dist.all_reduce(summed)) / hops - latency
         dist.destroy_process_group()
         rate = 4 * SUMMED / ranks / sending
-        links = Cluster(node_latency_seconds=latency, node_bytes_per_second=rate)
-        tables.append(table_text(CLUSTER, links))
+        cluster = Cluster(node_latency_seconds=latency, node_bytes_per_second=rate)
+        tables.append(table_text(CLUSTER, cluster))
     return "\n".join(tables)

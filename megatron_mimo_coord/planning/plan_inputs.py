@@ -42,7 +42,7 @@ class Inputs:
         sizes: of each module of the model.
         measured: the fields that the costs tell of each module, with their values.
         job: the sizes of the batch, as the options tell, else the layout.
-        cluster: the links between ranks, as measured, and as assumed where nothing was measured.
+        cluster: how fast messages are, as measured, and as assumed where nothing was measured.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:

@@ -2,8 +2,8 @@
 
 The order is that of ``forward_backward_pipelining_without_interleaving`` of Megatron-Core 0.19, the
 messages are the coordinator's communicator's: ``send_forward`` does not wait until its message is
-taken, but whatever comes next on the same link does; all others wait. A gradient that the sender of
-an activation has no use for does not travel.
+taken, but whatever comes next between the same stages does; all others wait. A gradient that the
+sender of an activation has no use for does not travel.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ ActionsAt = Mapping[str, list[Action]]
 """For each event of the schedule, what to do."""
 
 
-def ends_of_link(
+def actions_of_ends(
     sender: str,
     receiver: str,
     forward_seconds: float,
@@ -70,7 +70,7 @@ def ends_of_link(
         receiver: its module.
         forward_seconds: of a message with activations.
         backward_seconds: of a message with gradients; None if no gradient is wanted.
-        bridge: the encoder, if the link is its bridge.
+        bridge: the encoder, if messages pass its bridge.
     """
     sent, taken = channel(forward_seconds)
     mine, theirs = {SEND_FORWARD: sent}, {RECV_FORWARD: taken}

@@ -28,7 +28,7 @@ from megatron_mimo_coord.layout.problems import (
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
 from megatron_mimo_coord.planning.events import Action, StageRanks, channel, run
-from megatron_mimo_coord.planning.schedule import ActionsAt, ends_of_link, order
+from megatron_mimo_coord.planning.schedule import ActionsAt, actions_of_ends, order
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
@@ -63,7 +63,7 @@ def simulate_step(
         costs: what each module costs.
         micro_batch_size: samples in a microbatch over all ranks.
         num_microbatches: microbatches in a step.
-        cluster: the links between ranks; messages are free by default.
+        cluster: how fast messages are; by default they are free.
         distributed_optimizer: whether data-parallel ranks share the optimizer's work.
         encoders_first: of encoders on ranks of the language model, whether they run all
             microbatches before it, and their backward after it; else they run with each microbatch,
@@ -164,7 +164,7 @@ class _Step:
         self.messages: dict[tuple[str, int], list[ActionsAt]] = defaultdict(list)
         for name, grid in self.grids.items():
             for stage in range(grid.dim("pp")) if name not in self.shared else ():
-                self._link(name, stage)
+                self._join(name, stage)
 
     def run(self) -> Timeline:
         """Simulate it."""
@@ -202,20 +202,20 @@ class _Step:
         """The stage of a module that some ranks run."""
         return 0 if name in self.shared else ranks.stage
 
-    def _link(self, module: str, stage: int) -> None:
+    def _join(self, module: str, stage: int) -> None:
         """Join a stage with the one behind it, if there is one."""
         durations, following = self.durations, (module, stage + 1)
         wanted = durations.has_backward(module, stage)
         if stage < self.grids[module].dim("pp") - 1:
             forward = durations.between_stages(module, stage)
-            ends = ends_of_link(module, module, forward, forward if wanted else None)
+            ends = actions_of_ends(module, module, forward, forward if wanted else None)
         elif module == LANGUAGE:
             return
         else:
             following = (LANGUAGE, 0)
             forward = durations.over_bridge(module, forward=True)
             back = durations.over_bridge(module, forward=False) if wanted else None
-            ends = ends_of_link(module, LANGUAGE, forward, back, bridge=module)
+            ends = actions_of_ends(module, LANGUAGE, forward, back, bridge=module)
         self.messages[following].append(ends[1])
         self.messages[module, stage].append(ends[0])
 
