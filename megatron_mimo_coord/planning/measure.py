@@ -41,7 +41,8 @@ def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, i
 def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
     """A file of costs: forward as it was timed, backward twice as long.
 
-    Attention is timed too, and messages under torchrun. The sequence is that of a sample, or of an image.
+    Attention is timed too, and messages under torchrun. The sequence is that of a sample, or of an
+    image.
 
     Args:
         sizes: of each module.
