@@ -24,11 +24,7 @@ from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build
 from megatron_mimo_coord.bridges.empty_batches import EmptyBatches
 from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
 from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.bridges.token_counts import (
-    TokenCounts,
-    encoder_places,
-    fan_in_ratios,
-)
+from megatron_mimo_coord.bridges.token_counts import TokenCounts
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.assembly import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
@@ -122,8 +118,8 @@ class MultiModuleCoordinator:
             ``Float16Module`` may be around it, around its submodules, or both.
 
     A mixture-of-experts encoder's auxiliary loss follows the layout: each replica adds its own to
-    the gradient, and the sum over the encoder's replicas is divided by the language model's, or by
-    the tokens of the step. A warning says so once.
+    the gradient, and the sum over the encoder's replicas is divided by the language model's DP, or
+    by the tokens of the step. A warning says so once.
 
     Raises:
         ValueError: the layout cannot run, the model lacks a module or its DDP, or ranks disagree;
@@ -160,10 +156,6 @@ class MultiModuleCoordinator:
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
         hand_over_no_views(job.model, self._changes)
-        if LANGUAGE in job.ddps:
-            groups = job.infra.pg_collections[LANGUAGE]
-            assert groups is not None, "a job has refused a module without groups"
-            cut_rotary_positions(job.model, groups.cp, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
         self._gradients = Gradients.of(
@@ -172,10 +164,15 @@ class MultiModuleCoordinator:
         self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report.tell)
         encoders = {name: ddp for name, ddp in job.ddps.items() if name != LANGUAGE}
         self._fit.watch(encoders, self._changes)
+        if LANGUAGE in job.ddps:
+            groups = job.infra.pg_collections[LANGUAGE]
+            assert groups is not None, "a job has refused a module without groups"
+            cut_rotary_positions(job.model, groups.cp, self._changes)
         self._token_counts = TokenCounts(
             job.model,
-            fan_in_ratios(job.grids, job.infra.topology),
-            encoder_places(job.grids, job.rank),
+            job.grids,
+            job.infra.topology,
+            job.rank,
             self._pending_assignments,
             self._fit,
             self._changes,
@@ -340,9 +337,11 @@ class MultiModuleCoordinator:
         }
         if optimizer is not None:
             hooks["grad_scale_func"] = optimizer.scale_loss
-        scale = scale_of(config) if self._gradients.has_mixtures else None
-        if scale is not None:
-            hooks[SCALE_HOOK] = scale
+        if self._gradients.has_mixtures:
+            is_scaled = self._job.per_token or LANGUAGE in self._modules
+            scale = scale_of(config, 1 if is_scaled else self._grids[LANGUAGE].dim("cp"))
+            if scale is not None:
+                hooks[SCALE_HOOK] = scale
         settings = [module.ddp.settings for module in self._modules.values()]
         if any(each.overlap_grad_reduce for each in settings):
             hooks["grad_sync_func"] = None  # with one, most stages would reduce after backward

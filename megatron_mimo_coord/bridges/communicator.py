@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron_mimo_coord.bridges.colocated import ColocatedForward
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import Incoming
 from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
-from megatron_mimo_coord.bridges.routes import Ends
+from megatron_mimo_coord.bridges.routes import bridge_ends
 from megatron_mimo_coord.bridges.shared_bridges import SharedBridges, Waiting
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.infra import Infra, default_output_ndim
@@ -113,21 +114,20 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             devices = grid.get_pg("pp")
             connect(devices)
             here = stages.index(self.current_rank)
-            options = self._options(name, devices, hosts) | {"dim": 0}
+            options = self._options(name, devices, hosts)
+            options |= {"dim": 0, "here": ((self.current_rank,),)}
             if here > 0:
-                ends = Ends(((stages[here - 1],),), ((self.current_rank,),))
-                self._receive_over(name, ends=ends, **options)
+                self._receive_over(name, there=((stages[here - 1],),), **options)
             if here + 1 < len(stages):
-                ends = Ends(((self.current_rank,),), ((stages[here + 1],),))
-                self._send_over(StageOutgoing, name, ends=ends, **options)
+                self._send_over(StageOutgoing, name, there=((stages[here + 1],),), **options)
 
     def _link_modules(self, source: str, target: str) -> None:
         """The last stage of one module with the first stage of another."""
-        ends = Ends.of_bridge(self._grids[source], self._grids[target])
-        senders = [rank for lanes in ends.sources for rank in lanes]
+        sources, targets = bridge_ends(self._grids[source], self._grids[target])
+        senders = [*chain(*sources)]
+        ranks = sorted({*senders, *chain(*targets)})
         encoders_hosts = self._extra_groups.hosts(senders)
-        hosts = self._extra_groups.hosts(ends.ranks)
-        devices = self._extra_groups.devices(ends.ranks)
+        hosts, devices = self._extra_groups.hosts(ranks), self._extra_groups.devices(ranks)
         if hosts is None or devices is None:
             return
         options = self._options(source, devices, hosts)
@@ -135,10 +135,10 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             options["agreement"] = Agreement(
                 encoders_hosts, {source: senders}, self._assignments.remark
             )
-            self._send_over(Outgoing, source, ends=ends, **options)
+            self._send_over(Outgoing, source, here=sources, there=targets, **options)
         else:
             options["sequence_peers"] = sequence_peers(self.module_to_grid_map[target])
-            self._receive_over(source, ends=ends, **options)
+            self._receive_over(source, here=targets, there=sources, **options)
 
     def _options(
         self, name: str, devices: dist.ProcessGroup, hosts: dist.ProcessGroup

@@ -76,8 +76,8 @@ class _Step:
 class _Batches:
     """Batches that are read twice: what was fetched comes again, in the same order."""
 
-    def __init__(self, source: Any) -> None:
-        self._source = source[0] if isinstance(source, list) else source
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
         self._fetched: deque[Any] = deque()
         self._is_replayed = False
 
@@ -157,7 +157,8 @@ class EncodersFirst:
         """
         bridges = communicator.shared_bridges
         assert bridges is not None, "encoders share ranks with the language model"
-        batches = _Batches(data_iterator)
+        source = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+        batches = None if source is None else _Batches(source)  # as on a stage that reads nothing
         step = _Step(num_microbatches, num_microbatches if keep is None else keep)
         self._step = step
         try:
@@ -179,7 +180,7 @@ class EncodersFirst:
             with self._turns.of_language(), communicator.fed_by(waiting):
                 losses = run_pipeline(
                     forward_step_func=forward_step_func,
-                    data_iterator=batches.again(),
+                    data_iterator=batches and batches.again(),
                     num_microbatches=num_microbatches,
                     forward_only=forward_only,
                     p2p_communicator=communicator,

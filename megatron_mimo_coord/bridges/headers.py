@@ -26,10 +26,9 @@ class Header:
         shape: of the tensor that the message holds; if it has no elements, no message follows.
         wants_gradient: whether the sender waits for the gradient.
         digests: of each sample of the microbatch, if its images were assigned.
-        routed: whether the rows of the message go where an assignment says. Then:
         runs: for each run of neighboring rows of the message (first row in the receiver's tensor,
-            number of rows).
-        total_rows: rows of the receiver's tensor.
+            number of rows), if they go where an assignment says.
+        total_rows: rows of the receiver's tensor then, from all senders; else 0.
         senders: data-parallel ranks that have rows for the receiver.
     """
 
@@ -38,7 +37,6 @@ class Header:
     shape: tuple[int, ...]
     wants_gradient: bool
     digests: tuple[int, ...] = ()
-    routed: bool = False
     runs: tuple[tuple[int, int], ...] = ()
     total_rows: int = 0
     senders: tuple[int, ...] = ()
@@ -51,7 +49,6 @@ class Header:
             self.microbatch,
             DTYPES.index(self.dtype),
             self.wants_gradient,
-            self.routed,
             self.total_rows,
             *map(len, lists),
             *(number for each in lists for number in each),
@@ -60,7 +57,7 @@ class Header:
     @classmethod
     def unpack(cls, numbers: Sequence[int]) -> "Header":
         """The header that was packed."""
-        microbatch, dtype, wants_gradient, routed, total_rows, *rest = numbers
+        microbatch, dtype, wants_gradient, total_rows, *rest = numbers
         lengths, behind = rest[:4], iter(rest[4:])
         shape, runs, senders, digests = (tuple(islice(behind, length)) for length in lengths)
         return cls(
@@ -68,7 +65,6 @@ class Header:
             dtype=DTYPES[dtype],
             shape=shape,
             wants_gradient=bool(wants_gradient),
-            routed=bool(routed),
             runs=tuple(zip(runs[::2], runs[1::2], strict=True)),
             total_rows=total_rows,
             senders=senders,

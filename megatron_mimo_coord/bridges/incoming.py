@@ -11,7 +11,7 @@ from attrs import define, evolve, field, frozen
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.bridges.links import Link, Ops, Receipt
 from megatron_mimo_coord.bridges.parts import Part, Whole
-from megatron_mimo_coord.bridges.routes import Lanes
+from megatron_mimo_coord.bridges.routes import takers
 from megatron_mimo_coord.bridges.sample_check import SampleCheck, refuse_other_samples
 
 
@@ -33,8 +33,12 @@ class TargetEnd(Link):
 
     sequence_peers: dist.ProcessGroup | None = None
 
-    def _sides(self) -> tuple[Lanes, Lanes]:
-        return self.ends.targets, self.ends.sources
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.sequence_peers is not None:
+            peers, lanes = dist.get_process_group_ranks(self.sequence_peers), self.here[self.dp]
+            if not any(takers(peer, lanes, there) for peer in peers for there in self.there):
+                self.sequence_peers = None  # other tensor-parallel ranks return what is theirs
 
     def hear(self) -> dict[int, Header]:
         """The headers of what comes next, by data-parallel rank; they must mean the same samples.
@@ -73,7 +77,7 @@ class TargetEnd(Link):
         """The gradient of what came so, to be sent."""
         tensor = gradient.to(self.dtype)
         if self.sequence_peers is not None and whole.parts:
-            tensor = tensor.contiguous()
+            tensor = tensor.clone(memory_format=torch.contiguous_format)  # autograd may use it on
             dist.all_reduce(tensor, group=self.sequence_peers)
         ops: Ops = []
         for part in whole.parts:
@@ -96,7 +100,7 @@ class TargetEnd(Link):
         first = headers[self.turn[0]]
         shape = list(first.shape)
         rows = [header.shape[self.dim] for header in headers.values()]
-        if first.routed:
+        if first.total_rows:
             shape[self.dim] = first.total_rows
             runs = [header.runs for header in headers.values()]
         else:

@@ -16,7 +16,7 @@ from attrs import define, field, frozen
 
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.parts import Whole
-from megatron_mimo_coord.bridges.routes import Ends, Lanes, giver, peers_in_turn, place, takers
+from megatron_mimo_coord.bridges.routes import Lanes, giver, peers_in_turn, place, takers
 
 Ops = list[dist.P2POp]
 """Sends and receives of one batch."""
@@ -36,7 +36,7 @@ class Link:
 
     Args:
         name: the module whose output goes over it.
-        ends: the ranks on both sides.
+        here, there: the ranks on this side and on the other, [data-parallel rank][lane].
         rank: this one.
         devices: the process group that tensors travel over, connected.
         hosts: the way of headers.
@@ -44,33 +44,26 @@ class Link:
         dim: along which an output is cut if it goes to several ranks, or comes from several.
 
     Attributes:
-        here, there: the ranks on this side and on the other, [data-parallel rank][lane].
         dp: data-parallel rank of this one.
         turn: those on the other side that it has to do with as long as nothing is assigned.
     """
 
     name: str
-    ends: Ends
+    here: Lanes
+    there: Lanes
     rank: int
     devices: dist.ProcessGroup
     hosts: HostMessages
     dtype: torch.dtype
     dim: int = 0
-    here: Lanes = field(init=False)
-    there: Lanes = field(init=False)
     dp: int = field(init=False)
     turn: range = field(init=False)
     _lane: int = field(init=False)
     _under_way: tuple[Sequence[dist.Work], Ops] = field(init=False, default=((), []))
 
     def __attrs_post_init__(self) -> None:
-        self.here, self.there = self._sides()
         self.dp, self._lane = place(self.rank, self.here)
         self.turn = peers_in_turn(self.dp, len(self.here), len(self.there))
-
-    def _sides(self) -> tuple[Lanes, Lanes]:
-        """The ranks on this side, and on the other."""
-        raise NotImplementedError
 
     def takers(self, peer: int) -> list[int]:
         """Ranks of a data-parallel rank on the other side that take from this rank."""

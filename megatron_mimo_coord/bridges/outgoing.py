@@ -12,12 +12,7 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.bridges.links import Link, Ops, Receipt
 from megatron_mimo_coord.bridges.parts import Part, Whole
-from megatron_mimo_coord.bridges.routes import (
-    Delivery,
-    Lanes,
-    assigned,
-    in_turn,
-)
+from megatron_mimo_coord.bridges.routes import Delivery, assigned, in_turn
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.mimo_model import split_sizes
 
@@ -25,9 +20,6 @@ from megatron_mimo_coord.megatron.mimo_model import split_sizes
 @define(eq=False, kw_only=True)
 class SourceEnd(Link):
     """Tells hosts what comes of an output, sends it, and receives its gradient."""
-
-    def _sides(self) -> tuple[Lanes, Lanes]:
-        return self.ends.sources, self.ends.targets
 
     def assigned(self, assignment: ImageAssignment) -> list[Delivery]:
         """What this rank has for each target; one that expects something hears of nothing."""
@@ -59,7 +51,6 @@ class SourceEnd(Link):
                 shape=tuple(shape),
                 wants_gradient=output.requires_grad,
                 digests=() if assignment is None else assignment.sample_digests,
-                routed=delivery.routed,
                 runs=delivery.runs,
                 total_rows=delivery.total_rows,
                 senders=delivery.senders,

@@ -19,30 +19,13 @@ Lanes = tuple[tuple[int, ...], ...]
 """Global ranks, [data-parallel rank][lane]."""
 
 
-@frozen
-class Ends:
-    """The ranks on both sides of a bridge, or of one stage of a module and the next.
+def bridge_ends(source: ModuleGrid, target: ModuleGrid) -> tuple[Lanes, Lanes]:
+    """The ranks of a module's last stage that send, and of another's first stage that receive.
 
     Ranks of one data-parallel rank hold the same tensors; they are its lanes. Each lane has one
     lane of each data-parallel rank on the other side to receive from, so nothing is broadcast.
-
-    Args:
-        sources: ranks that send activations.
-        targets: ranks that receive them.
     """
-
-    sources: Lanes
-    targets: Lanes
-
-    @classmethod
-    def of_bridge(cls, source: ModuleGrid, target: ModuleGrid) -> "Ends":
-        """From the last stage of one module to the first stage of another."""
-        return cls(_lanes(source, source.dim("pp") - 1), _lanes(target, 0))
-
-    @property
-    def ranks(self) -> list[int]:
-        """All of them, once."""
-        return sorted({rank for side in (self.sources, self.targets) for dp in side for rank in dp})
+    return _lanes(source, source.dim("pp") - 1), _lanes(target, 0)
 
 
 def _lanes(grid: ModuleGrid, stage: int) -> Lanes:
@@ -115,16 +98,15 @@ class Delivery:
     Args:
         target: data-parallel rank of the target.
         start, rows: which rows of the source's output.
-        routed: whether they go where an assignment says. Then:
-        runs: where they go, as (first row in the target's tensor, number of rows).
-        total_rows: rows of the target's tensor, from all sources.
+        runs: where they go, if an assignment says so: (first row in the target's tensor, number
+            of rows).
+        total_rows: rows of the target's tensor then, from all sources; else 0.
         senders: data-parallel ranks of all sources that have rows for this target.
     """
 
     target: int
     start: int
     rows: int
-    routed: bool = False
     runs: tuple[Run, ...] = ()
     total_rows: int = 0
     senders: tuple[int, ...] = ()
@@ -168,9 +150,7 @@ def assigned(assignment: ImageAssignment, source: int, targets: int) -> list[Del
                         extend(runs, row, count)
                 row += count
         rows = sum(count for _, count in runs)
-        deliveries.append(
-            Delivery(target, start, rows, True, tuple(runs), row, tuple(sorted(senders)))
-        )
+        deliveries.append(Delivery(target, start, rows, tuple(runs), row, tuple(sorted(senders))))
         start += rows
     return deliveries
 

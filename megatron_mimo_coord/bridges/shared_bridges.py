@@ -24,7 +24,7 @@ from megatron_mimo_coord.bridges.incoming import TargetEnd
 from megatron_mimo_coord.bridges.links import Link, Ops
 from megatron_mimo_coord.bridges.outgoing import SourceEnd
 from megatron_mimo_coord.bridges.parts import Whole
-from megatron_mimo_coord.bridges.routes import Ends, in_turn
+from megatron_mimo_coord.bridges.routes import bridge_ends, in_turn
 from megatron_mimo_coord.bridges.sample_check import refuse_left_out
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
@@ -112,18 +112,20 @@ class SharedBridges:
         # That of the text's embeddings, which a model puts together with the tokens.
         self.dtype = next(model.language_model.parameters()).dtype
         for tag, name in enumerate(self.encoders):
+            sources, targets = bridge_ends(grids[name], grids[LANGUAGE])
             way: dict[str, Any] = {
                 "name": name,
-                "ends": Ends.of_bridge(grids[name], grids[LANGUAGE]),
                 "rank": rank,
                 "devices": devices,
                 "hosts": HostMessages(hosts, tag),
                 "dtype": self.dtype,
             }
             if rank in grids[name].ranks:
-                self._sources[name] = SourceEnd(**way)
+                self._sources[name] = SourceEnd(here=sources, there=targets, **way)
             if grids[LANGUAGE].coordinate(rank, "pp") == 0:
-                self._targets[name] = TargetEnd(**way, sequence_peers=sequence_peers)
+                self._targets[name] = TargetEnd(
+                    here=targets, there=sources, sequence_peers=sequence_peers, **way
+                )
         ends: list[Link] = [*self._sources.values(), *self._targets.values()]
         self._are_within = (
             len(ends) == 2 * len(self.encoders)
@@ -234,7 +236,7 @@ class SharedBridges:
         for rank, size in asked.items():
             if size == ASSIGNED:
                 refuse_left_out(source.name, microbatch, rank, self._rank)
-        assert output.tokens is not None and output.text is not None
+        assert output.tokens is not None, "the encoder is here"
         return self._fit.sizes(
             source.name, [*asked.values()], len(output.tokens), microbatch, output.text
         )

@@ -20,16 +20,22 @@ from megatron_mimo_coord.gradients.misfits import (
     Misfit,
     OtherWidth,
     TextMisfit,
+    UncutRow,
     UnevenLength,
+    UnevenSamples,
     UnknownParts,
 )
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
+    bounds_of,
     input_ids_of,
     is_last_stage,
     lengthen_texts,
+    packed_sample_parts,
     packing_of,
+    packing_problem,
     sequence_parts,
+    without_packing,
 )
 
 
@@ -66,7 +72,7 @@ class TextFit:
         changes.set(self._model, "align_embeddings_by_token_positions", self._align)
         if sequence_parts(self._model)[0] > 1 and self._model.language_model is not None:
             changes.on_close(
-                self._model.register_forward_pre_hook(self._lengthen, with_kwargs=True).remove
+                self._model.register_forward_pre_hook(self._make_even, with_kwargs=True).remove
             )
 
     def _widen(
@@ -79,27 +85,36 @@ class TextFit:
         self._tell(OtherWidth(name, tokens.shape[-1], hidden_size))
         return pad(tokens, (0, hidden_size - tokens.shape[-1]))
 
-    def _lengthen(
+    def _make_even(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Have ``MimoModel`` run texts that it would refuse on the first stage alone.
-
-        Raises:
-            ValueError: they are packed samples, whose bounds the trainer knows.
-        """
-        text = input_ids_of(args, kwargs)
-        parts, why = sequence_parts(self._model)
-        if text is None or text.shape[-1] % parts == 0:
+        """Have ``MimoModel`` run texts that it would refuse on some ranks alone."""
+        microbatch = self._assignments.count("length")
+        text, packing = input_ids_of(args, kwargs), packing_of(args, kwargs)
+        if text is None:
             return None
-        length = text.shape[-1]
-        uneven = UnevenLength(self._assignments.count("length"), length, parts, why)
-        if packing_of(args, kwargs) is not None:
-            raise ValueError(str(uneven))
-        self._tell(uneven)
-        return lengthen_texts(args, kwargs, -length % parts)
+        length, is_packed = text.shape[-1], packing is not None
+        parts, why = sequence_parts(self._model, is_packed)
+        problem = packing_problem(self._model, packing) if packing is not None else ""
+        if problem:
+            self._tell(UncutRow(microbatch, problem))
+        elif length % parts:
+            self._tell(UnevenLength(microbatch, length, parts, why))
+        else:
+            sample_parts = packed_sample_parts(self._model)
+            if packing is not None and sample_parts > 1:
+                self._tell(UnevenSamples(microbatch, bounds_of(packing), sample_parts, why))
+            return None
+        parts, _ = sequence_parts(self._model)
+        return lengthen_texts(*without_packing(args, kwargs), -length % parts)
 
     def sizes(
-        self, name: str, counts: Sequence[int], tokens: int, microbatch: int, text: torch.Tensor
+        self,
+        name: str,
+        counts: Sequence[int],
+        tokens: int,
+        microbatch: int,
+        text: torch.Tensor | None,
     ) -> list[int]:
         """As many numbers, whose sum is the number of tokens.
 
@@ -108,11 +123,14 @@ class TextFit:
             counts: of those who share its tokens, how many their texts have.
             tokens: that it made.
             microbatch: in its pass.
-            text: [sample, token], this rank's.
+            text: [sample, token], this rank's if it has one.
         """
         if sum(counts) == tokens:
             return list(counts)
-        self._misfit(name, text, tokens, microbatch, is_part=True)
+        if text is None:
+            self._tell(TextMisfit(name, microbatch, counts, (), tokens, is_part=True))
+        else:
+            self._misfit(name, text, tokens, microbatch, is_part=True)
         return _cut_off(counts, tokens)
 
     def unknown(self, parts: UnknownParts) -> list[int]:

@@ -28,29 +28,6 @@ from megatron_mimo_coord.megatron.mimo_model import (
 )
 
 
-def fan_in_ratios(grids: Mapping[str, ModuleGrid], topology: Topology) -> dict[str, float]:
-    """Encoder ranks for each language model rank, below 1 on fan-out, for each encoder."""
-    return {
-        name: grids[name].data_parallel_size / grids[LANGUAGE].data_parallel_size
-        for name, targets in topology.items()
-        if LANGUAGE in targets
-    }
-
-
-def encoder_places(grids: Mapping[str, ModuleGrid], rank: int) -> dict[str, tuple[int, int]]:
-    """(DP, which of its DP ranks this one is) of each encoder on a rank whose text is its own.
-
-    Where the language model is, too, a rank is given the language model's.
-    """
-    if rank in grids[LANGUAGE].ranks:
-        return {}
-    return {
-        name: (grid.data_parallel_size, grid.coordinate(rank, "dp"))
-        for name, grid in grids.items()
-        if name != LANGUAGE and rank in grid.ranks
-    }
-
-
 class TokenCounts:
     """Stands in for what a ``MimoModel`` reads on the host to split an encoder's output.
 
@@ -73,8 +50,8 @@ class TokenCounts:
 
     Args:
         model: the model; its forward is watched.
-        ratios: for each encoder, its ranks for one of the language model's.
-        places: (DP, DP rank) of each encoder on this rank.
+        grids, topology: where each module lies, and what its output goes to.
+        rank: this one. Where the language model is, too, the text is the language model's.
         assignments: which say what an assigned image has.
         fit: compares texts with tokens.
         changes: where is recorded what is changed in the model.
@@ -86,18 +63,26 @@ class TokenCounts:
     def __init__(
         self,
         model: MimoModel,
-        ratios: Mapping[str, float],
-        places: Mapping[str, tuple[int, int]],
+        grids: Mapping[str, ModuleGrid],
+        topology: Topology,
+        rank: int,
         assignments: PendingAssignments,
         fit: TextFit,
         changes: Changes,
     ) -> None:
         self._fit = fit
         self._model = model
-        self._places = places
         self.micro_batch_size: int | None = None
-        self._fan_in = {name: int(ratio) for name, ratio in ratios.items() if ratio > 1}
-        self._fan_out = {name: round(1 / ratio) for name, ratio in ratios.items() if ratio < 1}
+        self._places = {
+            name: (grid.data_parallel_size, grid.coordinate(rank, "dp"))
+            for name, grid in grids.items()
+            if rank in grid.ranks and rank not in grids[LANGUAGE].ranks
+        }
+        replicas = grids[LANGUAGE].data_parallel_size
+        encoders = [name for name, targets in topology.items() if LANGUAGE in targets]
+        sizes = {name: grids[name].data_parallel_size for name in encoders}
+        self._fan_in = {name: size // replicas for name, size in sizes.items() if size > replicas}
+        self._fan_out = {name: replicas // size for name, size in sizes.items() if size < replicas}
         self._may_vary = False
         self._packing: Mapping[str, Any] | None = None
         self._assignments = assignments

@@ -130,7 +130,9 @@ def auxiliary_loss_remark(
     if grid.name == LANGUAGE or not config.num_moe_experts or not any(coefficients):
         return ""
     divisor = (
-        "the tokens of the step" if per_token else f"{language.replicas} of the language model"
+        "the tokens of the step"
+        if per_token
+        else f"the language model's DP {language.data_parallel_size}"
     )
     return (
         f"module {grid.name}: the auxiliary loss of its mixture of experts follows the layout: a "

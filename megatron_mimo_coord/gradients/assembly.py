@@ -9,8 +9,9 @@ from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
 from megatron_mimo_coord.checks.sequence_parallel import weight_remark
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
+from megatron_mimo_coord.gradients.loss_check import LossCheck
 from megatron_mimo_coord.gradients.module import ModuleGradients
-from megatron_mimo_coord.gradients.num_tokens import NumTokens
+from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
@@ -71,14 +72,17 @@ class Gradients:
         ddps = [module.ddp for module in modules.values()]
         step = StepState([grads for ddp in ddps for grads in ddp.grads], schedule)
         watch_passes(job.model, step, changes)
+        language = job.grids[LANGUAGE]
+        loss_check = None
+        if holds_a_distinct_count(language, job.rank) and (job.per_token or language.dim("cp") > 1):
+            loss_check = LossCheck(language, job.per_token, schedule.scaled, job.model, changes)
         report = StepReport(
             {name: grid.data_parallel_size for name, grid in job.grids.items()},
             {name: job.grids[name].coordinate(job.rank, "dp") for name in job.ddps},
+            loss_check,
         )
         report.watch(job.model, is_assigned, is_read_again, changes)
-        num_tokens = NumTokens(
-            job.grids[LANGUAGE], job.rank, job.per_token, world_device(), job.model, changes
-        )
+        num_tokens = NumTokens(language, job.rank, job.per_token, world_device())
         finalizer = GradientFinalizer(
             list(modules.values()), num_tokens, step, report, schedule, changes
         )

@@ -161,7 +161,7 @@ class GradientFinalizer:
                 module.scaling.apply(inverse_tokens, everything)
             for reduction in self._reductions:
                 reduction.end(force_all_reduce)
-        self._report.finalized(None if counting is None else self._num_tokens.mistakes())
+        self._report.finalized(num_tokens)
         self._step.finalized()
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from attrs import frozen
 
 from megatron_mimo_coord.layout.problems import listed
@@ -200,4 +201,71 @@ class PartsOfGradients:
         )
 
 
-Misfit = TextMisfit | UnknownParts | UnevenLength | OtherWidth | UnknownInputs | PartsOfGradients
+@frozen
+class UncutRow:
+    """A row of packed samples that context-parallel ranks cannot share.
+
+    Args:
+        microbatch: in its pass.
+        problem: why.
+    """
+
+    microbatch: int
+    problem: str
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before what follows from it."""
+        return self.microbatch, -1
+
+    def __str__(self) -> str:
+        return f"microbatch {self.microbatch}: {self.problem}"
+
+
+@frozen
+class UnevenSamples:
+    """Packed samples, each of which context-parallel ranks share; whether they can, a device knows.
+
+    Args:
+        microbatch: in its pass.
+        bounds: where each sample begins, and the last one ends.
+        parts: what would divide the tokens of each.
+        why: whose ranks share them.
+    """
+
+    microbatch: int
+    bounds: torch.Tensor
+    parts: int
+    why: str
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Before what follows from it."""
+        return self.microbatch, -1
+
+    @property
+    def is_so(self) -> torch.Tensor:
+        """On the device."""
+        return (self.bounds.diff() % self.parts != 0).any()
+
+    def __str__(self) -> str:
+        lengths = self.bounds.diff().tolist()
+        sample = next(each for each, length in enumerate(lengths) if length % self.parts)
+        return (
+            f"microbatch {self.microbatch}: packed sample {sample} of a row is {lengths[sample]} "
+            f"tokens long, which {self.parts} ({self.why}) does not divide, and each is cut by "
+            f"itself: pad it to {-(-lengths[sample] // self.parts) * self.parts}, and say so in "
+            f"cu_seqlens_q_padded and cu_seqlens_kv_padded"
+        )
+
+
+Misfit = (
+    TextMisfit
+    | UnknownParts
+    | UnevenLength
+    | OtherWidth
+    | UnknownInputs
+    | PartsOfGradients
+    | UncutRow
+    | UnevenSamples
+)

@@ -4,8 +4,7 @@ Some mistakes leave no trace on the ranks that make them, or none on the others.
 norms on the host sees them for nothing; if no optimizer of Megatron's does, they are looked at when
 the next step begins, which then waits for the device:
 
-- a loss function that returns no number of tokens, where the loss is per token, or that of tokens
-  that other context-parallel ranks count (``num_tokens.py``);
+- a loss function that returns no number of tokens, or that of other ranks' (``loss_check.py``);
 - a rank that is given the ``input_ids`` of a whole microbatch, or of another module's larger slice,
   where its own belongs: then it has just as many rows as that. Other numbers of rows are the
   trainer's affair: most layouts never read them;
@@ -24,7 +23,8 @@ import torch
 import torch.distributed as dist
 from attrs import define, evolve, field
 
-from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnknownParts
+from megatron_mimo_coord.gradients.loss_check import NUMBERS, LossCheck, mistake
+from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnevenSamples, UnknownParts
 from megatron_mimo_coord.gradients.texts_read import TextsRead
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
@@ -32,14 +32,8 @@ from megatron_mimo_coord.megatron.mimo_model import input_ids_of, labels_of, pac
 from megatron_mimo_coord.world.device import world_device
 from megatron_mimo_coord.world.gather import all_gather_text
 
-_MISCOUNTS = (
-    "the loss is per token, but no rank reported a number of tokens, and the loss has a gradient, "
-    "which it would not have if all tokens were masked: return (loss, num_tokens, report) from the "
-    "loss function, with the sum of the losses and the number of unmasked tokens of the microbatch",
-    "the loss is per token, but a rank counted the tokens of the whole loss mask, and its losses "
-    "are those of its own positions, as context parallelism cuts them: take the mask that the "
-    "model returns, losses, loss_mask = model(...), for the losses and for num_tokens",
-)
+_MODULES = NUMBERS + 1
+"""Where what is said of each module begins."""
 
 
 @define
@@ -49,6 +43,7 @@ class StepReport:
     Args:
         data_parallel_sizes: DP of every module of the job, in one order on every rank.
         here: modules on this rank, and which of their DP ranks it is.
+        loss_check: looks at the losses that this rank has, if it counts their tokens.
 
     Attributes:
         rows: of the last ``input_ids`` that this rank's modules were given; None if there were
@@ -57,10 +52,12 @@ class StepReport:
 
     data_parallel_sizes: Mapping[str, int]
     here: Mapping[str, int]
+    loss_check: LossCheck | None = None
     rows: int | None = field(default=None, init=False)
     _is_unread: bool = field(default=False, init=False)
-    _miscounts: torch.Tensor | None = field(default=None, init=False)
+    _of_loss: torch.Tensor | None = field(default=None, init=False)
     _misfits: list[Misfit] = field(factory=list, init=False)
+    _doubts: list[UnevenSamples] = field(factory=list, init=False)
     _texts: TextsRead = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -72,6 +69,12 @@ class StepReport:
         Raises:
             RuntimeError: it is an evaluation, after which nobody is.
         """
+        if isinstance(misfit, UnevenSamples):
+            if torch.is_grad_enabled():
+                self._doubts.append(misfit)
+                return
+            if not misfit.is_so:
+                return
         if isinstance(misfit, TextMisfit | UnknownParts):
             place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
             rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
@@ -80,14 +83,14 @@ class StepReport:
             raise RuntimeError(str(misfit))
         self._misfits.append(misfit)
 
-    def finalized(self, miscounts: torch.Tensor | None) -> None:
+    def finalized(self, num_tokens: torch.Tensor | None) -> None:
         """The step is over.
 
         Args:
-            miscounts: whether its tokens were counted wrong, in each of the ways of
-                ``NumTokens.mistakes``, on the device; None where the loss is no sum of tokens.
+            num_tokens: unmasked tokens that this rank counted, a tensor with one element.
         """
-        self._is_unread, self._miscounts = True, miscounts
+        self._is_unread = True
+        self._of_loss = self.loss_check.finalized(num_tokens) if self.loss_check else None
 
     def watch(
         self,
@@ -123,15 +126,17 @@ class StepReport:
         """Numbers of which each rank is to know the largest, in fp64 on the world's device."""
         self._is_unread = False
         modules = list(self.data_parallel_sizes)
-        size, device = 3 + 2 * len(modules), world_device()
+        size, device = _MODULES + 2 * len(modules), world_device()
         numbers = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
-        if self._miscounts is not None:
-            numbers[:2], self._miscounts = self._miscounts, None
-        numbers[2] = len(self._misfits)
+        if self._of_loss is not None:
+            numbers[:NUMBERS], self._of_loss = self._of_loss, None
+        numbers[NUMBERS] = len(self._misfits)
+        for each in self._doubts:
+            numbers[NUMBERS] += each.is_so
         for name in self._readers():
             assert self.rows is not None
             samples = self.rows * self.data_parallel_sizes[name]
-            index = 3 + 2 * modules.index(name)
+            index = _MODULES + 2 * modules.index(name)
             numbers[index], numbers[index + 1] = samples, -samples
         return torch.cat((numbers, self._texts.pack()))
 
@@ -162,6 +167,9 @@ class StepReport:
             self.check(numbers.tolist())
         self._texts.forget()
         self._misfits.clear()
+        self._doubts.clear()
+        if self.loss_check is not None:
+            self.loss_check.forget()
 
     def check(self, numbers: Sequence[float]) -> None:
         """Say what is wrong, alike on every rank.
@@ -173,16 +181,19 @@ class StepReport:
             RuntimeError: for any mistake.
         """
         misfits, self._misfits = self._misfits, []
-        _refuse_miscounts(numbers[:2])
-        end = 3 + 2 * len(self.data_parallel_sizes)
-        most, least = numbers[3:end:2], [-number for number in numbers[4:end:2]]
+        doubts, self._doubts = self._doubts, []
+        of_loss = mistake(numbers[:NUMBERS])
+        if of_loss:
+            raise RuntimeError(of_loss)
+        end = _MODULES + 2 * len(self.data_parallel_sizes)
+        most, least = numbers[_MODULES:end:2], [-each for each in numbers[_MODULES + 1 : end : 2]]
         said = dict(zip(self.data_parallel_sizes, zip(least, most, strict=True), strict=True))
         for name, samples in said.items():
             others = [said[other] for other in said if LANGUAGE in (name, other) and name != other]
             for other in others:
                 self._check_rows(name, samples, *other)
-        if numbers[2] > 0:
-            raise RuntimeError(_told(misfits))
+        if numbers[NUMBERS] > 0:
+            raise RuntimeError(_told([*misfits, *(each for each in doubts if each.is_so)]))
         read = {number for samples in said.values() for number in samples}
         if len([*filter(isfinite, read)]) == 1:
             self._texts.check(list(numbers[end:]))
@@ -213,12 +224,6 @@ class StepReport:
             return set()
         sizes = {1, *self.data_parallel_sizes.values()}
         return {most / size for size in sizes if size < self.data_parallel_sizes[name]}
-
-
-def _refuse_miscounts(miscounts: Sequence[float]) -> None:
-    for is_wrong, text in zip(miscounts, _MISCOUNTS, strict=True):
-        if is_wrong > 0:
-            raise RuntimeError(text)
 
 
 def _told(misfits: Sequence[Misfit]) -> str:

@@ -23,20 +23,26 @@ SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
 """The place in a config of what the schedule tells the scale to."""
 
 
-def scale_of(config: ModelParallelConfig) -> Callable[[torch.Tensor], None] | None:
-    """What the schedule is to tell the scale to, where it does not tell it to mixtures itself."""
-    if getattr(config, "num_moe_experts", None) is not None:
+def scale_of(
+    config: ModelParallelConfig, context_parallel_size: int
+) -> Callable[[torch.Tensor], None] | None:
+    """What the schedule is to tell the scale to, where it does not tell it to mixtures itself.
+
+    Args:
+        config: that of the schedule.
+        context_parallel_size: what the schedule multiplies the scale by on ranks of the language
+            model alone, on others; else 1.
+    """
+    if getattr(config, "num_moe_experts", None) is not None and context_parallel_size == 1:
         return None
-    return _both if getattr(config, "experimental_attention_variant", None) == "dsa" else _mixtures
+    is_dsa = getattr(config, "experimental_attention_variant", None) == "dsa"
 
+    def tell(scale: torch.Tensor) -> None:
+        if is_dsa:
+            DSAIndexerLossAutoScaler.set_loss_scale(scale)
+        MoEAuxLossAutoScaler.set_loss_scale(scale * context_parallel_size)
 
-def _mixtures(scale: torch.Tensor) -> None:
-    MoEAuxLossAutoScaler.set_loss_scale(scale)
-
-
-def _both(scale: torch.Tensor) -> None:
-    DSAIndexerLossAutoScaler.set_loss_scale(scale)
-    MoEAuxLossAutoScaler.set_loss_scale(scale)
+    return tell
 
 
 def weigh_like_the_loss(module: torch.nn.Module, per_token: bool, changes: Changes) -> bool:

@@ -11,10 +11,12 @@ stages; an output carries ``_mimo_bridge_split_sizes``. Without these it is cut 
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from math import lcm
 from typing import Any
 
 import torch
 from megatron.core.models.mimo import MimoModel
+from megatron.core.models.mimo.partition import utils as partition
 from torch.nn.functional import pad
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
@@ -75,6 +77,13 @@ def bounds_of(packing: Mapping[str, Any]) -> Any:
     """Where each packed sample begins, and the last one ends; None if that is not said."""
     padded = packing.get("cu_seqlens_q_padded")
     return packing.get("cu_seqlens_q") if padded is None else padded
+
+
+def without_packing(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward of packed samples as one of a single long one."""
+    return args[:_PACKING], {**kwargs, "packing_kwargs": None}
 
 
 def lengthen_texts(
@@ -191,23 +200,55 @@ def empty_output(model: MimoModel, encoder: str) -> torch.Tensor:
     return output
 
 
-def sequence_parts(model: MimoModel) -> tuple[int, str]:
+def sequence_parts(model: MimoModel, is_packed: bool = False) -> tuple[int, str]:
     """By what the tokens of a text must divide, and whose ranks share them.
 
     Two chunks for each context-parallel rank, and with sequence parallelism each of these for the
-    tensor-parallel ranks. Of the grid, which every rank knows.
+    tensor-parallel ranks, or those of a row of packed samples, each of which is cut into chunks. Of
+    the grid, which every rank knows.
     """
-    grids, config = model.mimo_config.module_to_grid_map, model.config
+    cp, tp = _ranks_of_a_text(model)
+    words = [f"2 x CP {cp}"] * (cp > 1) + [f"TP {tp} of sequence parallelism"] * (tp > 1)
+    parts = lcm(2 * cp, cp * tp) if is_packed else 2 * cp * tp
+    return parts if cp > 1 else tp, " x ".join(words)
+
+
+def _ranks_of_a_text(model: MimoModel) -> tuple[int, int]:
+    """(context-parallel, tensor-parallel) ranks that share its tokens."""
+    grids = model.mimo_config.module_to_grid_map
     if not grids:
-        return 1, ""
+        return 1, 1
     grid = ModuleGrid.of(LANGUAGE, grids[LANGUAGE])
-    cp, tp = grid.dim("cp"), grid.dim("tp")
-    parts, words = 1, []
-    if cp > 1:
-        parts, words = 2 * cp, [f"2 x CP {cp}"]
-    if config.sequence_parallel and tp > 1:
-        parts, words = parts * tp, [*words, f"TP {tp} of sequence parallelism"]
-    return parts, " x ".join(words)
+    return grid.dim("cp"), grid.dim("tp") if model.config.sequence_parallel else 1
+
+
+def packed_sample_parts(model: MimoModel) -> int:
+    """By what the tokens of each packed sample must divide: two chunks for each rank."""
+    cp, _ = _ranks_of_a_text(model)
+    return 2 * cp if cp > 1 else 1
+
+
+def packing_problem(model: MimoModel, packing: Mapping[str, Any]) -> str:
+    """Why context-parallel ranks cannot share a row of packed samples; empty if they can."""
+    if packed_sample_parts(model) == 1:
+        return ""
+    if packing.get("cu_seqlens_q_padded") is None:
+        return (
+            "packing_kwargs has no cu_seqlens_q_padded, by which Megatron cuts packed samples for "
+            "context-parallel ranks: pass it, the same as cu_seqlens_q where nothing is padded"
+        )
+    return "" if _has_thd_indices() else NEEDS_TRANSFORMER_ENGINE
+
+
+NEEDS_TRANSFORMER_ENGINE = (
+    "samples are packed and the language model has context parallelism, for which Megatron asks "
+    "Transformer Engine 1.10 or newer (transformer_engine_torch), and this environment has none: "
+    "install it, or give each sample a row of its own and leave packing_kwargs out"
+)
+
+
+def _has_thd_indices() -> bool:
+    return bool(partition._HAVE_TEX and partition.is_te_min_version("1.10.0"))
 
 
 def unsupported(model: MimoModel) -> list[str]:
@@ -231,6 +272,9 @@ def unsupported(model: MimoModel) -> list[str]:
             "the language model shares its sequences out where it embeds words, and MimoModel does "
             "so once more: pass it scatter_embedding_sequence_parallel=False"
         )
+    is_packed = model.mimo_config.kv_format == "thd"
+    if is_packed and packed_sample_parts(model) > 1 and not _has_thd_indices():
+        problems.append(f'kv_format="thd": {NEEDS_TRANSFORMER_ENGINE}')
     return problems
 
 

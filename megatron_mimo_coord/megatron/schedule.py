@@ -122,6 +122,11 @@ class Schedule:
         self._changes.on_close(self._set.close)
         self.config, self._hooks, self.is_attached = config, hooks, True
 
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """A loss as the schedule scales it before its backward."""
+        scale = self.config.grad_scale_func
+        return loss if scale is None else scale(loss)
+
     @property
     def reads_what_is_attached(self) -> bool:
         """Whether the schedule reads the config whose hooks are set, and no copy of it."""

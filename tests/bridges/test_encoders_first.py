@@ -199,6 +199,31 @@ def _kept(case: Case) -> tuple[int, int, int, int]:
     return of_one, before, _Saved.most, sum(image() is not None for image in images)
 
 
+def _check_without_data(case: Case) -> int:
+    """A stage in the midst, which encodes nothing, is given no iterator."""
+    data, step = cases._data, cases._forward_step
+
+    def no_data(case: Case, step: int) -> Any:
+        return None if dist.get_rank() == 1 else data(case, step)
+
+    def forward_step(case: Case, coordinator: Any, batches: Any, model: Any) -> Any:
+        if batches is None:
+            return model(input_ids=None)[0], None
+        return step(case, coordinator, batches, model)
+
+    with (
+        cases._replaced(cases, "_data", no_data),
+        cases._replaced(cases, "_forward_step", forward_step),
+    ):
+        return cases.check(case)
+
+
+def test_a_rank_that_reads_no_data_needs_none():
+    modules = {"vision": parallel(rank_offset=2), "language": parallel(pp=3, rank_offset=0)}
+    case = Case(modules=modules, images=VARYING, layers=3)
+    assert sum(world(3).run(_check_without_data, case)) > 0
+
+
 def _fails(case: Case, phase: str) -> None:
     """On one rank an exception ends a step in one of its phases."""
     if dist.get_rank() != 1:

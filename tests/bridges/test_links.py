@@ -59,10 +59,14 @@ def _count(case: Case) -> tuple[int, int, int, int]:
     return tuple(counts.values())
 
 
-@pytest.mark.parametrize("assign", [0, 1])
-def test_each_tensor_is_one_message_to_each_rank_that_needs_it(assign):
+@pytest.mark.parametrize(
+    ("assign", "language"),
+    [(0, parallel(tp=2)), (1, parallel(tp=2)), (0, parallel(context_parallel_size=2))],
+    ids=["slices", "assigned", "context parallel"],
+)
+def test_each_tensor_is_one_message_to_each_rank_that_needs_it(assign, language):
     n = 4
-    layout = {"vision": parallel(pp=2), "language": parallel(tp=2)}
+    layout = {"vision": parallel(pp=2), "language": language}
     case = Case(modules=layout, num_microbatches=n, assign=assign)
     # The encoder's last stage sends to both lanes; the first of them returns the gradient.
     assert world(4).run(_count, case) == [
@@ -143,6 +147,9 @@ REHEARSED = {
     ),
     "lanes to ranks": Case(
         modules={"vision": parallel(tp=2), "language": parallel(dp=2)}, assign=1, evaluate=True
+    ),
+    "context-parallel lanes": Case(
+        modules={"vision": parallel(), "language": parallel(tp=2, context_parallel_size=2)}
     ),
     "any to any": Case(modules=LAYOUTS["equal"], num_microbatches=3, assign=1),
 }

@@ -1,12 +1,12 @@
 """Which rows go where, for any layout and data: arithmetic of bridges."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo_coord.bridges.headers import Header
-from megatron_mimo_coord.bridges.routes import Ends, assigned, in_turn, pairs, peers_in_turn
+from megatron_mimo_coord.bridges.routes import assigned, bridge_ends, in_turn, pairs, peers_in_turn
 from megatron_mimo_coord.layout import DIM_NAMES, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import assign_images
 
@@ -56,10 +56,10 @@ def test_each_target_gets_its_samples_in_order(microbatch):
 def test_every_lane_receives_from_one_lane_of_each_rank_in_turn(tp, pp, dp, tp2, pp2, dp2):
     vision = ModuleGrid("vision", (tp, 1, dp, pp), DIM_NAMES)
     language = ModuleGrid("language", (tp2, 1, dp2, pp2), DIM_NAMES, rank_offset=vision.size)
-    ends = Ends.of_bridge(vision, language)
-    assert len(ends.ranks) == tp * dp + tp2 * dp2
-    assert all(vision.coordinate(rank, "pp") == pp - 1 for lanes in ends.sources for rank in lanes)
-    assert all(language.coordinate(rank, "pp") == 0 for lanes in ends.targets for rank in lanes)
+    sources, targets = bridge_ends(vision, language)
+    assert len({*chain(*sources), *chain(*targets)}) == tp * dp + tp2 * dp2
+    assert all(vision.coordinate(rank, "pp") == pp - 1 for rank in chain(*sources))
+    assert all(language.coordinate(rank, "pp") == 0 for rank in chain(*targets))
     for source in range(dp):
         for target in range(dp2):
             is_in_turn = target in peers_in_turn(source, dp, dp2)
@@ -89,7 +89,6 @@ def test_a_header_survives_its_journey():
         shape=(4, 8),
         wants_gradient=True,
         digests=(11, 12),
-        routed=True,
         runs=((0, 1), (5, 3)),
         total_rows=9,
         senders=(0, 2),

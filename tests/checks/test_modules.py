@@ -36,7 +36,7 @@ def _said(case: Case, coefficient: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("per_token", "coefficient", "divisor"),
     [
-        ({}, 0.01, "1 of the language model"),
+        ({}, 0.01, "the language model's DP 1"),
         (PER_TOKEN, [0.0, 0.01], "the tokens of the step"),
         ({}, 0.0, ""),
     ],

@@ -1,4 +1,4 @@
-"""What one GPU can show: NCCL with one rank, which both modules share.
+"""What one GPU can show, and two: NCCL with a rank on each, which both modules share.
 
 uv run pytest -m gpu
 """
@@ -15,6 +15,7 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from cases import Case
 from layouts import OVERLAP, PER_TOKEN, SHARDED, VARYING, parallel
 
@@ -114,6 +115,51 @@ def test_a_cuda_graph_holds_the_finalize(ddp):
             torch.testing.assert_close(grad, wanted)
     model.destroy()
     infra.destroy()
+
+
+class TransformerEngineCase(Case):
+    """Whose language model has the attention that GPUs have."""
+
+    def shape(self) -> Any:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        shape = super().shape()
+        return evolve(shape, language=evolve(shape.language, attention=TEDotProductAttention))
+
+
+def _with_transformer_engine(context_parallel_size: int, packed: bool) -> TransformerEngineCase:
+    """Flash attention takes bf16 alone; the oracle has the same, unpacked and on one rank."""
+    pytest.importorskip("transformer_engine_torch")
+    size = context_parallel_size
+    language = parallel(context_parallel_size=size, rank_offset=0)
+    return TransformerEngineCase(
+        modules={"vision": parallel(dp=size, rank_offset=0), "language": language},
+        images=VARYING,
+        per_token=PER_TOKEN,
+        wrap="submodules",
+        packed=packed,
+        lengths=(6, 2, 1, 4),
+    )
+
+
+@pytest.mark.usefixtures("_nccl")
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_transformer_engines_attention(packed):
+    assert cases.check(_with_transformer_engine(1, packed), tolerance=0.05) > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="context parallelism takes two GPUs")
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_transformer_engines_attention_over_context_parallel_ranks(packed, tmp_path):
+    case = _with_transformer_engine(2, packed)
+    torch.multiprocessing.spawn(_check, (f"file://{tmp_path}/store", 2, case), nprocs=2)
+
+
+def _check(rank: int, store: str, size: int, case: Case) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=store, rank=rank, world_size=size)
+    assert cases.check(case, tolerance=0.05) > 0
+    dist.destroy_process_group()
 
 
 def test_the_digits_are_learnt(tmp_path):

@@ -1,6 +1,7 @@
 """Context parallelism of the language model: gradients of the one loss, lengths, and the settings."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -102,16 +103,44 @@ class RotaryGPT(GPTModel):
         super().__init__(config=config, position_embedding_type=kind, **arguments)
 
 
+YARN = {
+    "rotary_scaling_factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+    "correction_range_round_to_int": True,
+}
+
+
+class YarnGPT(GPTModel):
+    """With rotary positions that are stretched, longer than those that the model knew."""
+
+    def __init__(self, config: Any, **arguments: Any) -> None:
+        for name, value in YARN.items():
+            setattr(config, f"yarn_{name}", value)
+        super().__init__(config=config, position_embedding_type="yarn", **arguments)
+
+
 class RotaryCase(Case):
     """Whose language model has rotary positions, which Megatron cuts like the sequence."""
 
+    kind = RotaryGPT
+
     def build_model(self, infra: MegatronMIMOInfra) -> MimoModel:
-        with cases._replaced(vlm, "GPTModel", RotaryGPT):
+        with cases._replaced(vlm, "GPTModel", self.kind):
             return super().build_model(infra)
 
     def build_whole_model(self) -> MimoModel:
-        with cases._replaced(vlm, "GPTModel", RotaryGPT):
+        with cases._replaced(vlm, "GPTModel", self.kind):
             return super().build_whole_model()
+
+
+class YarnCase(RotaryCase):
+    """Whose positions are YaRN's."""
+
+    kind = YarnGPT
 
 
 class ThreePartCase(RotaryCase):
@@ -128,6 +157,9 @@ class ThreePartCase(RotaryCase):
 
 ROTARY = {
     "one number": RotaryCase(
+        modules={"vision": parallel(dp=2), "language": parallel(**CP2)}, images=VARYING
+    ),
+    "stretched": YarnCase(
         modules={"vision": parallel(dp=2), "language": parallel(**CP2)}, images=VARYING
     ),
     "three": ThreePartCase(
@@ -186,16 +218,19 @@ def _is_caught(case: Case) -> bool:
     return False
 
 
-def test_the_tokens_of_the_whole_mask_are_no_count_of_a_rank():
-    """It counts CP times too many: told on every rank, with the cure."""
+def test_losses_of_other_tokens_than_a_ranks_own_are_told():
+    """By the whole mask, or as a mean of its own positions that Megatron multiplies by CP."""
     modules = {"vision": parallel(), "language": parallel(pp=2, **CP2)}
-    case = Case(modules=modules, images=VARYING, per_token=PER_TOKEN, num_microbatches=3)
-    said = world(5).run("test_context_parallel:_said", case)
-    assert len(set(said)) == 1 and "losses, loss_mask = model(...)" in said[0]
+    case = Case(modules=modules, images=VARYING, num_microbatches=3, loss_scale=4.0)
+    for said in world(5).run("test_context_parallel:_told", case):
+        assert "losses, loss_mask = model(...)" in said["whole mask, per token"]
+        assert said["whole mask, mean"] == said["whole mask, per token"]
+        assert "multiplies such a loss by the CP" in said["pair of one's own"]
+        assert said["pair of all"] == said["pair, one rank has all"] == ""
 
 
-def _said(case: Case) -> str:
-    """What a rank is told whose loss function counts the tokens of the mask that it was given."""
+def _told(case: Case) -> dict[str, str]:
+    """What a rank is told of loss functions."""
     given: list[torch.Tensor] = []
 
     def watch(_: Any, model: MimoModel) -> None:
@@ -203,15 +238,34 @@ def _said(case: Case) -> str:
             lambda _, __, kwargs: given.append(kwargs["loss_mask"]), with_kwargs=True
         )
 
-    def loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    def whole(mask: torch.Tensor, losses: torch.Tensor) -> Any:
         return (losses * mask).sum(), given[-1].sum().int(), {}
 
-    with cases._replaced(cases, "_loss", loss):
-        try:
-            list(cases.train(case, built=watch))
-        except RuntimeError as error:
-            return str(error)
-    return ""
+    def pair(of: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def loss(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+            return (losses * mask).sum() / of(mask).sum().clamp(min=1), {}
+
+        return loss
+
+    def of_all(mask: torch.Tensor) -> torch.Tensor:
+        return given[-1]
+
+    one_rank = evolve(case, lengths=(1,), images={})
+    losses = {
+        "whole mask, per token": (evolve(case, per_token=PER_TOKEN), whole),
+        "whole mask, mean": (case, whole),
+        "pair of one's own": (case, pair(lambda mask: mask)),
+        "pair of all": (case, pair(of_all)),
+        "pair, one rank has all": (one_rank, pair(of_all)),
+    }
+    said = dict.fromkeys(losses, "")
+    for name, (run, loss) in losses.items():
+        with cases._replaced(cases, "_loss", loss):
+            try:
+                list(cases.train(run, built=watch))
+            except RuntimeError as error:
+                said[name] = str(error)
+    return said
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -75,7 +75,7 @@ def test_samples_are_cut_for_context_parallel_ranks(case):
     assert sum(world(case.world_size).run("test_packed:_check", case)) > 0
 
 
-def _check(case: Case) -> int:
+def _check(case: Case, run: Any = cases.check) -> Any:
     from megatron.core.models.mimo.partition import utils
 
     with (
@@ -83,7 +83,7 @@ def _check(case: Case) -> int:
         cases._replaced(utils, "_HAVE_TEX", True),
         cases._replaced(utils, "is_te_min_version", lambda _: True),
     ):
-        return cases.check(case)
+        return run(case)
 
 
 class Indices:
@@ -95,6 +95,62 @@ class Indices:
     ) -> torch.Tensor:
         """The tokens of a packed row that a context-parallel rank reads."""
         return packed_positions(bounds.tolist(), rank, size).to(bounds.device)
+
+
+class Unpadded(Case):
+    """Whose samples may have any length."""
+
+    def padded(self, length: int) -> int:
+        return length
+
+
+UNCUT = Case(
+    modules={"vision": parallel(), "language": parallel(context_parallel_size=2)},
+    images={"vision": (((0,),),)},
+    packed=True,
+)
+
+
+def test_what_context_parallel_ranks_cannot_cut_is_told_on_every_rank():
+    needs = "for which Megatron asks Transformer Engine 1.10 or newer"
+    for said in world(3).run("test_packed:_uncut"):
+        assert needs in said["not installed"] and "microbatch 0:" in said["not installed"]
+        assert 'kv_format="thd": samples are packed' in said["said before"]
+        assert needs in said["said before"]
+        assert "packing_kwargs has no cu_seqlens_q_padded" in said["no bounds"]
+        assert "microbatch 0: packed sample 0 of a row is 6 tokens long, which 4" in said["uneven"]
+        assert "pad it to 8" in said["uneven"]
+
+
+def _uncut() -> dict[str, str]:
+    import vlm
+
+    pack, config = cases._packed, vlm.MimoModelConfig
+
+    def unbounded(*given: Any) -> dict[str, Any]:
+        packed = pack(*given)
+        packed["packing_kwargs"].pop("cu_seqlens_q_padded")
+        return packed
+
+    def thd(**given: Any) -> Any:
+        return config(**given, kv_format="thd")
+
+    uneven = Unpadded(modules=UNCUT.modules, images=UNCUT.images, packed=True, lengths=(6,))
+    with cases._replaced(vlm, "MimoModelConfig", thd):
+        said = {"said before": _error(UNCUT)}
+    said["not installed"] = _error(UNCUT)
+    with cases._replaced(cases, "_packed", unbounded):
+        said["no bounds"] = _error(UNCUT)
+    said["uneven"] = _check(uneven, _error)
+    return said
+
+
+def _error(case: Case) -> str:
+    try:
+        list(cases.train(case))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 MISTAKES = {
@@ -129,9 +185,4 @@ def _said(case: Case, left_out: tuple[str, ...]) -> str:
         return given | dict.fromkeys(left_out)
 
     with cases._replaced(cases, "_packed", packed):
-        try:
-            for _ in cases.train(case):
-                pass
-        except RuntimeError as error:
-            return str(error)
-    return ""
+        return _error(case)

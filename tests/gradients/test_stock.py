@@ -71,6 +71,19 @@ CASES = {
         configs={"vision": BALANCED | {"num_layers": 1}, "language": BALANCED},
         steps=2,
     ),
+    **{
+        f"an encoder's auxiliary losses beside context parallelism, {where} ranks": StockCase(
+            modules={"vision": vision, "language": language}, configs={"vision": BALANCED}, steps=2
+        )
+        for where, vision, language in (
+            ("own", parallel(), parallel(context_parallel_size=2)),
+            (
+                "shared",
+                parallel(tp=2, rank_offset=0),
+                parallel(context_parallel_size=2, rank_offset=0),
+            ),
+        )
+    },
     "shared experts, a replica without images": StockCase(
         modules={"vision": parallel(dp=2, expert_tensor_parallel_size=2), "language": parallel()},
         configs={"vision": mixture()},

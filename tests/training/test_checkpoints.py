@@ -116,17 +116,25 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("layouts", "ddps", "settings", "tolerance"),
+    ("layouts", "first_stages", "ddps", "settings", "tolerance"),
     [
-        ([APART, AROUND, TOGETHER], [{}] * 3, {"experts": 4, "tied_embeddings": True}, 1e-5),
+        (
+            [APART, AROUND, TOGETHER],
+            [1, 2, None],
+            [{}] * 3,
+            {"experts": 4, "tied_embeddings": True, "layers": 3},
+            1e-5,
+        ),
         (
             [TOGETHER, LONG, APART],
+            [None] * 3,
             [OVERLAPPED, {}, SHARDED],
             {"experts": 4, "images": {"vision": (((2, 1),),)}},  # of twelve tokens
             1e-5,
         ),
         (
             [SHARING, APART],
+            [None] * 2,
             [SHARDED, SHARDED],
             {"wrap": "submodules", "tied_embeddings": True},
             0.02,
@@ -134,10 +142,19 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
     ],
     ids=["whole", "overlapped", "bf16"],
 )
-def test_what_is_saved_is_the_same_on_every_layout(layouts, ddps, settings, tolerance, tmp_path):
+def test_what_is_saved_is_the_same_on_every_layout(
+    layouts, first_stages, ddps, settings, tolerance, tmp_path
+):
+    """Stages may have unequal numbers of layers."""
     cases = [
-        GatedCase(modules=modules, ddp=ddp, per_token=PER_TOKEN, **settings)
-        for modules, ddp in zip(layouts, ddps, strict=True)
+        GatedCase(
+            modules=modules,
+            layers_in_first_stage=first,
+            ddp=ddp,
+            per_token=PER_TOKEN,
+            **settings,
+        )
+        for modules, first, ddp in zip(layouts, first_stages, ddps, strict=True)
     ]
     counts = world(4).run(chain, cases, tmp_path, tolerance, timeout=timedelta(minutes=2))
     assert set(counts) == {counts[0]}

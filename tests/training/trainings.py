@@ -5,16 +5,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import cases
+import vlm
 from attrs import evolve, frozen
 
 
 @frozen(kw_only=True)
 class GatedCase(cases.Case):
-    """One whose MLPs are gated: Megatron's checkpoints take their weights apart."""
+    """One whose MLPs are gated: Megatron's checkpoints take their weights apart.
+
+    Args:
+        layers_in_first_stage: of a module in stages; as many as the other stages have if left out.
+    """
+
+    layers_in_first_stage: int | None = None
 
     def shape(self) -> Any:
         shape = super().shape()
         return evolve(shape, config={**shape.config, "gated_linear_unit": True})
+
+    def build_model(self, infra: Any) -> Any:
+        make = vlm._config
+
+        def config(shape: Any, name: str, sizes: Any, groups: Any) -> Any:
+            made = make(shape, name, sizes, groups)
+            if groups is not None and groups.pp.size() > 1:
+                made.num_layers_in_first_pipeline_stage = self.layers_in_first_stage
+            return made
+
+        with cases._replaced(vlm, "_config", config):
+            return super().build_model(infra)
 
 
 @frozen(kw_only=True)
