@@ -73,7 +73,9 @@ CASES = {
     ),
     **{
         f"an encoder's auxiliary losses beside context parallelism, {where} ranks": StockCase(
-            modules={"vision": vision, "language": language}, configs={"vision": BALANCED}, steps=2
+            modules={"vision": vision, "language": language},
+            configs={"vision": {**BALANCED, "sequence_parallel": where == "shared"}},
+            steps=2,
         )
         for where, vision, language in (
             ("own", parallel(), parallel(context_parallel_size=2)),
