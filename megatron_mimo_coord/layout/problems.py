@@ -279,50 +279,41 @@ def _shared_with_language_problems(
             )
 
 
-def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> list[Problem]:
+def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> Iterator[Problem]:
     if LANGUAGE not in grids:
-        return []
+        return
     expected = default_topology(grids)
     cure = (
         f"Megatron's MimoModel sends every encoder to {LANGUAGE!r} and {LANGUAGE!r} nowhere: use "
         f"{expected}"
     )
     if not isinstance(topology, Mapping):
-        return [
-            Problem(
-                f"topology must map each module to a list of its targets, got {topology!r}; {cure}"
-            )
-        ]
-    problems = []
+        yield Problem(
+            f"topology must map each module to a list of its targets, got {topology!r}; {cure}"
+        )
+        return
     for name in dict.fromkeys([*grids, *topology]):
         targets = topology.get(name, [])
         is_list = isinstance(targets, Sequence) and not isinstance(targets, str)
         if not is_list or list(targets) != expected.get(name, []):
             said = (list(targets) if is_list else targets) or "nothing"
-            problems.append(Problem(f"topology sends {name} to {said}; {cure}"))
-    return problems
+            yield Problem(f"topology sends {name} to {said}; {cure}")
 
 
-def _bridge_problems(source: ModuleGrid, target: ModuleGrid) -> list[Problem]:
-    problems = []
+def _bridge_problems(source: ModuleGrid, target: ModuleGrid) -> Iterator[Problem]:
     if source.dim("cp") > 1:
-        problems.append(
-            Problem(
-                f"module {source} has CP {source.dim('cp')}, but only the {LANGUAGE} model has "
-                f"sequences that ranks can share, and an encoder's CP must be 1: set its "
-                f"context_parallel_size to 1, and data_parallel_size higher",
-                (source.name, "context_parallel_size"),
-            )
+        yield Problem(
+            f"module {source} has CP {source.dim('cp')}, but only the {LANGUAGE} model has "
+            f"sequences that ranks can share, and an encoder's CP must be 1: set its "
+            f"context_parallel_size to 1, and data_parallel_size higher",
+            (source.name, "context_parallel_size"),
         )
     sizes = source.data_parallel_size, target.data_parallel_size
     if max(sizes) % min(sizes):
-        problems.append(
-            Problem(
-                f"{source.name} has DP {sizes[0]} and {target.name} has DP {sizes[1]}: neither "
-                f"divides the other, so no whole number of ranks sends to each; choose "
-                f"data_parallel_size so that one is a multiple of the other",
-                (source.name, "data_parallel_size"),
-                (target.name, "data_parallel_size"),
-            )
+        yield Problem(
+            f"{source.name} has DP {sizes[0]} and {target.name} has DP {sizes[1]}: neither "
+            f"divides the other, so no whole number of ranks sends to each; choose "
+            f"data_parallel_size so that one is a multiple of the other",
+            (source.name, "data_parallel_size"),
+            (target.name, "data_parallel_size"),
         )
-    return problems
