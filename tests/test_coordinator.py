@@ -224,11 +224,11 @@ def test_overlap_adds_the_hooks_that_it_needs():
 # -- what is refused -------------------------------------------------------------------------------
 
 
-OF_WEIGHTS = ("another group", "converted", "of the model", "trained too late", "no token")
+OF_WEIGHTS = ("another group", "converted", "moved", "of the model", "trained too late", "no token")
 
 
 def _break(fault: str, model: Any) -> None:
-    """What is wrong with a model on a rank with an encoder of DP 2 and the distributed optimizer."""
+    """What is wrong with a model on a rank with an encoder."""
     import torch
     import torch.distributed as dist
 
@@ -237,7 +237,9 @@ def _break(fault: str, model: Any) -> None:
     if fault == "another group":
         encoder.block.layers[1].mlp.linear_fc1.tp_group = dist.group.WORLD
     if fault == "converted":
-        encoder.embed.float().double()
+        encoder.embed.double()
+    if fault == "moved":
+        encoder.embed.weight.data = encoder.embed.weight.detach().clone()
     if fault == "of the model":
         model.scale = torch.nn.Parameter(torch.ones(1, device="cuda"))
     if fault == "trained too late":
@@ -318,6 +320,7 @@ def _refused(case: Case, fault: str) -> None:
             "(encoders.transformer.block.layers.1.mlp.linear_fc1) lie on ranks [0, 1, 2]",
         ),
         ("converted", "after its DDP was put around it (encoders.transformer.embed.weight, "),
+        ("moved", "after its DDP was put around it (encoders.transformer.embed.weight), and"),
         ("of the model", "scale of the model need a gradient, but no DDP reduces it"),
         ("trained too late", "modality_submodules.vision.late.weight, "),
         ("no token", "vision has no special token, by which a text says"),
@@ -325,7 +328,7 @@ def _refused(case: Case, fault: str) -> None:
     ],
 )
 def test_a_fault_on_one_rank_is_said_on_every_rank(fault, message):
-    ddp = SHARDED if fault in ("gather buffer", "converted") else {}
+    ddp = SHARDED if fault in ("gather buffer", "moved") else {}
     case = Case(modules=FAN_IN, ddp=ddp)
     answers, errors = world(3).try_run("test_coordinator:_refused", case, fault)
     assert not answers

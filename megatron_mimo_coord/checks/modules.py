@@ -74,9 +74,8 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
     if misplaced:
         found.append(
             f"weights of module {name!r} were moved or converted after its DDP was put around it "
-            f"({listed(misplaced)}), and the distributed optimizer would update others in their "
-            f"place: do so before, as Float16Module does, which goes around the model before "
-            f"wrap_in_ddp"
+            f"({listed(misplaced)}), and would not be trained: convert before, as Float16Module "
+            f"does, which goes around the model before wrap_in_ddp"
         )
     told = {config.context_parallel_size for config in configs_inside(wrapped.module)}
     if told - {grid.dim("cp")}:

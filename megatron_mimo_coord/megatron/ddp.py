@@ -67,20 +67,23 @@ class ModuleDdp:
         )
 
     def misplaced(self) -> list[str]:
-        """Weights that are not where the distributed optimizer updates and gathers them."""
-        places = {
-            id(param): buffer.param_data.untyped_storage().data_ptr()
-            for buffer in self._buffers
-            if buffer.param_data is not None
-            for param in buffer.params
-            if type(param) is torch.nn.Parameter  # others, such as those in fp8, have several
-        }
-        return [
-            name
-            for name, param in self.ddp.module.named_parameters()
-            if places.get(id(param), param.untyped_storage().data_ptr())
-            != param.untyped_storage().data_ptr()
-        ]
+        """Weights that are no more as they were when they were put into buffers.
+
+        The distributed optimizer updates and gathers a buffer of weights, not what has taken their
+        place; and DDP hears of no gradient of what has got another data type since.
+        """
+        buffers = {id(param): buffer for buffer in self._buffers for param in buffer.params}
+        found = []
+        for name, param in self.ddp.module.named_parameters():
+            buffer = buffers.get(id(param))
+            # Others, such as those in fp8, have several tensors inside.
+            if buffer is not None and type(param) is torch.nn.Parameter:
+                is_moved = buffer.param_data is not None and (
+                    buffer.param_data.untyped_storage().data_ptr()
+                    != param.untyped_storage().data_ptr()
+                )
+                found += [name] if is_moved or param.dtype != buffer.param_dtype else []
+        return found
 
     def scale_in_reduction(self, factor: float, changes: Changes) -> None:
         """Have DDP multiply gradients by ``factor`` besides, in its own pass or in none."""
