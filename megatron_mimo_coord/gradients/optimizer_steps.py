@@ -68,5 +68,5 @@ class OptimizerSteps:
         for module in self._modules if self.num_changes < LOOKED_AT else ():
             weights = differing_gradients(module.ddp.ddp, module.pg_collection.tp)
             if weights:
-                self._report.tell(PartsOfGradients(module.name, weights))
+                self._report.add(PartsOfGradients(module.name, weights))
         self.num_changes += 1

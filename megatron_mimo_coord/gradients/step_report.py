@@ -81,6 +81,10 @@ class StepReport:
             misfit = evolve(misfit, first=place * rows)
         if not torch.is_grad_enabled():
             raise RuntimeError(str(misfit))
+        self.add(misfit)
+
+    def add(self, misfit: Misfit) -> None:
+        """Every rank is told of it with the norms of this step."""
         self._misfits.append(misfit)
 
     def finalized(self, num_tokens: torch.Tensor | None) -> None:
