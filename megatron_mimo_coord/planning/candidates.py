@@ -47,10 +47,17 @@ class Candidate:
 
 
 class Candidates:
-    """All candidates of a request."""
+    """All candidates of a request.
+
+    Args:
+        request: what a layout is sought for.
+
+    Attributes:
+        memory_bytes: of a GPU, as the request says; another may be set before all are listed again.
+    """
 
     def __init__(self, request: Request) -> None:
-        self.request = request
+        self.request, self.memory_bytes = request, request.memory_bytes
         self.choices = {name: choices(request, name) for name in request.sizes}
         self.held = cache(self.held)  # type: ignore[method-assign]
         self._options = cache(self._options)  # type: ignore[method-assign]
@@ -114,15 +121,16 @@ class Candidates:
         number, kept = self.request.global_batch_size // root.samples, root.encoder_microbatches
         waiting = number if root.shared and base.stages > 1 else 0
         held = self.held(language, root.samples, waiting=waiting)
-        if held > self.request.memory_bytes:
+        if held > self.memory_bytes:
             return []
         seconds = pipeline_seconds(language, None, root.samples, number)
         found: list[Combination] = [(seconds, held if root.shared else root.gpus, (language,))]
         combine: Callable[[float, float], float] = add if root.shared else max
-        most = self.request.memory_bytes if root.shared else self.request.gpus
+        most = self.memory_bytes if root.shared else self.request.gpus
         for name in self.request.encoders:
             beside = base if root.shared else language  # whatever that recomputes
-            options = self._options(name, beside, root.samples, root.shared, kept)
+            how = root.samples, root.shared, kept, self.memory_bytes
+            options = self._options(name, beside, *how)
             found = _front(
                 (combine(seconds, more), taken + takes, chosen + choice)
                 for seconds, taken, chosen in found
@@ -142,7 +150,13 @@ class Candidates:
                 least, rented = seconds, allocated
 
     def _options(
-        self, name: str, language: Choice, samples: int, shared: bool, kept: int | None
+        self,
+        name: str,
+        language: Choice,
+        samples: int,
+        shared: bool,
+        kept: int | None,
+        memory_bytes: float,
     ) -> list[Combination]:
         """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
         found: list[Combination] = []
@@ -162,7 +176,7 @@ class Candidates:
                 if pipeline_seconds(language, encoder, samples, number) >= fastest:
                     continue  # those with fewer GPUs are as fast
                 for way in encoder.ways:
-                    if self.held(way, samples, language.stages) <= self.request.memory_bytes:
+                    if self.held(way, samples, language.stages) <= memory_bytes:
                         fastest = min(fastest, pipeline_seconds(language, way, samples, number))
                         found.append((fastest, way.gpus, (way,)))
                         break

@@ -16,9 +16,9 @@ MOST_STEPS = 4_000  # of a percent, from the memory that there is to what a layo
 GB = 1e9
 
 
-def _first(request: Request) -> Proposal | None:
+def _first(candidates: Candidates) -> Proposal | None:
     """Some layout that fits, if any does; its step is not simulated."""
-    placed = (Proposal.of(request, candidate) for candidate in Candidates(request))
+    placed = (Proposal.of(candidates.request, candidate) for candidate in candidates)
     return next(filter(None, placed), None)
 
 
@@ -27,13 +27,14 @@ def closest(request: Request) -> tuple[Proposal | None, list[str]]:
 
     The layout is None if GPUs do not suffice for any. How many would do is said too.
     """
+    candidates = Candidates(request)
 
-    def with_more(percents: int) -> Request:
-        return evolve(request, memory_bytes=request.memory_bytes * 1.01**percents)
+    def with_more(percents: int) -> Proposal | None:
+        candidates.memory_bytes = request.memory_bytes * 1.01**percents
+        return _first(candidates)
 
-    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(_first(with_more(each))))
-    if found := _first(with_more(percents)):
-        layout = evolve(found, request=request)
+    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(with_more(each)))
+    if layout := with_more(percents):
         said = [f"closest is {in_words(layout)}", *shortages(layout), what_would_do(request)]
         return layout, said
     return None, [
@@ -44,17 +45,20 @@ def closest(request: Request) -> tuple[Proposal | None, list[str]]:
 
 
 def what_would_do(request: Request) -> str:
-    """The fewest nodes on which a layout fits."""
+    """The fewest nodes on which a layout fits, where it does not fit on as many as there are."""
 
-    def on(nodes: int) -> Request:
-        return evolve(request, gpus=nodes * request.gpus_per_node)
+    def on(nodes: int) -> Proposal | None:
+        return _first(Candidates(evolve(request, gpus=nodes * request.gpus_per_node)))
 
-    nodes = range(1, MOST_NODES)
-    fewest = bisect_left(nodes, True, key=lambda each: bool(_first(on(each)))) + 1
-    if fit := _first(on(fewest)):
-        return f"{on(fewest).gpus} GPUs would do: {in_words(fit)}"
+    few = enough = -(-request.gpus // request.gpus_per_node)
+    while not on(enough) and enough < MOST_NODES:
+        few, enough = enough, 2 * enough
+    fewest = few + bisect_left(range(few, enough), True, key=lambda nodes: bool(on(nodes)))
+    gpus = fewest * request.gpus_per_node
+    if fit := on(fewest):
+        return f"{gpus} GPUs would do: {in_words(fit)}"
     cure = "use the distributed optimizer, or rent GPUs with more memory"
-    return f"{on(fewest).gpus:,} GPUs would not do either: {cure}"
+    return f"{gpus:,} GPUs would not do either: {cure}"
 
 
 def shortages(layout: Proposal) -> Iterator[str]:
