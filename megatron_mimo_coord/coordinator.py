@@ -179,7 +179,9 @@ class MultiModuleCoordinator:
         )
         self._modules, self._step = self._gradients.modules, self._gradients.step
         self._finalizer = self._gradients.finalizer
-        self._ahead = EncoderAhead(job.ddps, self._pending_assignments)
+        self._ahead = EncoderAhead(
+            job.ddps, self._pending_assignments, self._gradients.report.texts
+        )
         self._checkpoints = Checkpoints(
             job,
             self._finalizer.gather_params_now,

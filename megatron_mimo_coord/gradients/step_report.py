@@ -46,6 +46,7 @@ class StepReport:
         loss_check: looks at the losses that this rank has, if it counts their tokens.
 
     Attributes:
+        texts: what this rank reads in a step.
         rows: of the last ``input_ids`` that this rank's modules were given; None if there were
             none, or their rows are no samples.
     """
@@ -58,10 +59,10 @@ class StepReport:
     _of_loss: torch.Tensor | None = field(default=None, init=False)
     _misfits: list[Misfit] = field(factory=list, init=False)
     _doubts: list[UnevenSamples] = field(factory=list, init=False)
-    _texts: TextsRead = field(init=False)
+    texts: TextsRead = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
+        self.texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
 
     def tell(self, misfit: Misfit) -> None:
         """A microbatch does not fit: every rank is told once the step is over.
@@ -122,7 +123,7 @@ class StepReport:
                 self.rows = len(input_ids) if has_rows else None
                 if not is_read_again():
                     given = {"input_ids": input_ids, "labels": labels_of(args, kwargs)}
-                    self._texts.add(given if has_rows else {})
+                    self.texts.add(given if has_rows else {})
 
         changes.on_close(model.register_forward_pre_hook(look, with_kwargs=True).remove)
 
@@ -142,7 +143,7 @@ class StepReport:
             samples = self.rows * self.data_parallel_sizes[name]
             index = _MODULES + 2 * modules.index(name)
             numbers[index], numbers[index + 1] = samples, -samples
-        return torch.cat((numbers, self._texts.pack()))
+        return torch.cat((numbers, self.texts.pack()))
 
     def _readers(self) -> Sequence[str]:
         """The modules whose samples the rows are."""
@@ -169,7 +170,7 @@ class StepReport:
             numbers = self.pack()
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
             self.check(numbers.tolist())
-        self._texts.forget()
+        self.texts.forget()
         self._misfits.clear()
         self._doubts.clear()
         if self.loss_check is not None:
@@ -200,7 +201,7 @@ class StepReport:
             raise RuntimeError(_told([*misfits, *(each for each in doubts if each.is_so)]))
         read = {number for samples in said.values() for number in samples}
         if len([*filter(isfinite, read)]) == 1:
-            self._texts.check(list(numbers[end:]))
+            self.texts.check(list(numbers[end:]))
 
     def _check_rows(
         self, name: str, samples: tuple[float, float], least: float, most: float

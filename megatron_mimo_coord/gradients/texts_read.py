@@ -6,7 +6,8 @@ a microbatch that no module divides; only where these differ do ranks tell each 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import lcm
 from typing import Any
 
@@ -51,6 +52,19 @@ class TextsRead:
         }
         length = max((text.shape[1] for text in texts.values()), default=0)
         self._step.append(_Read({kind: _digests(text) for kind, text in texts.items()}, length))
+
+    @contextmanager
+    def later(self) -> Iterator[list[_Read]]:
+        """Inside, microbatches of a later step are read; yields what :meth:`put_back` is to get."""
+        step, self._step = self._step, []
+        try:
+            yield self._step
+        finally:
+            self._step = step
+
+    def put_back(self, read: list[_Read]) -> None:
+        """Those microbatches are of this step."""
+        self._step += read
 
     def forget(self) -> None:
         """Another step begins."""

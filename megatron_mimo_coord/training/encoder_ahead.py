@@ -15,6 +15,7 @@ import torch
 from attrs import frozen
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.gradients.texts_read import TextsRead
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.schedule import run_encoders
@@ -22,10 +23,11 @@ from megatron_mimo_coord.megatron.schedule import run_encoders
 
 @frozen
 class _Encoded:
-    """A microbatch of a later step: what the encoders made of it, and how it was assigned."""
+    """A microbatch of a later step: what the encoders made of it, how it was assigned, its text."""
 
     outputs: Any
     assignments: Sequence[ImageAssignment]
+    texts: list[Any]
 
 
 class EncoderAhead:
@@ -34,11 +36,16 @@ class EncoderAhead:
     Args:
         modules: the modules on this rank.
         assignments: the model's.
+        texts: what this rank reads in a step.
     """
 
     def __init__(
-        self, modules: Mapping[str, torch.nn.Module], assignments: PendingAssignments
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        assignments: PendingAssignments,
+        texts: TextsRead,
     ) -> None:
+        self._texts = texts
         self._modules = modules
         self._assignments = assignments
         self._waiting: dict[int, tuple[Any, deque[_Encoded]]] = {}  # by the iterator's id
@@ -116,14 +123,15 @@ class EncoderAhead:
         while len(queue) < most:
             number = len(queue) % num_microbatches
             try:
-                outputs = run_encoders(
-                    forward_step_func, source, model, config, number, num_microbatches
-                )
+                with self._texts.later() as read:
+                    outputs = run_encoders(
+                        forward_step_func, source, model, config, number, num_microbatches
+                    )
             except StopIteration:  # there is no later step
                 break
             assigned = filter(self._assignments.next, self._modules)
             taken = [self._assignments.take(name) for name in assigned]
-            queue.append(_Encoded(outputs, [each for each in taken if each is not None]))
+            queue.append(_Encoded(outputs, [each for each in taken if each is not None], read))
         if not queue:
             del self._waiting[id(source)]
 
@@ -138,6 +146,7 @@ class EncoderAhead:
             )
         _, queue = self._waiting[id(source)]
         encoded = queue.popleft()
+        self._texts.put_back(encoded.texts)
         if not queue:
             del self._waiting[id(source)]
         for mine in encoded.assignments:  # before those of microbatches that have not run

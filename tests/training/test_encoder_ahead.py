@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import pytest
 from attrs import evolve
 from cases import Case
 from layouts import PER_TOKEN, VARYING, parallel
@@ -61,18 +62,21 @@ def trained(case: Case, folder: Path, ahead: list[int]) -> tuple[list[Any], list
                     load = partial(one.coordinator.load_weights, "language", {}, strict=False)
                     for said in refusal(save, step=1), refusal(load):
                         assert f"{most} microbatches ahead" in said and "encoder_ahead=0" in said
-            elif step == 1:
-                save(step=2)
+            elif not most:
+                save(step=step + 1)
         found.append(one.fingerprint())
     return found, counts
 
 
 def compare(folder: Path, case: Case) -> list[list[int]]:
-    """How many microbatches were encoded at the end of each step, in three trainings."""
+    """How many microbatches were encoded at the end of each step, in four trainings."""
     usual, counts = trained(case, folder / "usual", [0] * 3)
     found, counts_ahead = trained(case, folder / "ahead", [3, 0, 3])
     assert found == usual, "bit for bit"
-    return [counts, counts_ahead, trained(evolve(case, frozen=()), folder, [3])[1]]
+    slices, _ = trained(evolve(case, assign=0), folder / "slices", [1, 1, 0])
+    assert slices[:2] == pytest.approx(usual[:2])
+    trains = trained(evolve(case, frozen=()), folder, [3])[1]
+    return [counts, counts_ahead, trains]
 
 
 def test_an_encoder_runs_ahead_and_every_number_stays(tmp_path):
