@@ -224,7 +224,15 @@ def test_overlap_adds_the_hooks_that_it_needs():
 # -- what is refused -------------------------------------------------------------------------------
 
 
-OF_WEIGHTS = ("another group", "converted", "moved", "of the model", "trained too late", "no token")
+OF_WEIGHTS = (
+    "another group",
+    "converted",
+    "moved",
+    "frozen",
+    "of the model",
+    "trained too late",
+    "no token",
+)
 
 
 def _break(fault: str, model: Any) -> None:
@@ -240,6 +248,8 @@ def _break(fault: str, model: Any) -> None:
         encoder.embed.double()
     if fault == "moved":
         encoder.embed.weight.data = encoder.embed.weight.detach().clone()
+    if fault == "frozen":
+        encoder.embed.weight.requires_grad = False
     if fault == "of the model":
         model.scale = torch.nn.Parameter(torch.ones(1, device="cuda"))
     if fault == "trained too late":
@@ -317,9 +327,10 @@ def _refused(case: Case, fault: str) -> None:
         ("multi-token prediction", "config has mtp_num_layers=1"),
         (
             "another group",
-            "(encoders.transformer.block.layers.1.mlp.linear_fc1) lie on ranks [0, 1, 2]",
+            "(encoders.transformer.block.layers.1.mlp.linear_fc1) are shared out over",
         ),
         ("converted", "after its DDP was put around it (encoders.transformer.embed.weight, "),
+        ("frozen", "frozen after its DDP was put around it (encoders.transformer.embed.weight), "),
         ("moved", "after its DDP was put around it (encoders.transformer.embed.weight), and"),
         ("of the model", "scale of the model need a gradient, but no DDP reduces it"),
         ("trained too late", "modality_submodules.vision.late.weight, "),
@@ -328,7 +339,7 @@ def _refused(case: Case, fault: str) -> None:
     ],
 )
 def test_a_fault_on_one_rank_is_said_on_every_rank(fault, message):
-    ddp = SHARDED if fault in ("gather buffer", "moved") else {}
+    ddp = SHARDED if fault in ("gather buffer", "moved", "frozen") else {}
     case = Case(modules=FAN_IN, ddp=ddp)
     answers, errors = world(3).try_run("test_coordinator:_refused", case, fault)
     assert not answers

@@ -52,13 +52,18 @@ def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> li
         ]
     found = []
     ddp = ModuleDdp(wrapped)
-    elsewhere = dict(layers_on_other_ranks(wrapped, groups))
+    elsewhere = list(layers_on_other_ranks(wrapped, groups))
     if elsewhere:
         found.append(
-            f"tensor-parallel layers of module {name!r} ({listed([*elsewhere])}) lie on ranks "
-            f"{next(iter(elsewhere.values()))}, and not on those of the module's tp group: build "
-            f"them, and what is around them, with tp_group or pg_collection of "
-            f"infra.pg_collections[{name!r}]"
+            f"tensor-parallel layers of module {name!r} ({listed(elsewhere)}) are shared out over "
+            f"other ranks than those of the module's tp group: build them, and what is around "
+            f"them, with tp_group or pg_collection of infra.pg_collections[{name!r}]"
+        )
+    late = ddp.frozen_since()
+    if late and ddp.settings.use_distributed_optimizer:
+        found.append(
+            f"weights of module {name!r} were frozen after its DDP was put around it "
+            f"({listed(late)}), and the distributed optimizer looks for them: freeze before"
         )
     if ddp.replicas != grid.replicas:
         found.append(

@@ -66,6 +66,12 @@ class ModuleDdp:
             param.main_grad.untyped_storage().data_ptr() in storages for param in self.params
         )
 
+    def frozen_since(self) -> list[str]:
+        """Weights that were put into buffers, and need no gradient any more."""
+        held = set(map(id, self.params))
+        named = self.ddp.module.named_parameters()
+        return [name for name, param in named if id(param) in held and not param.requires_grad]
+
     def misplaced(self) -> list[str]:
         """Weights that are no more as they were when they were put into buffers.
 

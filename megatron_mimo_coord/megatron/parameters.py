@@ -58,15 +58,12 @@ def gradients_of_own_copies(ddp: DistributedDataParallel) -> dict[str, Any]:
 
 def layers_on_other_ranks(
     ddp: DistributedDataParallel, groups: ProcessGroupCollection
-) -> Iterator[tuple[str, list[int]]]:
+) -> Iterator[str]:
     """Tensor-parallel layers that are shared out over other ranks than those of their module.
 
     Args:
         ddp: the module.
         groups: its own.
-
-    Yields:
-        A layer's name, and its ranks.
     """
     own = [
         dist.get_process_group_ranks(group)
@@ -79,7 +76,7 @@ def layers_on_other_ranks(
             if group is not None or isinstance(layer, _TENSOR_PARALLEL):
                 ranks = dist.get_process_group_ranks(group) if group else [dist.get_rank()]
                 if ranks not in own:
-                    yield name, ranks
+                    yield name
 
 
 _TENSOR_PARALLEL = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
