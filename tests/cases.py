@@ -76,7 +76,8 @@ class Case:
         loss_scale: of fp16, whose optimizer then updates the fp32 weights.
         zeroed_by_ddp: zero gradients through the DDPs, and never through optimizer or coordinator.
         second_coordinator: build another coordinator on the same model after the first step.
-        layers, tied_embeddings, experts: of the language model.
+        layers: of the language model; one for each stage if 0, as encoders have.
+        tied_embeddings, experts: of the language model.
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
         assign: assign images in every microbatch (1), in every second one (2), or never (0).
@@ -107,7 +108,7 @@ class Case:
     loss_scale: float = 1.0
     zeroed_by_ddp: bool = False
     second_coordinator: bool = False
-    layers: int = 2
+    layers: int = 0
     tied_embeddings: bool = False
     experts: int | None = None
     no_optimizer: bool = False
@@ -180,6 +181,10 @@ class Case:
         """Whether the language model has context parallelism."""
         return self.modules[vlm.LANGUAGE].context_parallel_size > 1
 
+    def layers_of(self, name: str) -> int:
+        """Of a module: one for each stage."""
+        return self.modules[name].pipeline_model_parallel_size
+
     def shape(self) -> vlm.ModelShape:
         """The model; its configs differ between modules where the case says so."""
         config: dict[str, Any] = {}
@@ -194,6 +199,7 @@ class Case:
                     token_id=VOCABULARY - 1 - index,
                     hidden=8,
                     heads=2,
+                    layers=self.layers_of(name),
                 )
                 for index, name in enumerate(self.encoders)
             },
@@ -202,7 +208,7 @@ class Case:
                 sequence=self.sequence,
                 hidden=16,
                 heads=2,
-                layers=self.layers,
+                layers=self.layers or self.layers_of(vlm.LANGUAGE),
                 tied_embeddings=self.tied_embeddings,
                 experts=self.experts,
                 attention=ContextAttention if self.packed else None,

@@ -60,6 +60,7 @@ class StockCase(Case):
             "collection" that they hold.
     """
 
+    layers: int = 2
     configs: Mapping[str, Mapping[str, Any]] = field(factory=dict)
     multiple: int = 4
     max_sequence: int = 0
