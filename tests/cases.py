@@ -76,7 +76,8 @@ class Case:
         loss_scale: of fp16, whose optimizer then updates the fp32 weights.
         zeroed_by_ddp: zero gradients through the DDPs, and never through optimizer or coordinator.
         second_coordinator: build another coordinator on the same model after the first step.
-        layers: of the language model; one for each stage if 0, as encoders have.
+        layers: of the language model; as many as encoders have if 0.
+        is_thin: whether modules have one layer for each stage, and not two.
         tied_embeddings, experts: of the language model.
         no_optimizer: do not build Megatron's optimizer; one step only.
         megatron_communicator: build the communicator without the coordinator.
@@ -109,6 +110,7 @@ class Case:
     zeroed_by_ddp: bool = False
     second_coordinator: bool = False
     layers: int = 0
+    is_thin: bool = False
     tied_embeddings: bool = False
     experts: int | None = None
     no_optimizer: bool = False
@@ -182,8 +184,8 @@ class Case:
         return self.modules[vlm.LANGUAGE].context_parallel_size > 1
 
     def layers_of(self, name: str) -> int:
-        """Of a module: one for each stage."""
-        return self.modules[name].pipeline_model_parallel_size
+        """Of a module."""
+        return self.modules[name].pipeline_model_parallel_size if self.is_thin else 2
 
     def shape(self) -> vlm.ModelShape:
         """The model; its configs differ between modules where the case says so."""
@@ -663,6 +665,7 @@ def check(case: Case, tolerance: float = TOLERANCE) -> int:
     Raises:
         AssertionError: a gradient, or the reported loss, differs; names the step and parameter.
     """
+    case = evolve(case, is_thin=True)  # what is between modules takes no more layers
     oracle = Oracle(case)
     compared = 0
     for step, (infra, model, metrics) in enumerate(train(case)):

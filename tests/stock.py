@@ -60,7 +60,6 @@ class StockCase(Case):
             "collection" that they hold.
     """
 
-    layers: int = 2
     configs: Mapping[str, Mapping[str, Any]] = field(factory=dict)
     multiple: int = 4
     max_sequence: int = 0
@@ -188,7 +187,7 @@ class StockCase(Case):
             pipeline_dtype=torch.bfloat16 if self.wrap else torch.float32,
             moe_token_dispatcher_type="alltoall",
             **{"hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.2}
-            | {"moe_router_load_balancing_type": "none", "num_layers": self.layers}
+            | {"moe_router_load_balancing_type": "none", "num_layers": self.layers or 2}
             | settings,
         )
         config.variable_seq_lengths = True
