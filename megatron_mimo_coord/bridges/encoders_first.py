@@ -23,8 +23,8 @@ from megatron_mimo_coord.bridges.shared_bridges import Output, Tensors, Waiting
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import input_ids_of
-from megatron_mimo_coord.megatron.module_random_states import remember_random_states
 from megatron_mimo_coord.megatron.schedule import run_encoders, run_pipeline
+from megatron_mimo_coord.megatron.second_forwards import remember_forward
 from megatron_mimo_coord.megatron.turns import Turns, outputs_of
 
 Edges = Mapping[str, GradientEdge]
@@ -126,7 +126,7 @@ class EncodersFirst:
         self._no_sync = no_sync
         self._step: _Step | None = None
         self._call: tuple[Any, Any] | None = None
-        self._go_back: Callable[[], None] | None = None
+        self._second_forward: Callable[[], AbstractContextManager[None]] | None = None
         changes.on_close(
             model.register_forward_pre_hook(self._remember_call, with_kwargs=True).remove
         )
@@ -214,7 +214,8 @@ class EncodersFirst:
         if self._turns.encoders:
             self._call = args, kwargs
             is_run_again = self._step is not None and self._step.keep < self._step.num_microbatches
-            self._go_back = remember_random_states() if is_run_again else None
+            submodules = self._model.modality_submodules
+            self._second_forward = remember_forward(submodules) if is_run_again else None
 
     def _take(
         self, step: _Step, number: int, outputs: Any, encoders: list[str], forward_only: bool
@@ -238,19 +239,16 @@ class EncodersFirst:
         if number >= step.num_microbatches - step.keep:
             step.encoded.append(_Encoded(number, list(edges), True, lambda: edges))
         else:
-            go_back = self._go_back
-            assert go_back is not None, "remembered where not all activations are kept"
-            again = partial(self._again, call, go_back)
+            assert self._second_forward is not None, "remembered where not all is kept"
+            again = partial(self._again, call, self._second_forward)
             step.encoded.append(_Encoded(number, list(edges), False, again))
 
-    def _again(self, call: tuple[Any, Any], go_back: Callable[[], None]) -> Edges:
-        """Run the encoders of a microbatch once more, drawing the same random numbers."""
-        go_on = remember_random_states()
-        go_back()
-        try:
+    def _again(
+        self, call: tuple[Any, Any], second_forward: Callable[[], AbstractContextManager[None]]
+    ) -> Edges:
+        """Run the encoders of a microbatch once more."""
+        with second_forward():
             return _edges(outputs_of(self._model, *call))
-        finally:
-            go_on()
 
     def _backward(self, step: _Step, gradients: Tensors) -> None:
         """The encoders' backward; what is kept goes first, and the last one of each reduces.

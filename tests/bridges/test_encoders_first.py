@@ -6,11 +6,16 @@ from typing import Any
 
 import cases
 import pytest
+import stock
 import torch
 import torch.distributed as dist
 from attrs import evolve
 from cases import Case
 from layouts import VARYING, parallel
+from megatron.core.transformer.moe.moe_logging import (
+    destroy_moe_metrics_tracker,
+    get_moe_metrics_tracker,
+)
 from ranks import world
 
 from megatron_mimo_coord.bridges.shared_bridges import SharedBridges
@@ -298,3 +303,49 @@ def test_megatrons_own_schedule_is_refused_on_every_rank():
     assert not answers
     for name, text in errors.values():
         assert name == "RuntimeError" and "call coordinator.forward_backward_func(...)" in text
+
+
+# -- what a second forward leaves behind -----------------------------------------------------------
+
+COUNTING = {
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.1,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_score_function": "sigmoid",
+}
+
+
+def _counts(case: stock.StockCase) -> tuple[Any, dict[str, Any]]:
+    """Tokens of each expert of this rank's encoder, and what is known of its auxiliary losses."""
+    destroy_moe_metrics_tracker()
+    infra, model, coordinator = cases.built(case)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+    coordinator.zero_grad_buffer()
+    cases.run_schedule(case, model, coordinator, communicator, cases._data(case, 0))
+    tokens = [
+        buffer.tolist()
+        for name, buffer in model.modality_submodules.named_buffers()
+        if name.endswith("local_tokens_per_expert")
+    ]
+    losses = {
+        name: each.values.tolist() for name, each in get_moe_metrics_tracker().metrics.items()
+    }
+    infra.destroy()
+    return tokens, losses
+
+
+def test_encoders_that_run_again_count_their_tokens_once():
+    case = stock.StockCase(
+        modules={
+            "vision": parallel(dp=2, rank_offset=0),
+            "language": parallel(pp=2, rank_offset=0),
+        },
+        num_microbatches=3,
+        images={"vision": (((1, 2, 0, 1), (2, 0, 1, 0), (1, 1, 1, 3)),)},
+        configs={"vision": stock.mixture(**COUNTING)},
+        no_optimizer=True,
+    )
+    kept, again = ([*world(2).run(_counts, evolve(case, encoder_microbatches=k))] for k in (3, 1))
+    assert again == kept
+    for tokens, losses in kept:
+        assert sum(map(sum, tokens)) > 0 and losses
