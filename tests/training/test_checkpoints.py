@@ -95,10 +95,11 @@ def chain(cases: list[Case], folder: Path, tolerance: float) -> int:
             load, save = other.coordinator.load_checkpoint, other.coordinator.save_checkpoint
             assert load(folder / str(number - 1), other.optimizer) == (2, {})
             path = save(folder / str(number), other.optimizer, step=2).path
-            found = whole_tensors(path)
-            assert found.keys() == expected.keys()
-            different = [key for key in found if not torch.equal(found[key], expected[key])]
-            assert not different, (number, different)
+            if torch.distributed.get_rank() == 0:
+                found = whole_tensors(path)
+                assert found.keys() == expected.keys()
+                different = [key for key in found if not torch.equal(found[key], expected[key])]
+                assert not different, (number, different)
             losses = other.steps(2, 3)
             if number == len(cases):
                 trained = other.fingerprint()
