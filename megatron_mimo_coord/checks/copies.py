@@ -71,9 +71,11 @@ def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
 def differing_gradients(ddp: DistributedDataParallel, tp: dist.ProcessGroup) -> list[str]:
     """Weights of a trainer's own layers whose tensor-parallel copies get different gradients.
 
-    Collective in the module's tensor-parallel ranks.
+    Not biases, whose gradient may be nothing but rounding errors, as that of keys is, and of what a
+    norm follows. Collective in the module's tensor-parallel ranks.
     """
-    gradients = gradients_of_own_copies(ddp)
+    found = gradients_of_own_copies(ddp)
+    gradients = {name: each for name, each in found.items() if not name.endswith("bias")}
     return _differing(gradients, tp, PART) if gradients else []
 
 

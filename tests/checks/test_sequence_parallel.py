@@ -113,6 +113,37 @@ def test_copies_that_get_parts_of_a_gradient():
         assert "mlp.linear_fc1.first.weight, decoder.layers.1.mlp.linear_fc1.first.weight)" in text
 
 
+@frozen(kw_only=True)
+class Noisy(StockCase):
+    """With a bias and a weight beside it, whose gradients are other ones on each rank."""
+
+    noisy: str = ""
+
+    def wrap_modules(self, infra: Any, model: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if model.language_model:
+            linear = torch.nn.Linear(2, 2).cuda()
+            model.language_model.decoder.beside = linear
+            model.language_model.register_forward_hook(
+                lambda *given: (
+                    given[2]
+                    + (getattr(linear, self.noisy) * dist.get_rank()).sum()
+                    - (getattr(linear, self.noisy) * dist.get_rank()).sum().detach()
+                )
+            )
+        super().wrap_modules(infra, model)
+
+
+def test_rounding_errors_of_biases_may_differ():
+    for noisy, said in ("weight", "decoder.beside.weight)"), ("bias", ""):
+        case = Noisy(modules=LAYOUT, noisy=noisy)
+        _, errors = world(3).try_run("test_sequence_parallel:_train", case)
+        assert len(errors) == (3 if said else 0)
+        assert all(said in text for _, text in errors.values())
+
+
 def _train(case: StockCase) -> None:
     import cases
 
