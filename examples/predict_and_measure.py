@@ -125,7 +125,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--compute", action="store_true", help="layers compute, and do not sleep")
     parser.add_argument("--num-microbatches", type=int, default=4, metavar="N", help="(default: 4)")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed (default: 5)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="timed (default: 3)")
     parser.add_argument("--layouts", type=int, metavar="N", help="the first N (default: all)")
     return parser.parse_args()
 

@@ -33,7 +33,7 @@ from megatron_mimo_coord import MegatronMIMOInfra, MultiModuleCoordinator, read_
 
 VISION, IMAGE, VOCABULARY, PATCH_DIM = "vision", 31, 32, 16
 # A layer that sleeps: seconds of a sample forward, as long again twice for backward. Divided by TP.
-SLEEP = {VISION: 0.01, LANGUAGE: 0.015}
+SLEEP = {VISION: 0.02, LANGUAGE: 0.03}
 
 
 def main() -> None:
