@@ -573,9 +573,7 @@ class MultiModuleCoordinator:
             {'vision': 0.0, 'language': 0.0}
         """
         self._step.check_norms()
-        scale = torch.ones((), device=self._device)
-        scale_loss = self._schedule.config.grad_scale_func
-        return self._norms.norms(scale if scale_loss is None else scale_loss(scale))
+        return self._norms.norms(self._schedule.scaled(torch.ones((), device=self._device)))
 
     @_while_open
     def num_trainable_parameters(self) -> dict[str, int]:

@@ -159,7 +159,9 @@ class EncodersFirst:
         assert bridges is not None, "encoders share ranks with the language model"
         source = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         batches = None if source is None else _Batches(source)  # as on a stage that reads nothing
-        step = _Step(num_microbatches, num_microbatches if keep is None else keep)
+        if keep is None or forward_only:  # where nothing goes backward, nothing runs again
+            keep = num_microbatches
+        step = _Step(num_microbatches, keep)
         self._step = step
         try:
             with self._turns.of_encoders():

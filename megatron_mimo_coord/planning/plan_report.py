@@ -45,10 +45,6 @@ def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
     return [["", *table[0]], *numbered]
 
 
-def _is_used(title: str, name: str, proposals: Sequence[Proposal]) -> bool:
-    return any(getattr(each.modules[name], SIZES[title]) > 1 for each in proposals)
-
-
 def _cells(proposal: Proposal, sizes: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """What a row says below each title, with some sizes of each module."""
     shapes = {

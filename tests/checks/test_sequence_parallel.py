@@ -1,5 +1,6 @@
-"""What tensor and sequence parallelism want of weights is said in a sentence at construction, and what MimoModel
-cannot run before it is built; on every rank.
+"""What tensor and sequence parallelism want of weights, and what MimoModel cannot run.
+
+A sentence on every rank says it when the coordinator is built, or with a step's norms.
 """
 
 from typing import Any
@@ -126,13 +127,12 @@ class Noisy(StockCase):
         if model.language_model:
             linear = torch.nn.Linear(2, 2).cuda()
             model.language_model.decoder.beside = linear
-            model.language_model.register_forward_hook(
-                lambda *given: (
-                    given[2]
-                    + (getattr(linear, self.noisy) * dist.get_rank()).sum()
-                    - (getattr(linear, self.noisy) * dist.get_rank()).sum().detach()
-                )
-            )
+
+            def add_nothing(_: Any, __: Any, made: Any) -> Any:
+                noise = (getattr(linear, self.noisy) * dist.get_rank()).sum()
+                return made + noise - noise.detach()
+
+            model.language_model.register_forward_hook(add_nothing)
         super().wrap_modules(infra, model)
 
 
