@@ -161,7 +161,7 @@ class MultiModuleCoordinator:
         self._gradients = Gradients.of(
             job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
         )
-        self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report.tell)
+        self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report)
         encoders = {name: ddp for name, ddp in job.ddps.items() if name != LANGUAGE}
         self._fit.watch(encoders, self._changes)
         if LANGUAGE in job.ddps:

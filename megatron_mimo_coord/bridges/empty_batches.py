@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel
 
-from megatron_mimo_coord.gradients.misfits import UnknownInputs
+from megatron_mimo_coord.gradients.misfits import Misfit, unknown_inputs
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.empty_batches import run_empty_batches
@@ -42,7 +42,7 @@ class EmptyBatches:
         self,
         groups: Mapping[str, dist.ProcessGroup],
         encoders_run: Callable[[], bool],
-        tell: Callable[[UnknownInputs], None],
+        tell: Callable[[Misfit], None],
     ) -> None:
         self._groups = groups
         self._encoders_run = encoders_run
@@ -57,7 +57,7 @@ class EmptyBatches:
         grids: Mapping[str, ModuleGrid],
         meeting: Mapping[str, bool],
         encoders_run: Callable[[], bool],
-        tell: Callable[[UnknownInputs], None],
+        tell: Callable[[Misfit], None],
         groups: ExtraGroups,
         changes: Changes,
     ) -> None:
@@ -97,7 +97,7 @@ class EmptyBatches:
             like = next(filter(None, said), "")
             unknown = None if all(said) else re.search(r'"cannot be told": "(\w+)"', like)
             if unknown:
-                self._tell(UnknownInputs(name, unknown[1]))
+                self._tell(unknown_inputs(name, unknown[1]))
                 self.left_out.add(name)
                 filled[name] = None
             elif like and not mine:

@@ -6,7 +6,7 @@ tokens that are cut or filled up with zeros, to where all ranks hear of it, befo
 the gradients. Nothing is asked of the device that ``MimoModel`` does not ask already.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch.nn.functional import pad
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.gradients.misfits import (
-    Misfit,
-    OtherWidth,
-    TextMisfit,
-    UncutRow,
-    UnevenLength,
-    UnevenSamples,
-    UnknownParts,
+    other_tokens,
+    other_width,
+    uncut_row,
+    uneven_length,
+    uneven_samples,
+    unknown_parts,
 )
+from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
     bounds_of,
@@ -45,18 +45,15 @@ class TextFit:
     Args:
         model: the model.
         assignments: which count microbatches.
-        tell: told of what does not fit; raises in an evaluation.
+        report: told of what does not fit; raises in an evaluation.
     """
 
     def __init__(
-        self,
-        model: MimoModel,
-        assignments: PendingAssignments,
-        tell: Callable[[Misfit], None],
+        self, model: MimoModel, assignments: PendingAssignments, report: StepReport
     ) -> None:
         self._model = model
         self._assignments = assignments
-        self._tell = tell
+        self._report = report
 
     def watch(self, encoders: Mapping[str, DistributedDataParallel], changes: Changes) -> None:
         """Look at what the model puts together.
@@ -82,7 +79,7 @@ class TextFit:
         hidden_size = self._model.config.hidden_size
         if tokens is None or tokens.shape[-1] == hidden_size:
             return None
-        self._tell(OtherWidth(name, tokens.shape[-1], hidden_size))
+        self._report.tell(other_width(name, tokens.shape[-1], hidden_size))
         return pad(tokens, (0, hidden_size - tokens.shape[-1]))
 
     def _make_even(
@@ -97,13 +94,14 @@ class TextFit:
         parts, why = sequence_parts(self._model, is_packed)
         problem = packing_problem(self._model, packing) if packing is not None else ""
         if problem:
-            self._tell(UncutRow(microbatch, problem))
+            self._report.tell(uncut_row(microbatch, problem))
         elif length % parts:
-            self._tell(UnevenLength(microbatch, length, parts, why))
+            self._report.tell(uneven_length(microbatch, length, parts, why))
         else:
             sample_parts = packed_sample_parts(self._model)
             if packing is not None and sample_parts > 1:
-                self._tell(UnevenSamples(microbatch, bounds_of(packing), sample_parts, why))
+                bounds = bounds_of(packing)
+                self._report.tell(uneven_samples(microbatch, bounds, sample_parts, why))
             return None
         parts, _ = sequence_parts(self._model)
         return lengthen_texts(*without_packing(args, kwargs), -length % parts)
@@ -128,16 +126,19 @@ class TextFit:
         if sum(counts) == tokens:
             return list(counts)
         if text is None:
-            self._tell(TextMisfit(name, microbatch, counts, (), tokens, is_part=True))
+            place = self._report.dp_rank(name)
+            self._report.tell(other_tokens(name, microbatch, counts, tokens, place, is_part=True))
         else:
             self._misfit(name, text, tokens, microbatch, is_part=True)
         return _cut_off(counts, tokens)
 
-    def unknown(self, parts: UnknownParts) -> list[int]:
+    def unknown(
+        self, name: str, microbatch: int, tokens: int, ranks: int, texts: int, is_packed: bool
+    ) -> list[int]:
         """Numbers to go on with, where nobody knows how many tokens are for whom."""
-        self._tell(parts)
-        share = -(-parts.tokens // parts.ranks)
-        return _cut_off([share] * parts.ranks, parts.tokens)
+        place = self._report.dp_rank(name)
+        self._report.tell(unknown_parts(name, microbatch, tokens, ranks, texts, is_packed, place))
+        return _cut_off([-(-tokens // ranks)] * ranks, tokens)
 
     def _align(
         self,
@@ -183,7 +184,8 @@ class TextFit:
     ) -> None:
         is_its = text == self._model.special_token_ids[name]
         counts, cut = is_its.sum(1).tolist(), is_its[:, -1].nonzero().flatten().tolist()
-        self._tell(TextMisfit(name, microbatch, counts, cut, tokens, is_part))
+        place = self._report.dp_rank(name)
+        self._report.tell(other_tokens(name, microbatch, counts, tokens, place, cut, is_part))
 
 
 def _cut_off(counts: Sequence[int], total: int) -> list[int]:

@@ -14,7 +14,6 @@ from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.gradients.misfits import UnknownParts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
@@ -141,7 +140,7 @@ class TokenCounts:
                 return self._fit.sizes(name, counts[part].tolist(), tokens, microbatch, text)
         if not self._may_vary:
             return []  # of Megatron's own, which cuts evenly
-        return self._fit.unknown(UnknownParts(name, microbatch, tokens, ranks, texts, is_packed))
+        return self._fit.unknown(name, microbatch, tokens, ranks, texts, is_packed)
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
         """On an encoder rank without images: an assignment tells without asking the device."""

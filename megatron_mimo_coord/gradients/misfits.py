@@ -1,6 +1,10 @@
-"""What is wrong with a microbatch, as a rank found it, and the sentence about it."""
+"""What is wrong with a microbatch, as a rank found it, and the sentence about it.
 
-from collections.abc import Sequence
+Of several the one with the lowest order is told: what is so in every microbatch before what is
+wrong with one, earlier microbatches first, and what others follow from before these.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from attrs import frozen
@@ -9,50 +13,98 @@ from megatron_mimo_coord.layout.problems import listed
 
 
 @frozen
-class TextMisfit:
-    """Texts that have another number of an encoder's tokens than it made for them.
+class Misfit:
+    """Something that all ranks are to hear of.
 
     Args:
-        module: the encoder.
-        microbatch: in its pass.
-        counts: the encoder's tokens in each text.
-        cut: the rows that end with one of them.
-        tokens: that the encoder made.
-        is_part: whether other ranks' texts share these tokens.
-        first: number of the first of these samples in the microbatch.
+        order: which of several is told.
+        sentence: says what is wrong and what to change; asked once the step is over.
+        is_so: on the device; None if the host knows that it is.
     """
 
-    module: str
-    microbatch: int
-    counts: Sequence[int]
-    cut: Sequence[int]
-    tokens: int
-    is_part: bool = False
-    first: int = 0
+    order: tuple[int, ...]
+    sentence: Callable[[], str]
+    is_so: torch.Tensor | None = None
 
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Which of several is told: the lowest."""
-        return self.microbatch, 1, not self.cut, self.first
 
-    def __str__(self) -> str:
-        last = self.first + len(self.counts) - 1
-        cut = "".join(
-            f"; the text of sample {self.first + row} ends among them, as if it was cut"
-            for row in self.cut[:1]
-        )
-        others = ", and for other samples with them" if self.is_part else ""
+def _known(order: tuple[int, ...], sentence: str) -> Misfit:
+    return Misfit(order, lambda: sentence)
+
+
+def other_width(module: str, width: int, hidden_size: int) -> Misfit:
+    """Tokens of an encoder that cannot stand among those of a text."""
+    return _known(
+        (-1,),
+        f"the tokens of {module} have {width} numbers, but the language model's hidden_size is "
+        f"{hidden_size}: project them to it, with a module in input_projections of its "
+        f"VisionModalitySubmodules, or by another output size",
+    )
+
+
+def unknown_inputs(module: str, kind: str) -> Misfit:
+    """Inputs of which a replica that has none, but meets others that do, cannot make empty ones."""
+    return _known(
+        (-1, 1),
+        f"the replicas of {module} meet in its forward, and one has no inputs: it is to run an "
+        f"empty batch, but what others were given holds a {kind}, of which it cannot be told what "
+        f"an empty one is: pass tensors, numbers, strings, lists and dicts",
+    )
+
+
+def parts_of_gradients(module: str, weights: Sequence[str]) -> Misfit:
+    """Copies of weights that tensor-parallel ranks would move apart."""
+    return _known(
+        (-1, 2),
+        f"the tensor-parallel ranks of {module} have other gradients of the same weights "
+        f"({listed(weights)}), and would move them apart: have each get the sum, by "
+        f"parameter.sequence_parallel = True where a weight is applied to parts of a sequence, and "
+        f"by copy_to_tensor_model_parallel_region(output, group=pg_collection.tp) where its output "
+        f"feeds shards, as that of an adapter's first layer does; what is a shard itself is to be "
+        f"one of Megatron's layers, or parameter.tensor_model_parallel = True",
+    )
+
+
+def uncut_row(microbatch: int, problem: str) -> Misfit:
+    """A row of packed samples that context-parallel ranks cannot share."""
+    return _known((microbatch, -1), f"microbatch {microbatch}: {problem}")
+
+
+def uneven_length(microbatch: int, length: int, parts: int, why: str) -> Misfit:
+    """Texts whose tokens the ranks of the language model cannot share."""
+    return _known(
+        (microbatch, -1),
+        f"microbatch {microbatch}: the texts are {length} tokens long, which {parts} ({why}) does "
+        f"not divide: pad input_ids, position_ids, labels and loss_mask to "
+        f"{-(-length // parts) * parts}",
+    )
+
+
+def uneven_samples(microbatch: int, bounds: torch.Tensor, parts: int, why: str) -> Misfit:
+    """Packed samples that context-parallel ranks share, if the device finds that they cannot.
+
+    Args:
+        microbatch: in its pass.
+        bounds: where each sample begins, and the last one ends.
+        parts: what would divide the tokens of each.
+        why: whose ranks share them.
+    """
+
+    def sentence() -> str:
+        lengths = bounds.diff().tolist()
+        sample, length = next((n, each) for n, each in enumerate(lengths) if each % parts)
         return (
-            f"microbatch {self.microbatch}: the texts of samples {self.first} to {last} have "
-            f"{sum(self.counts)} tokens of {self.module} ({', '.join(map(str, self.counts[:8]))}), "
-            f"but its encoder made {self.tokens} for them{others}{cut}: leave out the images of "
-            f"what is cut from a text, and give each rank its slice of the samples, their images "
-            f"and their input_ids"
+            f"microbatch {microbatch}: packed sample {sample} of a row is {length} tokens long, "
+            f"which {parts} ({why}) does not divide, and each is cut by itself: pad it to "
+            f"{-(-length // parts) * parts}, and say so in cu_seqlens_q_padded and "
+            f"cu_seqlens_kv_padded"
         )
 
+    return Misfit((microbatch, -1), sentence, (bounds.diff() % parts != 0).any())
 
-@frozen
-class UnknownParts:
+
+def unknown_parts(
+    module: str, microbatch: int, tokens: int, ranks: int, texts: int, is_packed: bool, dp_rank: int
+) -> Misfit:
     """Tokens of an encoder for several ranks, whose texts do not say how many are for which.
 
     Args:
@@ -62,210 +114,46 @@ class UnknownParts:
         ranks: of the language model, that they are for.
         texts: that its rank was given: rows of ``input_ids``, or samples of a packed row.
         is_packed: whether it was given a packed row.
-        first: the encoder's DP rank.
+        dp_rank: the encoder's.
     """
-
-    module: str
-    microbatch: int
-    tokens: int
-    ranks: int
-    texts: int
-    is_packed: bool
-    first: int = 0
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before texts that do not fit, which may be no other mistake."""
-        return self.microbatch, 0, self.first
-
-    def __str__(self) -> str:
-        kind = "packed samples" if self.is_packed else "rows"
-        given = f"input_ids of {self.texts} {kind}" if self.texts else "no input_ids"
-        return (
-            f"microbatch {self.microbatch}: DP rank {self.first} of {self.module} made "
-            f"{self.tokens} tokens for {self.ranks} ranks of the language model, but was given "
-            f"{given}, which do not say how many are for whom: pass the model input_ids of that "
-            f"rank's samples, as many rows for each of these ranks (or one row of as many samples "
-            f"for each, with their cu_seqlens_q in packing_kwargs), or deal the images out with "
-            f"coordinator.assign_images"
-        )
+    given = f"input_ids of {texts} {'packed samples' if is_packed else 'rows'}"
+    return _known(
+        (microbatch, 0, dp_rank),
+        f"microbatch {microbatch}: DP rank {dp_rank} of {module} made {tokens} tokens for {ranks} "
+        f"ranks of the language model, but was given {given if texts else 'no input_ids'}, which "
+        f"do not say how many are for whom: pass the model input_ids of that rank's samples, as "
+        f"many rows for each of these ranks (or one row of as many samples for each, with their "
+        f"cu_seqlens_q in packing_kwargs), or deal the images out with coordinator.assign_images",
+    )
 
 
-@frozen
-class UnevenLength:
-    """Texts whose tokens the ranks of the language model cannot share.
-
-    Args:
-        microbatch: in its pass.
-        length: of the texts, in tokens.
-        parts: what would divide it.
-        why: whose ranks share it.
-    """
-
-    microbatch: int
-    length: int
-    parts: int
-    why: str
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before what follows from it."""
-        return self.microbatch, -1
-
-    def __str__(self) -> str:
-        return (
-            f"microbatch {self.microbatch}: the texts are {self.length} tokens long, which "
-            f"{self.parts} ({self.why}) does not divide: pad input_ids, position_ids, labels and "
-            f"loss_mask to {-(-self.length // self.parts) * self.parts}"
-        )
-
-
-@frozen
-class OtherWidth:
-    """Tokens of an encoder that cannot stand among those of a text.
+def other_tokens(
+    module: str,
+    microbatch: int,
+    counts: Sequence[int],
+    tokens: int,
+    dp_rank: int,
+    cut: Sequence[int] = (),
+    is_part: bool = False,
+) -> Misfit:
+    """Texts that have another number of an encoder's tokens than it made for them.
 
     Args:
         module: the encoder.
-        width: numbers of each of its tokens.
-        hidden_size: of the language model.
-    """
-
-    module: str
-    width: int
-    hidden_size: int
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before all others: it is so in every microbatch."""
-        return (-1,)
-
-    def __str__(self) -> str:
-        return (
-            f"the tokens of {self.module} have {self.width} numbers, but the language model's "
-            f"hidden_size is {self.hidden_size}: project them to it, with a module in "
-            f"input_projections of its VisionModalitySubmodules, or by another output size"
-        )
-
-
-@frozen
-class UnknownInputs:
-    """Inputs of which a replica that has none, but meets others that do, cannot make empty ones.
-
-    Args:
-        module: the encoder.
-        kind: class of what was given.
-    """
-
-    module: str
-    kind: str
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before what follows from it."""
-        return -1, 1
-
-    def __str__(self) -> str:
-        return (
-            f"the replicas of {self.module} meet in its forward, and one has no inputs: it is to "
-            f"run an empty batch, but what others were given holds a {self.kind}, of which it "
-            f"cannot be told what an empty one is: pass tensors, numbers, strings, lists and dicts"
-        )
-
-
-@frozen
-class PartsOfGradients:
-    """Copies of weights that tensor-parallel ranks would move apart.
-
-    Args:
-        module: whose.
-        weights: their names.
-    """
-
-    module: str
-    weights: Sequence[str]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before all others but one."""
-        return -1, 2
-
-    def __str__(self) -> str:
-        return (
-            f"the tensor-parallel ranks of {self.module} have other gradients of the same weights "
-            f"({listed(self.weights)}), and would move them apart: have each get the sum, by "
-            f"parameter.sequence_parallel = True where a weight is applied to parts of a "
-            f"sequence, and by copy_to_tensor_model_parallel_region(output, "
-            f"group=pg_collection.tp) where its output feeds shards, as that of an adapter's first "
-            f"layer does; what is a shard itself is to be one of Megatron's layers, or "
-            f"parameter.tensor_model_parallel = True"
-        )
-
-
-@frozen
-class UncutRow:
-    """A row of packed samples that context-parallel ranks cannot share.
-
-    Args:
         microbatch: in its pass.
-        problem: why.
+        counts: the encoder's tokens in each text.
+        tokens: that the encoder made.
+        dp_rank: whose texts these are.
+        cut: the rows that end with one of them.
+        is_part: whether other ranks' texts share these tokens.
     """
-
-    microbatch: int
-    problem: str
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before what follows from it."""
-        return self.microbatch, -1
-
-    def __str__(self) -> str:
-        return f"microbatch {self.microbatch}: {self.problem}"
-
-
-@frozen
-class UnevenSamples:
-    """Packed samples, each of which context-parallel ranks share; whether they can, a device knows.
-
-    Args:
-        microbatch: in its pass.
-        bounds: where each sample begins, and the last one ends.
-        parts: what would divide the tokens of each.
-        why: whose ranks share them.
-    """
-
-    microbatch: int
-    bounds: torch.Tensor
-    parts: int
-    why: str
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Before what follows from it."""
-        return self.microbatch, -1
-
-    @property
-    def is_so(self) -> torch.Tensor:
-        """On the device."""
-        return (self.bounds.diff() % self.parts != 0).any()
-
-    def __str__(self) -> str:
-        lengths = self.bounds.diff().tolist()
-        sample = next(each for each, length in enumerate(lengths) if length % self.parts)
-        return (
-            f"microbatch {self.microbatch}: packed sample {sample} of a row is {lengths[sample]} "
-            f"tokens long, which {self.parts} ({self.why}) does not divide, and each is cut by "
-            f"itself: pad it to {-(-lengths[sample] // self.parts) * self.parts}, and say so in "
-            f"cu_seqlens_q_padded and cu_seqlens_kv_padded"
-        )
-
-
-Misfit = (
-    TextMisfit
-    | UnknownParts
-    | UnevenLength
-    | OtherWidth
-    | UnknownInputs
-    | PartsOfGradients
-    | UncutRow
-    | UnevenSamples
-)
+    first = dp_rank * len(counts)
+    end = f"; the text of sample {first + cut[0]} ends among them, as if it was cut" if cut else ""
+    return _known(
+        (microbatch, 1, not cut, first),
+        f"microbatch {microbatch}: the texts of samples {first} to {first + len(counts) - 1} have "
+        f"{sum(counts)} tokens of {module} ({', '.join(map(str, counts[:8]))}), but its encoder "
+        f"made {tokens} for them{', and for other samples with them' if is_part else ''}{end}: "
+        f"leave out the images of what is cut from a text, and give each rank its slice of the "
+        f"samples, their images and their input_ids",
+    )

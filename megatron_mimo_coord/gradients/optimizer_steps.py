@@ -9,7 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_mimo_coord.checks.copies import differing_gradients
 from megatron_mimo_coord.gradients.finite_steps import FiniteSteps
-from megatron_mimo_coord.gradients.misfits import PartsOfGradients
+from megatron_mimo_coord.gradients.misfits import parts_of_gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
@@ -68,5 +68,5 @@ class OptimizerSteps:
         for module in self._modules if self.num_changes < LOOKED_AT else ():
             weights = differing_gradients(module.ddp.ddp, module.pg_collection.tp)
             if weights:
-                self._report.add(PartsOfGradients(module.name, weights))
+                self._report.add(parts_of_gradients(module.name, weights))
         self.num_changes += 1

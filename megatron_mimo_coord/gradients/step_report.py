@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import define, evolve, field
+from attrs import define, field
 
 from megatron_mimo_coord.gradients.loss_check import NUMBERS, LossCheck, mistake
-from megatron_mimo_coord.gradients.misfits import Misfit, TextMisfit, UnevenSamples, UnknownParts
+from megatron_mimo_coord.gradients.misfits import Misfit
 from megatron_mimo_coord.gradients.texts_read import TextsRead
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
@@ -58,7 +58,6 @@ class StepReport:
     _is_unread: bool = field(default=False, init=False)
     _of_loss: torch.Tensor | None = field(default=None, init=False)
     _misfits: list[Misfit] = field(factory=list, init=False)
-    _doubts: list[UnevenSamples] = field(factory=list, init=False)
     texts: TextsRead = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -70,19 +69,14 @@ class StepReport:
         Raises:
             RuntimeError: it is an evaluation, after which nobody is.
         """
-        if isinstance(misfit, UnevenSamples):
-            if torch.is_grad_enabled():
-                self._doubts.append(misfit)
-                return
-            if not misfit.is_so:
-                return
-        if isinstance(misfit, TextMisfit | UnknownParts):
-            place = self.here[LANGUAGE if LANGUAGE in self.here else misfit.module]
-            rows = len(misfit.counts) if isinstance(misfit, TextMisfit) else 1
-            misfit = evolve(misfit, first=place * rows)
-        if not torch.is_grad_enabled():
-            raise RuntimeError(str(misfit))
-        self.add(misfit)
+        if torch.is_grad_enabled():
+            self.add(misfit)
+        elif misfit.is_so is None or misfit.is_so:
+            raise RuntimeError(misfit.sentence())
+
+    def dp_rank(self, encoder: str) -> int:
+        """DP rank of the module here whose texts an encoder's tokens are compared with."""
+        return self.here[LANGUAGE if LANGUAGE in self.here else encoder]
 
     def add(self, misfit: Misfit) -> None:
         """Every rank is told of it with the norms of this step."""
@@ -135,9 +129,10 @@ class StepReport:
         numbers = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         if self._of_loss is not None:
             numbers[:NUMBERS], self._of_loss = self._of_loss, None
-        numbers[NUMBERS] = len(self._misfits)
-        for each in self._doubts:
-            numbers[NUMBERS] += each.is_so
+        numbers[NUMBERS] = sum(each.is_so is None for each in self._misfits)
+        for each in self._misfits:
+            if each.is_so is not None:
+                numbers[NUMBERS] += each.is_so
         for name in self._readers():
             assert self.rows is not None
             samples = self.rows * self.data_parallel_sizes[name]
@@ -172,7 +167,6 @@ class StepReport:
             self.check(numbers.tolist())
         self.texts.forget()
         self._misfits.clear()
-        self._doubts.clear()
         if self.loss_check is not None:
             self.loss_check.forget()
 
@@ -186,7 +180,6 @@ class StepReport:
             RuntimeError: for any mistake.
         """
         misfits, self._misfits = self._misfits, []
-        doubts, self._doubts = self._doubts, []
         of_loss = mistake(numbers[:NUMBERS])
         if of_loss:
             raise RuntimeError(of_loss)
@@ -198,7 +191,7 @@ class StepReport:
             for other in others:
                 self._check_rows(name, samples, *other)
         if numbers[NUMBERS] > 0:
-            raise RuntimeError(_told([*misfits, *(each for each in doubts if each.is_so)]))
+            raise RuntimeError(_told(misfits))
         read = {number for samples in said.values() for number in samples}
         if len([*filter(isfinite, read)]) == 1:
             self.texts.check(list(numbers[end:]))
@@ -233,7 +226,7 @@ class StepReport:
 
 def _told(misfits: Sequence[Misfit]) -> str:
     """The first of all ranks' misfits, one with a text that was cut before others. Collective."""
-    mine = [(misfit.order, str(misfit)) for misfit in misfits]
+    mine = [(each.order, each.sentence()) for each in misfits if each.is_so is None or each.is_so]
     texts = all_gather_text(json.dumps(mine), device=world_device())
     _, told = min(each for text in texts for each in json.loads(text))
     return told
