@@ -117,10 +117,6 @@ class MultiModuleCoordinator:
         model: the ``MimoModel``, its submodules wrapped in Megatron's ``DistributedDataParallel``;
             ``Float16Module`` may be around it, around its submodules, or both.
 
-    A mixture-of-experts encoder's auxiliary loss follows the layout: each replica adds its own to
-    the gradient, and the sum over the encoder's replicas is divided by the language model's DP, or
-    by the tokens of the step. A warning says so once.
-
     Raises:
         ValueError: the layout cannot run, the model lacks a module or its DDP, or ranks disagree;
             raised on every rank alike, with every problem found.
@@ -150,7 +146,6 @@ class MultiModuleCoordinator:
         job = self._job
         self._changes.take(job.model, *job.ddps.values())
         self._grids = job.grids
-        self._device = world_device()
         self._pending_assignments = PendingAssignments()
         self._pending_assignments.watch(job.model, self._changes)
         self._communicators: list[PipelineCommunicator] = []
@@ -220,14 +215,10 @@ class MultiModuleCoordinator:
         """Undo all that the coordinator has changed in the model, its DDPs, configs and optimizers.
 
         They train on as if no coordinator had been. A later coordinator of the same model does it
-        by itself, and so does ``with MultiModuleCoordinator(infra, model) as coordinator`` at its
-        end. Not collective; a second time does nothing.
-
+        by itself, and so does the end of a ``with``. Not collective; a second time does nothing.
         Afterwards the coordinator's methods raise a RuntimeError, and so does the first backward
-        with a communicator that it built. Optimizers are Megatron's own
-        again, whichever coordinator built them; a checkpoint that is being written in the
-        background is finished, and its ``wait`` returns; a timeline that is being recorded is not
-        written, and a warning says so.
+        with a communicator that it built. A checkpoint that is being written in the background is
+        finished; a timeline that is being recorded is not written, and a warning says so.
 
         Example:
             >>> with MultiModuleCoordinator(infra, model) as coordinator:
@@ -247,12 +238,7 @@ class MultiModuleCoordinator:
 
     @property
     def module_to_grid_tuples(self) -> tuple[tuple[DistributedDataParallel, HyperCommGrid], ...]:
-        """(module, grid) of every module on this rank; the module is its DDP.
-
-        Example:
-            >>> [type(module).__name__ for module, grid in coordinator.module_to_grid_tuples]
-            ['DistributedDataParallel', 'DistributedDataParallel']
-        """
+        """(module, grid) of every module on this rank; the module is its DDP."""
         return self._module_to_grid_tuples
 
     @property
@@ -274,9 +260,8 @@ class MultiModuleCoordinator:
     def gradient_scaling_factors(self) -> Mapping[str, float]:
         """For each module on this rank, the factor from DDP's result to the gradient of the loss.
 
-        Of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`: encoder DP / language DP for
-        a mean loss where both modules average. With a per-token loss it lacks the 1/N, which only
-        each step knows. It is applied already: nothing is left to multiply.
+        Of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`; with a per-token loss without
+        the 1/N, which only each step knows. It is applied already: nothing is left to multiply.
 
         Example:
             >>> coordinator.gradient_scaling_factors["vision"]
@@ -304,15 +289,13 @@ class MultiModuleCoordinator:
         Sets ``no_sync_func`` and ``finalize_model_grads_func``; with an optimizer
         ``grad_scale_func``; where a module's DDP has ``overlap_param_gather`` and
         ``align_param_gather`` also ``param_sync_func``. With ``overlap_grad_reduce``
-        ``grad_sync_func`` must be None: with one, Megatron's schedule would have only the first
-        stage of the whole pipeline reduce during backward. Attaching again is fine: the last time
-        counts. A coordinator that was attached to the same config before is closed.
+        ``grad_sync_func`` must be None. Attaching again is fine: the last time counts. A
+        coordinator that was attached to the same config before is closed.
 
         Args:
             config: the language model's config, ``get_model_config(model)``.
-            optimizer: Megatron's optimizer, whose ``scale_loss`` scales the loss. A
-                ``MimoOptimizer`` skips steps from now on, on all ranks alike, in which a module's
-                gradients are not finite, and the first rank logs which module it is.
+            optimizer: Megatron's, whose ``scale_loss`` scales the loss. A ``MimoOptimizer`` skips
+                steps in which a module's gradients are not finite, on all ranks alike.
 
         Raises:
             ValueError: someone else has set one of these hooks, or the modules are on disjoint
@@ -389,10 +372,10 @@ class MultiModuleCoordinator:
         """Make the schedule's ``p2p_communicator``, once, outside the loop. Collective.
 
         Samples may have no, one or many images, and encoders any DP that divides or is a multiple
-        of the language model's. Colocated modules send nothing between ranks; with this
-        communicator the same schedule runs them too. No rank waits for its device, but for one
-        thing: without :meth:`assign_images` an encoder that feeds several language ranks, or that
-        was fed no image, reads its samples' numbers of tokens from ``input_ids`` once a microbatch.
+        of the language model's; colocated modules run with it too, and send nothing. No rank waits
+        for its device, but for one thing: without :meth:`assign_images` an encoder that feeds
+        several language ranks, or that was fed no image, reads its samples' numbers of tokens from
+        ``input_ids`` once a microbatch.
 
         Args:
             config: the language model's config, with ``pipeline_dtype``.
@@ -426,8 +409,7 @@ class MultiModuleCoordinator:
 
         Raises:
             RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run; or
-                of the step before: its loss is per token, but the loss function returned no count,
-                or ranks read different samples, or texts that do not fit; on every rank alike.
+                what was wrong with the step before, on every rank alike.
         """
         self._finalizer.zero_grad_buffer()
 
@@ -472,17 +454,12 @@ class MultiModuleCoordinator:
         """Deal a microbatch's images out to an encoder's data-parallel ranks by cost.
 
         Call it once a microbatch, in order, before the forward, with the same numbers on every
-        rank that holds the module; elsewhere it does no harm, and on the language model's ranks it
-        has the bridge check that their samples are the encoder's. Feed the encoder the images of
-        ``assignment.local``: the communicator of :meth:`build_pipeline_communicator` brings
-        their tokens to the ranks that read their samples. A microbatch without a call is dealt out
-        in consecutive slices. Plain arithmetic, no communication.
-
-        Where encoders run before the language model, later microbatches of a step go to ranks that
-        were given less of the earlier ones: the step as a whole is dealt out evenly.
-
-        What an :meth:`evaluation` runs is assigned inside it: a loader that calls this ahead of the
-        forward is made there.
+        rank that holds the module; on the language model's ranks it has the bridge check that their
+        samples are the encoder's. Feed the encoder the images of ``assignment.local``: the
+        communicator of :meth:`build_pipeline_communicator` brings their tokens to the ranks that
+        read their samples. A microbatch without a call is dealt out in consecutive slices; where
+        encoders run before the language model, a step as a whole is dealt out evenly. What an
+        :meth:`evaluation` runs is assigned inside it. Plain arithmetic, no communication.
 
         Args:
             module_name: the encoder.
@@ -527,8 +504,7 @@ class MultiModuleCoordinator:
     def reduce_losses(self, losses: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Average what the schedule returned, to the same dict on every rank. Collective.
 
-        One collective of numbers, and no wait: the dict waits for the device when a rank first
-        looks at it. Ranks that do not look do not wait.
+        One collective of numbers; the dict waits for the device when a rank first looks at it.
 
         Args:
             losses: the schedule's return value: a map a microbatch on the last stage, empty
@@ -556,8 +532,8 @@ class MultiModuleCoordinator:
     def grad_norms(self) -> dict[str, torch.Tensor]:
         """L2 norm of each module's gradients, the same on every rank. Collective.
 
-        Call it between the schedule and ``optimizer.step()``, which clips. One sum over the world
-        of one number a module; nothing waits for the device until a norm is read.
+        Call it between the schedule and ``optimizer.step()``, which clips. Nothing waits for the
+        device until a norm is read.
 
         Returns:
             For each module of the job, a tensor without dims on this rank's device, in fp32. The
@@ -573,7 +549,7 @@ class MultiModuleCoordinator:
             {'vision': 0.0, 'language': 0.0}
         """
         self._step.check_norms()
-        return self._norms.norms(self._schedule.scaled(torch.ones((), device=self._device)))
+        return self._norms.norms(self._schedule.scaled(torch.ones((), device=world_device())))
 
     @_while_open
     def num_trainable_parameters(self) -> dict[str, int]:
@@ -589,11 +565,7 @@ class MultiModuleCoordinator:
 
     @cached_property
     def _norms(self) -> GradientNorms:
-        return GradientNorms(
-            list(self._grids),
-            {name: (each.ddp, each.pg_collection) for name, each in self._modules.items()},
-            self._device,
-        )
+        return GradientNorms(self._grids, self._modules.values())
 
     @_while_open
     def record_timeline(
@@ -609,9 +581,7 @@ class MultiModuleCoordinator:
         A step begins where gradients are zeroed, whoever calls ``zero_grad_buffer``, and ends with
         the attached optimizer's ``step``. At the end of the last one rank 0 writes the trace and,
         beside it, ``costs.toml``: what each module was measured to cost, for ``mimo-plan --costs``.
-        A recording that saw too few steps logs that when the trainer or the coordinator ends.
-        Before and after nothing is paid; on GPUs the steps are timed by events, and no host waits
-        for its device inside one.
+        A recording that saw too few steps logs that at the end. No host waits inside a step.
 
         Args:
             path: where rank 0 writes Chrome Trace JSON, which Perfetto opens: a process for each
@@ -651,8 +621,7 @@ class MultiModuleCoordinator:
     def evaluation(self) -> Iterator[None]:
         """Between any two steps, run the schedule with ``forward_only=True`` inside. Collective.
 
-        The whole model evaluates and nothing has a gradient; there is nothing to finalize. The
-        weights are those of the last ``optimizer.step()``, with ``overlap_param_gather`` too.
+        The weights are those of the last ``optimizer.step()``, with ``overlap_param_gather`` too.
         Afterwards every part of the model is in the mode that it was in, and images that were
         assigned before, for the next step, are still: none of them is used inside.
 
@@ -687,8 +656,7 @@ class MultiModuleCoordinator:
         """Save the training between two steps, whole or not at all. Collective.
 
         Holds every module's weights, the optimizer's state, each rank's random states, and
-        ``extra``. However the job ends, the checkpoints that :meth:`load_checkpoint` finds are
-        whole, and on disk. A save begins with the end of the one before.
+        ``extra``. A save begins with the end of the one before.
 
         Args:
             folder: on a file system that all ranks share; made if there is none. The checkpoint
@@ -699,10 +667,7 @@ class MultiModuleCoordinator:
             extra: what else the trainer needs, the same on every rank, such as a scheduler's
                 ``state_dict()``: dicts, lists, tuples, strings, bytes, numbers, booleans, None,
                 tensors; other mappings come back as dicts.
-            rank_state: the same of this rank alone, such as where its data loader is: of PyTorch's
-                ``StatefulDataLoader`` its ``state_dict()``, for ``load_state_dict``; of
-                Megatron-Energon's ``pickle.dumps(loader.save_state_rank())``, for
-                ``loader.restore_state_rank(pickle.loads(...))``.
+            rank_state: the same of this rank alone, such as where its data loader is.
             trainable_only: leave out the weights that are frozen; to be loaded over them.
             keep: how many checkpoints the folder keeps.
             background: return once the state is copied to host memory, and write meanwhile. It
@@ -750,12 +715,11 @@ class MultiModuleCoordinator:
         A trainer may always call it, after :meth:`attach` and before the first step: without a
         checkpoint it leaves everything as it is, logs a warning, and returns step 0. Random states
         are restored on the layout that they were saved on. Before anything is overwritten, all
-        files are read and compared with the digests that were written with them.
+        files are compared with the digests that were written with them.
 
         What is trained, and in which precision, may have changed: the optimizer goes on with what
-        it had, begins anew with what it had not, and one line of the log says with how many
-        parameters of which module. Learning rates come from the checkpoint too, for those parameter
-        groups that it has.
+        it had, learning rates of its parameter groups included, begins anew with what it had not,
+        and one line of the log says with how many parameters of which module.
 
         Args:
             folder: what :meth:`save_checkpoint` was given. Until the first checkpoint is there,
@@ -818,10 +782,7 @@ class MultiModuleCoordinator:
         return self._checkpoints.load_module(module_name, state_dict, strict, names)
 
     def describe(self, micro_batch_size: int | None = None) -> str:
-        """The layout as text, the same on every rank.
-
-        To show it before the first step, have every rank call :meth:`print_description`: one rank
-        prints. It is also logged, once a job, at INFO.
+        """The layout as text, the same on every rank; logged once a job, at INFO.
 
         Args:
             micro_batch_size: samples in a microbatch over all ranks; shown as shares if left out.
@@ -873,8 +834,7 @@ class MultiModuleCoordinator:
         Where encoders have ranks of their own it is Megatron's. Where they share ranks with a
         language model in stages, it runs three phases: the encoders, over all microbatches;
         Megatron's schedule, over the language model; the encoders' backward. Then all modules are
-        finalized at once. Outputs travel once, to the first stage, and wait there; the language
-        model's reductions run beside the encoders' backward.
+        finalized at once.
 
         ``forward_step_func`` is called for each microbatch in both of the first two phases, with
         the same batch, which is fetched once; ``model(...)`` runs the modules whose phase it is,
@@ -893,10 +853,9 @@ class MultiModuleCoordinator:
                 activations are kept at a time: those of the others are computed again in the third.
                 All if left out; with 0 no more than one is ever there.
             encoder_ahead: how many microbatches of the next step ranks encode at the end of this
-                one, where all they hold is frozen encoders (first stages); nothing elsewhere. They
-                call ``forward_step_func`` with the same ``data_iterator`` meanwhile, and send what
-                came of it in the next step that reads it: results are the same bit for bit. With 0
-                in the step before a checkpoint is saved or loaded.
+                one, where all they hold is frozen encoders (first stages); nothing elsewhere.
+                Results are the same bit for bit. 0 in the step before a checkpoint is saved or
+                loaded.
 
         Raises:
             ValueError: ``encoder_microbatches`` or ``encoder_ahead`` is no number of microbatches,
@@ -966,20 +925,15 @@ class MultiModuleCoordinator:
 
     @_while_open
     def start_grad_sync(self, *params: Any) -> None:
-        """Launch the overlapped reductions that backward did not; ``finalize_model_grads`` does so.
+        """Launch the overlapped reductions that backward did not, of all modules.
 
-        Args:
-            *params: the model's parameters, as a schedule passes them; all are reduced.
+        ``finalize_model_grads`` does so by itself. ``params``, as a schedule passes them, are left.
         """
         self._finalizer.start_grad_sync()
 
     @_while_open
     def start_param_sync(self, *params: Any) -> None:
-        """Launch the overlapped gathering of parameters; the schedule's ``param_sync_func``.
-
-        Args:
-            *params: the model's parameters, which the schedule passes; all are gathered.
-        """
+        """Launch the overlapped gathering of all parameters; the schedule's ``param_sync_func``."""
         self._finalizer.start_param_sync()
 
     @_while_open
@@ -992,16 +946,14 @@ class MultiModuleCoordinator:
     ) -> None:
         """Make every module's gradients those of the one loss; ``finalize_model_grads_func``.
 
-        Each module is reduced over its own groups by Megatron's own ``finalize_model_grads``. With
-        a per-token loss the number of tokens is summed meanwhile, in one collective of one number,
-        and divides the gradients at the end. No module waits for another's reduction, and nothing
-        waits for the device.
+        Each module is reduced over its own groups by Megatron's own ``finalize_model_grads``; a
+        per-token loss's number of tokens is summed meanwhile, in one collective of one number.
+        No module waits for another's reduction, and nothing waits for the device.
 
         Args:
-            model: what the schedule passes; the coordinator's own modules are finalized.
+            model, pg_collection: what the schedule passes; the coordinator's own are used.
             num_tokens: unmasked tokens that this rank counted, a tensor with one element. Only the
                 count of the language model's last stage is used.
-            pg_collection: what the schedule passes; each module's own groups are used.
             force_all_reduce: with the distributed optimizer, have every rank end with all
                 gradients, and not only with its shards.
 

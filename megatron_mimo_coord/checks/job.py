@@ -66,9 +66,21 @@ class Job:
         read: dict[str, Any] = {}
         flags = exchange_flags(partial(_read, infra, model, read))
         check_replicas(list(read["grids"]), read["ddps"], read["infra"].pg_collections)
-        sums, meeting = (_flagged(read["grids"], flags, topic) for topic in (SUMS, MEETS))
-        factors = _factors(read["grids"], read["per_token"], sums)
+        grids, factors, meeting = read["grids"], {}, {}
+        for index, name in enumerate(sorted(grids)):
+            of_module = flags[grids[name].rank_offset] >> 2 * index
+            meeting[name] = bool(of_module & _MEETS)
+            factors[name] = gradient_scaling_factor(
+                grids[name].replicas,
+                grids[LANGUAGE].replicas,
+                ddp_sums=bool(of_module & _SUMS),
+                per_token=read["per_token"],
+            )
         return cls(rank=dist.get_rank(), **read, gradient_scaling_factors=factors, meeting=meeting)
+
+
+_SUMS, _MEETS = 1, 2
+"""What a rank tells others of each of its modules: its DDP delivers sums, its replicas meet."""
 
 
 @told_of_missing_names()
@@ -107,40 +119,12 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
         modules={name: ddp_facts(ModuleDdp(ddp)) for name, ddp in ddps.items()},
         problems=problems,
         flags=sum(
-            _bit(grids, name, SUMS) * ModuleDdp(ddp).delivers_sum
-            + _bit(grids, name, MEETS) * meets_replicas(ddp, grids[name].replica(dist.get_rank()))
-            for name, ddp in ddps.items()
+            (
+                _SUMS * ModuleDdp(ddps[name]).delivers_sum
+                + _MEETS * meets_replicas(ddps[name], grids[name].replica(dist.get_rank()))
+            )
+            << 2 * index
+            for index, name in enumerate(sorted(grids))
+            if name in ddps
         ),
     )
-
-
-def _factors(
-    grids: Mapping[str, ModuleGrid], per_token: bool, sums: Mapping[str, bool]
-) -> dict[str, float]:
-    """Each module's factor, by how its DDP delivers."""
-    return {
-        name: gradient_scaling_factor(
-            grid.replicas,
-            grids[LANGUAGE].replicas,
-            ddp_sums=sums[name],
-            per_token=per_token,
-        )
-        for name, grid in grids.items()
-    }
-
-
-SUMS, MEETS = 0, 1
-"""What a rank tells the others of each of its modules: its DDP delivers sums, its replicas meet."""
-
-
-def _flagged(grids: Mapping[str, ModuleGrid], flags: list[int], topic: int) -> dict[str, bool]:
-    """Of each module, what the flags of its first rank say."""
-    return {
-        name: bool(flags[grid.rank_offset] & _bit(grids, name, topic))
-        for name, grid in grids.items()
-    }
-
-
-def _bit(grids: Mapping[str, ModuleGrid], name: str, topic: int) -> int:
-    """The flag by which a rank tells others about a module."""
-    return 1 << (2 * sorted(grids).index(name) + topic)

@@ -1,19 +1,19 @@
 """What a coordinator looks for in a module before it takes charge of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.checks.sequence_parallel import weight_problems
 from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.module_configs import configs_inside
-from megatron_mimo_coord.megatron.parameters import layers_on_other_ranks
+from megatron_mimo_coord.megatron.parameters import layers_on_other_ranks, unmarked_weights
 
 
 def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
@@ -30,79 +30,106 @@ def ddp_facts(ddp: ModuleDdp) -> dict[str, str]:
     return {"calculate_per_token_loss": str(ddp.delivers_sum), **settings}
 
 
-def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> list[str]:
+def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> Iterator[str]:
     """What keeps a module that belongs on this rank from being coordinated."""
-    name = grid.name
+    name, wrapped = grid.name, find_ddp(model, grid.name)
+    groups = infra.pg_collections.get(name)
     if _submodule(model, name) is None:
-        return [
+        yield (
             f"infra places module {name!r} on this rank, but the model has no such module "
             f"here: give MimoModelConfig the same module_to_grid_map and a spec for {name!r}"
-        ]
-    wrapped = find_ddp(model, name)
-    if wrapped is None:
-        return [
+        )
+    elif wrapped is None:
+        yield (
             f"module {name!r} is not wrapped in megatron.core.distributed."
             f"DistributedDataParallel: wrap each submodule of the MimoModel, frozen ones too"
-        ]
-    groups = infra.pg_collections.get(name)
-    if groups is None:
-        return [
+        )
+    elif groups is None:
+        yield (
             f"infra has no process groups for module {name!r} on a rank of its grid: fill "
             f"pg_collections[{name!r}] there"
-        ]
-    found = []
-    ddp = ModuleDdp(wrapped)
+        )
+    else:
+        yield from _ddp_problems(wrapped, grid, groups)
+        delivers_sum = bool(wrapped.config.calculate_per_token_loss)
+        per_token = bool(model.config.calculate_per_token_loss)
+        if name == LANGUAGE and delivers_sum != per_token:
+            yield (
+                f"the language model's DDP was built with calculate_per_token_loss={delivers_sum}, "
+                f"but the MimoModel's config says {per_token}: use one config for both"
+            )
+
+
+def _ddp_problems(
+    wrapped: DistributedDataParallel, grid: ModuleGrid, groups: ProcessGroupCollection
+) -> Iterator[str]:
+    name, ddp = grid.name, ModuleDdp(wrapped)
     elsewhere = list(layers_on_other_ranks(wrapped, groups))
     if elsewhere:
-        found.append(
+        yield (
             f"tensor-parallel layers of module {name!r} ({listed(elsewhere)}) are shared out over "
             f"other ranks than those of the module's tp group: build them, and what is around "
             f"them, with tp_group or pg_collection of infra.pg_collections[{name!r}]"
         )
     late = ddp.frozen_since()
     if late and ddp.settings.use_distributed_optimizer:
-        found.append(
+        yield (
             f"weights of module {name!r} were frozen after its DDP was put around it "
             f"({listed(late)}), and the distributed optimizer looks for them: freeze before"
         )
     if ddp.replicas != grid.replicas:
-        found.append(
+        yield (
             f"module {name!r} is reduced over {ddp.replicas} ranks by its DDP, but "
             f"its grid has DP x CP = {grid.replicas}: pass pg_collections[{name!r}] to the DDP"
         )
     if not ddp.owns_its_gradients:
-        found.append(
+        yield (
             f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
             f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
         )
     misplaced = ddp.misplaced()
     if misplaced:
-        found.append(
+        yield (
             f"weights of module {name!r} were moved or converted after its DDP was put around it "
             f"({listed(misplaced)}), and would not be trained: convert before, as Float16Module "
             f"does, which goes around the model before wrap_in_ddp"
         )
     told = {config.context_parallel_size for config in configs_inside(wrapped.module)}
     if told - {grid.dim("cp")}:
-        found.append(
+        yield (
             f"module {name!r} has CP {grid.dim('cp')} in its grid, but its config says "
             f"context_parallel_size={max(told)}, by which Megatron shares out sequences: give both "
             f"the same"
         )
-    found += _gather_problems(name, ddp.settings)
-    found += weight_problems(name, wrapped)
-    per_token = bool(model.config.calculate_per_token_loss)
-    if name == LANGUAGE and ddp.delivers_sum != per_token:
-        found.append(
-            f"the language model's DDP was built with calculate_per_token_loss={ddp.delivers_sum}, "
-            f"but the MimoModel's config says {per_token}: use one config for both"
+    # Parameters are gathered as a step begins, when the gradients have been zeroed.
+    advice = ""
+    if ddp.settings.reuse_grad_buf_for_mxfp8_param_ag:
+        advice = "set reuse_grad_buf_for_mxfp8_param_ag=False, or overlap_param_gather=False"
+    elif not ddp.settings.use_distributed_optimizer:
+        advice = "set use_distributed_optimizer=True, or overlap_param_gather=False"
+    if ddp.settings.overlap_param_gather and advice:
+        yield (
+            f"the DDP of module {name!r} gathers parameters into its gradient buffer, and a rank "
+            f"whose microbatches do not use them would find them there instead of gradients: "
+            f"{advice}"
         )
-    return found
+    inside = [weight for weight, is_inside in unmarked_weights(wrapped) if is_inside]
+    if inside:
+        yield (
+            f"module {name!r} is sequence-parallel, and its replicated weights {listed(inside)} do "
+            f"not say what they are applied to: their gradients would be wrong; {_MARK}"
+        )
+
+
+_MARK = (
+    "set parameter.sequence_parallel = True where it is applied to a part of the sequence, so that "
+    "its gradient is summed over tensor-parallel ranks, or False where to the whole"
+)
 
 
 def weight_problems_here(
     model: MimoModel, ddps: Mapping[str, DistributedDataParallel]
-) -> list[str]:
+) -> Iterator[str]:
     """Weights of this rank that are to be trained, and that nobody would train."""
     trained = {id(param) for ddp in ddps.values() for param in ModuleDdp(ddp).params}
     left = [
@@ -110,55 +137,41 @@ def weight_problems_here(
         for name, param in model.named_parameters()
         if param.requires_grad and id(param) not in trained
     ]
-    if not left:
-        return []
-    return [
-        f"{listed(left)} of the model need a gradient, but no DDP reduces it: they would stay as "
-        f"they are; put them into a module, and have them need one before its DDP is put around "
-        f"it, or set requires_grad = False"
-    ]
+    if left:
+        yield (
+            f"{listed(left)} of the model need a gradient, but no DDP reduces it: they would stay "
+            f"as they are; put them into a module, and have them need one before its DDP is put "
+            f"around it, or set requires_grad = False"
+        )
 
 
-def auxiliary_loss_remark(
+def remarks(
     ddp: DistributedDataParallel, grid: ModuleGrid, language: ModuleGrid, per_token: bool
-) -> str:
-    """What a mixture-of-experts encoder's auxiliary loss weighs, if it has one.
+) -> Iterator[str]:
+    """What a user should know of a module that can be coordinated.
 
-    It is no part of the one loss whose gradient the coordinator makes: each replica adds the
-    gradient of its own to what flows back from the language model, and is scaled like it.
+    The auxiliary loss of a mixture-of-experts encoder is no part of the one loss whose gradient the
+    coordinator makes: each replica adds the gradient of its own to what flows back from the
+    language model, and is scaled like it.
     """
+    outside = [weight for weight, is_inside in unmarked_weights(ddp) if not is_inside]
+    if outside:
+        yield (
+            f"module {grid.name} is sequence-parallel, and its replicated weights "
+            f"{listed(outside)} are taken to see the whole sequence; else {_MARK}"
+        )
     config = ddp.config
     given = config.moe_aux_loss_coeff
     coefficients = [*given] if isinstance(given, list) else [given]
     coefficients.append(config.moe_z_loss_coeff or 0.0)
-    if grid.name == LANGUAGE or not config.num_moe_experts or not any(coefficients):
-        return ""
-    divisor = (
-        "the tokens of the step"
-        if per_token
-        else f"the language model's DP {language.data_parallel_size}"
-    )
-    return (
-        f"module {grid.name}: the auxiliary loss of its mixture of experts follows the layout: a "
-        f"sum over its {grid.replicas} replicas, divided by {divisor}; adapt moe_aux_loss_coeff "
-        f"and moe_z_loss_coeff where you change its data_parallel_size"
-    )
-
-
-def _gather_problems(name: str, settings: Any) -> list[str]:
-    """Parameters are gathered as a step begins, when the gradients have been zeroed."""
-    if not settings.overlap_param_gather:
-        return []
-    if settings.reuse_grad_buf_for_mxfp8_param_ag:
-        advice = "set reuse_grad_buf_for_mxfp8_param_ag=False, or overlap_param_gather=False"
-    elif not settings.use_distributed_optimizer:
-        advice = "set use_distributed_optimizer=True, or overlap_param_gather=False"
-    else:
-        return []
-    return [
-        f"the DDP of module {name!r} gathers parameters into its gradient buffer, and a rank whose "
-        f"microbatches do not use them would find them there instead of gradients: {advice}"
-    ]
+    if grid.name != LANGUAGE and config.num_moe_experts and any(coefficients):
+        of_language = f"the language model's DP {language.data_parallel_size}"
+        yield (
+            f"module {grid.name}: the auxiliary loss of its mixture of experts follows the layout: "
+            f"a sum over its {grid.replicas} replicas, divided by "
+            f"{'the tokens of the step' if per_token else of_language}; adapt moe_aux_loss_coeff "
+            f"and moe_z_loss_coeff where you change its data_parallel_size"
+        )
 
 
 def _submodule(model: MimoModel, name: str) -> torch.nn.Module | None:

@@ -6,6 +6,7 @@ nobody says more; else all ranks tell each other the digest of each weight.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from weakref import WeakSet
 
@@ -63,7 +64,7 @@ def check_replicas(
     dist.all_gather_into_tensor(rows, row[None])
     different = _different(rows.tolist(), names)
     if different:
-        raise_problems(CANNOT_START, _named(different, digests))
+        raise_problems(CANNOT_START, list(_sentences(different, digests)))
     _compared.update(ddps.values())
 
 
@@ -93,46 +94,33 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _different(
     rows: list[list[list[list[int]]]], names: list[str]
-) -> dict[tuple[str, str], list[list[int]]]:
-    """(module, group) of what replicas hold differently, and the ranks of each such group."""
-    found: dict[tuple[str, str, int], dict[int, list[int]]] = {}
+) -> list[tuple[str, str, list[int]]]:
+    """(module, group, its ranks) of what replicas hold differently."""
+    held: defaultdict[tuple[str, str, int], dict[int, int]] = defaultdict(dict)
     for rank, modules in enumerate(rows):
         for name, kinds in zip(names, modules, strict=True):
             for kind, (leader, digest) in zip(KINDS, kinds, strict=True):
                 if leader >= 0:
-                    held = found.setdefault((name, kind, leader), {})
-                    held.setdefault(digest, []).append(rank)
-    different: dict[tuple[str, str], list[list[int]]] = {}
-    for (name, kind, _), held in found.items():
-        if len(held) > 1:
-            ranks = sorted(rank for each in held.values() for rank in each)
-            different.setdefault((name, kind), []).append(ranks)
-    return different
-
-
-def _named(
-    different: Mapping[tuple[str, str], list[list[int]]], digests: Mapping[str, Digests]
-) -> list[str]:
-    """A sentence for each module and group, with its weights."""
-    mine = {
-        f"{name} {kind}": {weight: int(digest) for weight, digest in digests[name][kind].items()}
-        for name, kind in different
-        if name in digests
-    }
-    everyone = [
-        json.loads(text) for text in all_gather_text(json.dumps(mine), device=world_device())
-    ]
+                    held[name, kind, leader][rank] = digest
     return [
-        sentence
-        for (name, kind), sets in different.items()
-        for sentence in _sentences(name, kind, sets, everyone)
+        (name, kind, list(of_rank))
+        for (name, kind, _), of_rank in held.items()
+        if len(set(of_rank.values())) > 1
     ]
 
 
 def _sentences(
-    name: str, kind: str, sets: list[list[int]], everyone: list[dict[str, dict[str, int]]]
+    different: list[tuple[str, str, list[int]]], digests: Mapping[str, Digests]
 ) -> Iterator[str]:
-    for ranks in sets:
+    """A sentence for each module and group, with its weights. Collective over the world."""
+    mine = {
+        f"{name} {kind}": {weight: int(digest) for weight, digest in digests[name][kind].items()}
+        for name, kind, _ in different
+        if name in digests
+    }
+    texts = all_gather_text(json.dumps(mine), device=world_device())
+    everyone: list[dict[str, dict[str, int]]] = [json.loads(text) for text in texts]
+    for name, kind, ranks in different:
         held = [everyone[rank][f"{name} {kind}"] for rank in ranks]
         weights = [
             weight for weight in held[0] if len({str(each.get(weight)) for each in held}) > 1
@@ -144,7 +132,7 @@ def _sentences(
         if kind == "tp_dp_cp":
             cure += "; a weight that they share out is to be one of Megatron's layers"
         yield (
-            f"replicas of module {name!r} hold different values of {listed(weights)} "
-            f"on ranks {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}, and "
-            f"would stay different: {cure}"
+            f"replicas of module {name!r} hold different values of {listed(weights)} on ranks "
+            f"{', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}, and would stay "
+            f"different: {cure}"
         )

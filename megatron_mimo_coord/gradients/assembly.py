@@ -6,15 +6,14 @@ from collections.abc import Callable
 from attrs import frozen
 
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.checks.modules import auxiliary_loss_remark
-from megatron_mimo_coord.checks.sequence_parallel import weight_remark
+from megatron_mimo_coord.checks.modules import remarks
 from megatron_mimo_coord.gradients.finalize import GradientFinalizer
 from megatron_mimo_coord.gradients.loss_check import LossCheck
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.step_report import StepReport
-from megatron_mimo_coord.gradients.step_state import StepState, watch_passes
+from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.auxiliary_losses import make_room_for_metrics, weigh_like_the_loss
 from megatron_mimo_coord.megatron.changes import Changes
@@ -71,7 +70,7 @@ class Gradients:
             keep_gradients_of_recomputed_blocks(module, changes)
         ddps = [module.ddp for module in modules.values()]
         step = StepState([grads for ddp in ddps for grads in ddp.grads], schedule)
-        watch_passes(job.model, step, changes)
+        step.watch(job.model, changes)
         language = job.grids[LANGUAGE]
         loss_check = None
         if holds_a_distinct_count(language, job.rank) and (job.per_token or language.dim("cp") > 1):
@@ -99,16 +98,8 @@ def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:
     pg_collection = job.infra.pg_collections[name]
     assert pg_collection is not None, "module_problems_here has seen to it"
     grid = job.grids[name]
-    remarks = [
-        auxiliary_loss_remark(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token),
-        weight_remark(name, job.ddps[name]),
-    ]
-    for remark in filter(None, remarks if job.rank == grid.rank_offset else []):
-        logger.warning("%s", remark)
-    return ModuleGradients.collect(
-        name,
-        ModuleDdp(job.ddps[name]),
-        pg_collection,
-        job.gradient_scaling_factors[name],
-        changes,
-    )
+    if job.rank == grid.rank_offset:
+        for remark in remarks(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token):
+            logger.warning("%s", remark)
+    factor = job.gradient_scaling_factors[name]
+    return ModuleGradients(name, ModuleDdp(job.ddps[name]), pg_collection, factor, changes)

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 
-from megatron_mimo_coord.gradients.launch_order import OrderedReduction
+from megatron_mimo_coord.gradients.launch_order import OrderedLaunches
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.num_tokens import NumTokens
-from megatron_mimo_coord.gradients.param_gather import ParamGather
 from megatron_mimo_coord.gradients.profiler_ranges import named_range
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
@@ -57,8 +55,7 @@ class GradientFinalizer:
         # would launch their reductions after that, and some before.
         last_first = encoders if language else encoders[::-1]
         together = [[module.ddp for module in some] for some in (last_first, language) if some]
-        self._reductions = [OrderedReduction(ddps, changes) for ddps in together]
-        self._gathers = [ParamGather(ddps, changes) for ddps in together]
+        self._launches = [OrderedLaunches(ddps, changes) for ddps in together]
         self._num_tokens = num_tokens
         self._step = step
         self._report = report
@@ -70,8 +67,8 @@ class GradientFinalizer:
         """Set the gradients of every module to zero, before a step.
 
         Raises:
-            RuntimeError: they were accumulated, and nobody has finalized them; or nobody counted
-                the tokens of the step before.
+            RuntimeError: they were accumulated, and nobody has finalized them; or what the report
+                of the step before says.
         """
         for module in self._modules:
             module.ddp.ddp.zero_grad_buffer()
@@ -83,8 +80,8 @@ class GradientFinalizer:
         self._abandon()
 
     def _abandon(self) -> None:
-        for reduction in self._reductions:
-            reduction.abandon()
+        for each in self._launches:
+            each.abandon()
 
     def begin_step(self) -> None:
         """The schedule begins: parameters are gathered, and nothing is left of a step before."""
@@ -107,20 +104,20 @@ class GradientFinalizer:
         Args:
             language_only: not those of encoders, whose backward is yet to come.
         """
-        for gather in self._gathers:
-            gather.wait()
-        for reduction in self._reductions[-1:] if language_only else self._reductions:
-            reduction.launch()
+        for each in self._launches:
+            each.finish_gathers()
+        for each in self._launches[-1:] if language_only else self._launches:
+            each.reduce()
 
     def start_param_sync(self) -> None:
         """Launch the overlapped gathering of parameters of all modules."""
-        for gather in self._gathers:
-            gather.launch()
+        for each in self._launches:
+            each.gather()
 
     def gather_params_now(self) -> None:
         """Have the parameters of all modules as the last update left them. Collective."""
-        for gather in self._gathers:
-            gather.gather_now()
+        for each in self._launches:
+            each.gather_now()
 
     def finalize(self, num_tokens: torch.Tensor | None, force_all_reduce: bool) -> None:
         """Make every module's gradients those of the one loss.
@@ -141,26 +138,15 @@ class GradientFinalizer:
             self.start_grad_sync()
             counting = self._num_tokens.start(num_tokens)
             for module in self._modules:
-                with (
-                    named_range(module.name),
-                    self._timers_of_config(module),
-                    module.ddp.frozen_routers_at_rest(),
-                ):
-                    finalize_model_grads(
-                        [module.ddp.ddp],
-                        num_tokens=None,
-                        pg_collection=module.pg_collection_to_finalize,
-                        force_all_reduce=force_all_reduce,
-                    )
-            inverse_tokens = None
+                with self._timers_of_config(module):
+                    module.finalize(force_all_reduce)
             if counting is not None:
                 counting.wait()
                 inverse_tokens = self._num_tokens.reciprocal()
-            for module in self._modules:
-                everything = module.ddp.reduces_everything(force_all_reduce)
-                module.scaling.apply(inverse_tokens, everything)
-            for reduction in self._reductions:
-                reduction.end(force_all_reduce)
+                for module in self._modules:
+                    module.divide(inverse_tokens, force_all_reduce)
+            for each in self._launches:
+                each.end(force_all_reduce)
         self._report.finalized(num_tokens)
         self._step.finalized()
 

@@ -1,61 +1,66 @@
-"""The gradients of one module on this rank: its DDP, and what finalizing them takes."""
+"""From what DDP delivers for a module to the gradient of the one loss: times c_m.
+
+DDP multiplies each bucket by a factor before it reduces it, and skips the pass where that factor is
+1. So c_m is put into that factor once, when the coordinator is built, and DDP's own pass does the
+work, or there is none. The 1/N of a per-token loss is known when the step is over. It touches only
+what was reduced: with the distributed optimizer that is this rank's shard of each bucket.
+"""
 
 from copy import copy
 
-from attrs import frozen
+import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.gradients.scaling import GradientScaling
+from megatron_mimo_coord.gradients.profiler_ranges import named_range
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 
-@frozen
 class ModuleGradients:
-    """A module that lives on this rank.
+    """The gradients of one module on this rank.
 
     Args:
         name: the module.
         ddp: its DDP.
-        pg_collection: the module's process groups.
-        pg_collection_to_finalize: the same as Megatron's ``finalize_model_grads`` is to see them.
-        scaling: what they are multiplied by.
+        pg_collection: its process groups.
+        factor: c_m of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`.
+        changes: where is recorded what DDP multiplies by.
     """
 
-    name: str
-    ddp: ModuleDdp
-    pg_collection: ProcessGroupCollection
-    pg_collection_to_finalize: ProcessGroupCollection
-    scaling: GradientScaling
-
-    @classmethod
-    def collect(
-        cls,
+    def __init__(
+        self,
         name: str,
         ddp: ModuleDdp,
         pg_collection: ProcessGroupCollection,
         factor: float,
         changes: Changes,
-    ) -> "ModuleGradients":
-        """Take charge of a module's gradients.
-
-        Args:
-            name: the module.
-            ddp: its DDP.
-            pg_collection: the module's process groups.
-            factor: c_m of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`.
-            changes: where is recorded what is changed in the DDP.
-        """
-        to_finalize = pg_collection
+    ) -> None:
+        self.name = name
+        self.ddp = ddp
+        self.pg_collection = self._pg_collection_to_finalize = pg_collection
         if name != LANGUAGE:
             # Encoders tie no word embeddings, but Megatron looks for them where there is a group.
-            to_finalize = copy(pg_collection)
-            to_finalize.embd = to_finalize.pos_embd = None
-        return cls(
-            name=name,
-            ddp=ddp,
-            pg_collection=pg_collection,
-            pg_collection_to_finalize=to_finalize,
-            scaling=GradientScaling(ddp, factor, changes),
-        )
+            self._pg_collection_to_finalize = copy(pg_collection)
+            self._pg_collection_to_finalize.embd = self._pg_collection_to_finalize.pos_embd = None
+        ddp.scale_in_reduction(factor, changes)
+        self._everything = ddp.reduced(everything=True)
+        self._shards = ddp.reduced(everything=False)
+
+    def finalize(self, force_all_reduce: bool) -> None:
+        """Megatron's own finalize, of this module alone and without the 1/N."""
+        with named_range(self.name), self.ddp.frozen_routers_at_rest():
+            finalize_model_grads(
+                [self.ddp.ddp],
+                num_tokens=None,
+                pg_collection=self._pg_collection_to_finalize,
+                force_all_reduce=force_all_reduce,
+            )
+
+    def divide(self, inverse_tokens: torch.Tensor, force_all_reduce: bool) -> None:
+        """Multiply what was reduced by 1/N, a tensor without dims. No host sync."""
+        everything = self.ddp.reduces_everything(force_all_reduce)
+        grads = self._everything if everything else self._shards
+        if grads:
+            torch._foreach_mul_(grads, inverse_tokens)

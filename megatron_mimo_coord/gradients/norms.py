@@ -6,13 +6,13 @@ parameters that several tensor-parallel ranks or pipeline stages hold, one copy 
 Megatron's own norm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.gradients.module import ModuleGradients
+from megatron_mimo_coord.world.device import world_device
 
 
 class GradientNorms:
@@ -20,25 +20,18 @@ class GradientNorms:
 
     Args:
         names: all modules of the job, in one order on every rank.
-        modules: DDP and process groups of each module on this rank.
-        device: where the backend of the world expects tensors.
+        modules: those on this rank.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        modules: Mapping[str, tuple[ModuleDdp, ProcessGroupCollection]],
-        device: torch.device,
-    ) -> None:
-        self._names = names
-        self._device = device
+    def __init__(self, names: Iterable[str], modules: Iterable[ModuleGradients]) -> None:
+        self._names = list(names)
         self._counted = {
-            name: list(ddp.disjoint_parts(groups)) for name, (ddp, groups) in modules.items()
+            module.name: list(module.ddp.disjoint_parts(module.pg_collection)) for module in modules
         }
 
     def norms(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """L2 norm of each module's gradients / ``scale``. Collective; no host sync."""
-        squares = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        squares = torch.zeros(len(self._names), dtype=torch.float64, device=world_device())
         for name, grads in self._counted.items():
             if grads:
                 norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)) / scale
@@ -49,6 +42,6 @@ class GradientNorms:
     def counts(self) -> dict[str, int]:
         """Trainable parameters of each module. Collective."""
         here = {name: sum(grad.numel() for grad in grads) for name, grads in self._counted.items()}
-        counts = torch.tensor([here.get(name, 0) for name in self._names], device=self._device)
+        counts = torch.tensor([here.get(name, 0) for name in self._names], device=world_device())
         dist.all_reduce(counts)
         return dict(zip(self._names, counts.tolist(), strict=True))

@@ -47,21 +47,30 @@ class StepReport:
 
     Attributes:
         texts: what this rank reads in a step.
-        rows: of the last ``input_ids`` that this rank's modules were given; None if there were
-            none, or their rows are no samples.
     """
 
     data_parallel_sizes: Mapping[str, int]
     here: Mapping[str, int]
     loss_check: LossCheck | None = None
-    rows: int | None = field(default=None, init=False)
+    _rows: int | None = field(
+        default=None, init=False
+    )  # of the last input_ids, if they are samples
     _is_unread: bool = field(default=False, init=False)
     _of_loss: torch.Tensor | None = field(default=None, init=False)
     _misfits: list[Misfit] = field(factory=list, init=False)
     texts: TextsRead = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.texts = TextsRead(self.data_parallel_sizes, self._place(self._own_readers()))
+        places = {(self.data_parallel_sizes[name], self.here[name]) for name in self._readers}
+        self.texts = TextsRead(self.data_parallel_sizes, places.pop() if len(places) == 1 else None)
+
+    @property
+    def _readers(self) -> Sequence[str]:
+        """The modules here whose samples the rows of ``input_ids`` are."""
+        if LANGUAGE in self.here:
+            return [LANGUAGE]
+        fewest = min(self.data_parallel_sizes[name] for name in self.here)
+        return [name for name in self.here if self.data_parallel_sizes[name] == fewest]
 
     def tell(self, misfit: Misfit) -> None:
         """A microbatch does not fit: every rank is told once the step is over.
@@ -114,7 +123,7 @@ class StepReport:
                 is_packed = packing_of(args, kwargs) is not None
                 others = LANGUAGE not in self.here and any(map(is_assigned, self.here))
                 has_rows = input_ids is not None and not is_packed and not others
-                self.rows = len(input_ids) if has_rows else None
+                self._rows = len(input_ids) if has_rows else None
                 if not is_read_again():
                     given = {"input_ids": input_ids, "labels": labels_of(args, kwargs)}
                     self.texts.add(given if has_rows else {})
@@ -133,27 +142,12 @@ class StepReport:
         for each in self._misfits:
             if each.is_so is not None:
                 numbers[NUMBERS] += each.is_so
-        for name in self._readers():
-            assert self.rows is not None
-            samples = self.rows * self.data_parallel_sizes[name]
-            index = _MODULES + 2 * modules.index(name)
-            numbers[index], numbers[index + 1] = samples, -samples
+        if self._rows is not None:
+            for name in self._readers:
+                samples = self._rows * self.data_parallel_sizes[name]
+                index = _MODULES + 2 * modules.index(name)
+                numbers[index], numbers[index + 1] = samples, -samples
         return torch.cat((numbers, self.texts.pack()))
-
-    def _readers(self) -> Sequence[str]:
-        """The modules whose samples the rows are."""
-        return [] if self.rows is None else self._own_readers()
-
-    def _own_readers(self) -> Sequence[str]:
-        if LANGUAGE in self.here:
-            return [LANGUAGE]
-        fewest = min(self.data_parallel_sizes[name] for name in self.here)
-        return [name for name in self.here if self.data_parallel_sizes[name] == fewest]
-
-    def _place(self, readers: Sequence[str]) -> tuple[int, int] | None:
-        """(DP, DP rank) of modules that read the same samples; None if they do not."""
-        places = {(self.data_parallel_sizes[name], self.here[name]) for name in readers}
-        return places.pop() if len(places) == 1 else None
 
     def begin(self) -> None:
         """Another step begins; if no optimizer of Megatron's has read of the last, this does.
@@ -187,41 +181,34 @@ class StepReport:
         most, least = numbers[_MODULES:end:2], [-each for each in numbers[_MODULES + 1 : end : 2]]
         said = dict(zip(self.data_parallel_sizes, zip(least, most, strict=True), strict=True))
         for name, samples in said.items():
-            others = [said[other] for other in said if LANGUAGE in (name, other) and name != other]
-            for other in others:
-                self._check_rows(name, samples, *other)
+            for other, (fewest, total) in said.items():
+                if name != other and LANGUAGE in (name, other) and fewest == total > 0:
+                    self._check_rows(name, samples, total)
         if numbers[NUMBERS] > 0:
             raise RuntimeError(_told(misfits))
         read = {number for samples in said.values() for number in samples}
         if len([*filter(isfinite, read)]) == 1:
             self.texts.check(list(numbers[end:]))
 
-    def _check_rows(
-        self, name: str, samples: tuple[float, float], least: float, most: float
-    ) -> None:
-        rows = {number / self.data_parallel_sizes[name] for number in samples}
-        rows &= self._rows_of_others(name, least, most)
+    def _check_rows(self, name: str, samples: tuple[float, float], total: float) -> None:
+        """Refuse rows of the whole microbatch, or of larger slices than the module's.
+
+        Args:
+            name: the module.
+            samples: of a microbatch, by its rows: the fewest and the most of any rank.
+            total: the same by those of another module, on all of its ranks alike.
+        """
+        size = self.data_parallel_sizes[name]
+        others = {total / each for each in (1, *self.data_parallel_sizes.values()) if each < size}
+        rows = others & {number / size for number in samples}
         if rows:
             raise RuntimeError(
                 f"by its input_ids, module {name!r} has other samples than "
                 f"{'an encoder' if name == LANGUAGE else 'the language model'}: "
-                f"{max(rows):.0f} on each of DP {self.data_parallel_sizes[name]}, where a "
-                f"microbatch has {most:.0f} in all: give each rank of {name!r} "
-                f"its slice, "
+                f"{max(rows):.0f} on each of DP {size}, where a microbatch has {total:.0f} in all: "
+                f"give each rank of {name!r} its slice, "
                 f"input_ids[coordinator.data_parallel_slice(micro_batch_size, {name!r})]"
             )
-
-    def _rows_of_others(self, name: str, least: float, most: float) -> set[float]:
-        """Rows of the whole microbatch and of larger slices than a module's.
-
-        Args:
-            name: the module.
-            least, most: samples of a microbatch by another module's rows on any rank.
-        """
-        if least != most or most <= 0:
-            return set()
-        sizes = {1, *self.data_parallel_sizes.values()}
-        return {most / size for size in sizes if size < self.data_parallel_sizes[name]}
 
 
 def _told(misfits: Sequence[Misfit]) -> str:

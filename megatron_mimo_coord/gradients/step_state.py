@@ -50,6 +50,21 @@ class StepState:
 
     # -- what happens ------------------------------------------------------------------------------
 
+    def watch(self, model: torch.nn.Module, changes: Changes) -> None:
+        """Count a model's forward passes, and the backward passes that begin at its outputs."""
+
+        def count_forward(*_: Any) -> None:
+            self._forward_passes += torch.is_grad_enabled()
+
+        def watch_outputs(_: Any, __: Any, returned: Any) -> None:
+            outputs = returned[0] if isinstance(returned, tuple) else returned
+            for output in outputs.values() if isinstance(outputs, Mapping) else [outputs]:
+                if isinstance(output, torch.Tensor) and output.requires_grad:
+                    output.register_hook(self.count_backward)
+
+        changes.on_close(model.register_forward_pre_hook(count_forward).remove)
+        changes.on_close(model.register_forward_hook(watch_outputs).remove)
+
     def attached(self) -> None:
         """A config was told to call us at the end of a step: what was forgotten is mended."""
         self._enter(self._phase)
@@ -70,10 +85,6 @@ class StepState:
         """The schedule ended without finalizing what it began."""
         self._begun = False
 
-    def count_forward(self, *_: Any) -> None:
-        """A forward pass of the model begins."""
-        self._forward_passes += torch.is_grad_enabled()
-
     def count_backward(self, *_: Any) -> None:
         """A backward pass was seen by our communicator, on every rank alike, or at an output."""
         self._backward_passes += 1
@@ -90,23 +101,14 @@ class StepState:
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
-        self._versions = self._current_versions()
+        self._versions = [grads._version for grads in self._grads]
         self._forward_passes = self._backward_passes = 0
         self._begun = False
 
-    def _current_versions(self) -> list[int]:
-        """PyTorch's count of the writes to each gradient buffer: backward's, zeroing, scaling."""
-        return [grads._version for grads in self._grads]
-
     # -- what must not -----------------------------------------------------------------------------
 
-    def is_unfinalized(self, if_begun: bool = True) -> bool:
-        """Whether backward has added to the gradients since they were zeroed or finalized.
-
-        Args:
-            if_begun: what to say of a step that the schedule began through our hooks: it would have
-                been finalized, had no exception cut it short.
-        """
+    def _is_unfinalized(self, if_begun: bool) -> bool:
+        """Whether backward has added to the gradients since they were zeroed or finalized."""
         if (self._begun and not if_begun) or self._schedule.calls_another:
             return False
         if self._backward_passes:
@@ -116,15 +118,17 @@ class StepState:
 
     @property
     def _was_written(self) -> bool:
-        return self._versions != self._current_versions()
+        """By PyTorch's count of the writes to each buffer: backward's, zeroing, scaling."""
+        return self._versions != [grads._version for grads in self._grads]
 
     def check_finalized(self, if_begun: bool = True) -> None:
         """Refuse to go on with gradients that nobody has finalized.
 
         Args:
-            if_begun: as in :meth:`is_unfinalized`.
+            if_begun: what to say of a step that the schedule began through our hooks: it would have
+                been finalized, had no exception cut it short.
         """
-        if not self.is_unfinalized(if_begun):
+        if not self._is_unfinalized(if_begun):
             return
         if not self._schedule.is_attached:
             advice = (
@@ -177,16 +181,3 @@ class StepState:
 def _call(functions: Sequence[Callable[[], None]]) -> None:
     for function in tuple(functions):  # one that is called may take itself off the list
         function()
-
-
-def watch_passes(model: torch.nn.Module, step: StepState, changes: Changes) -> None:
-    """Count the forward passes of a model, and the backward passes that begin at its outputs."""
-
-    def watch_outputs(_: Any, __: Any, returned: Any) -> None:
-        outputs = returned[0] if isinstance(returned, tuple) else returned
-        for output in outputs.values() if isinstance(outputs, Mapping) else [outputs]:
-            if isinstance(output, torch.Tensor) and output.requires_grad:
-                output.register_hook(step.count_backward)
-
-    changes.on_close(model.register_forward_pre_hook(step.count_forward).remove)
-    changes.on_close(model.register_forward_hook(watch_outputs).remove)

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
+import torch
 from attrs import frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_colocated, runs_encoders_first
-from megatron_mimo_coord.metrics.clocks import Clock
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     DATA,
@@ -21,6 +22,7 @@ from megatron_mimo_coord.planning.timeline import (
     TO_PREVIOUS,
     Span,
 )
+from megatron_mimo_coord.world.device import world_device
 
 FINALIZE = "finalize"
 """All of ``finalize_model_grads``; what it waits for a module's reductions is ``REDUCE``."""
@@ -74,44 +76,69 @@ class Place:
 
 
 class SpanRecorder:
-    """Records the spans of one rank in a step, which begins now.
+    """Records the spans of one rank, between the beginning and the end of each step.
 
     Args:
         place: where the rank stands.
-        clock: of the rank's device.
+
+    Attributes:
+        in_step: whether a step is under way.
     """
 
-    def __init__(self, place: Place, clock: Clock) -> None:
+    def __init__(self, place: Place) -> None:
+        self.in_step = False
         self._place = place
-        self._clock = clock
-        self._marked: list[tuple[str, str, int | None, Any, Any]] = []
+        self._on_gpu = world_device().type == "cuda"
+        # Of each step when it began, and (kind, module, microbatch, start, end).
+        self._steps: list[tuple[Any, list[tuple[str, str, int | None, Any, Any]]]] = []
         self._computing: tuple[str, str, int, Any] | None = None
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._start = clock.mark()
+
+    def begin_step(self) -> None:
+        """What runs from now on belongs to a step, the next one."""
+        self.stop_computing()
+        self._counts.clear()
+        self._steps.append((self._now(), []))
+        self.in_step = True
+
+    def end_step(self) -> None:
+        """What runs from now on belongs to no step: a trainer may evaluate."""
+        self.stop_computing()
+        self.in_step = False
 
     @contextmanager
     def message(self, kind: str) -> Iterator[None]:
         """Around a method of the communicator; what follows it is computing."""
-        self.stop_computing()
-        start = self._clock.mark()
-        yield
-        module = self._place.modules[0]
+        modules = self._place.modules
         verb, way, *_ = kind.split("_")  # of what it sends where it does both
-        microbatch = self._counts[way, module] - (verb == "send")
-        self._marked.append((kind, module, microbatch, start, self._clock.mark()))
+        with self.once(kind, modules[0], self._counts[way, modules[0]] - (verb == "send")):
+            yield
         if kind in _NEXT:
             # Autograd begins with what comes last; encoders alone go backward one by one.
-            is_reversed = _NEXT[kind] == BACKWARD and LANGUAGE in self._place.modules
-            self.compute(_NEXT[kind], self._place.modules[-1 if is_reversed else 0])
+            is_reversed = _NEXT[kind] == BACKWARD and LANGUAGE in modules
+            self.compute(_NEXT[kind], modules[-1 if is_reversed else 0])
+
+    @contextmanager
+    def once(self, kind: str, module: str, microbatch: int | None = None) -> Iterator[None]:
+        """Around what a step does once, or once a microbatch."""
+        if not self.in_step:
+            yield
+            return
+        self.stop_computing()
+        _, marked = self._steps[-1]
+        start = self._now()
+        yield
+        marked.append((kind, module, microbatch, start, self._now()))
 
     def compute(self, kind: str, module: str) -> None:
         """From here on the rank is in ``FORWARD`` or ``BACKWARD`` of a module, or in ``DATA``."""
-        if self._computing is not None and self._computing[:2] == (kind, module):
-            return
-        self.stop_computing()
-        microbatch = self._counts[kind, module]
-        self._counts[kind, module] += 1
-        self._computing = kind, module, microbatch, self._clock.mark()
+        if module not in self._place.modules:  # one microbatch of it follows another
+            self.stop_computing()
+        is_same = self._computing is not None and self._computing[:2] == (kind, module)
+        if self.in_step and not is_same:
+            self.stop_computing()
+            self._computing = kind, module, self._counts[kind, module], self._now()
+            self._counts[kind, module] += 1
 
     def calls_model(self) -> None:
         """The forward step has read its batch."""
@@ -121,30 +148,40 @@ class SpanRecorder:
     def stop_computing(self) -> None:
         """Forward or backward is over."""
         if self._computing is not None:
-            self._marked.append((*self._computing, self._clock.mark()))
+            _, marked = self._steps[-1]
+            marked.append((*self._computing, self._now()))
             self._computing = None
 
-    @contextmanager
-    def once(self, kind: str, module: str) -> Iterator[None]:
-        """Around what a step does once."""
-        self.stop_computing()
-        start = self._clock.mark()
-        yield
-        self._marked.append((kind, module, None, start, self._clock.mark()))
-
-    def spans(self) -> list[Span]:
-        """All spans since the step began; waits for the device."""
-        self.stop_computing()
-        begin = self._clock.seconds(self._start)
+    def steps(self) -> list[list[Span]]:
+        """The spans of each step; waits for the device."""
         return [
-            Span(
-                kind=kind,
-                module=module,
-                stage=self._place.stage if module in self._place.modules else 0,
-                start=self._clock.seconds(start) - begin,
-                end=self._clock.seconds(end) - begin,
-                microbatch=microbatch,
-                bridge=self._place.bridges.get(kind),
-            )
-            for kind, module, microbatch, start, end in self._marked
+            [
+                Span(
+                    kind=kind,
+                    module=module,
+                    stage=self._place.stage if module in self._place.modules else 0,
+                    start=self._seconds(began, start),
+                    end=self._seconds(began, end),
+                    microbatch=microbatch,
+                    bridge=self._place.bridges.get(kind),
+                )
+                for kind, module, microbatch, start, end in marked
+            ]
+            for began, marked in self._steps
         ]
+
+    def _now(self) -> Any:
+        """This moment of the device's work; on a GPU an event, and the host does not wait."""
+        if not self._on_gpu:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        """From one moment to another; waits for the device."""
+        if not self._on_gpu:
+            return float(end - start)
+        start.synchronize()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000

@@ -17,7 +17,6 @@ from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.mimo_model import input_ids_of
 from megatron_mimo_coord.megatron.optimizers import updates
-from megatron_mimo_coord.metrics.clocks import clock_of
 from megatron_mimo_coord.metrics.measured_costs import RankBytes
 from megatron_mimo_coord.metrics.span_recorder import FINALIZE, Place, SpanRecorder
 from megatron_mimo_coord.planning.timeline import (
@@ -28,7 +27,6 @@ from megatron_mimo_coord.planning.timeline import (
     TO_NEXT,
     TO_PREVIOUS,
 )
-from megatron_mimo_coord.world.device import world_device
 
 
 class StepObserver:
@@ -40,6 +38,9 @@ class StepObserver:
         ddps: the modules on this rank.
         communicators: the schedule's.
         optimizer: Megatron's, if there is one.
+
+    Attributes:
+        recorder: is to be told where a step begins and ends.
     """
 
     def __init__(
@@ -55,9 +56,7 @@ class StepObserver:
         self._ddps = ddps
         self._communicators = communicators
         self._updates = updates(optimizer, ddps) if optimizer is not None else {}
-        self._clock = clock_of(world_device())
-        self._recorders: list[SpanRecorder] = []
-        self._recorder: SpanRecorder | None = None  # of the step that is under way
+        self.recorder = SpanRecorder(place)
         self._sent: Counter[str] = Counter()
         self._input_shape = (0, 0)
         self._changes = Changes()
@@ -69,7 +68,8 @@ class StepObserver:
             for kind in (*TO_PREVIOUS, *TO_NEXT):
                 _around(communicator, kind, partial(self._message, kind), changes)
         for name, (optimizer, update) in self._updates.items():
-            _around(optimizer, update, partial(self._once, OPTIMIZER, name), changes)
+            updating = partial(self.recorder.once, OPTIMIZER, name)
+            _around(optimizer, update, lambda *_, updating=updating: updating(), changes)
         profiler_ranges.observers.append(self._range)
         changes.on_close(partial(profiler_ranges.observers.remove, self._range))
         changes.on_close(
@@ -83,66 +83,52 @@ class StepObserver:
     def stop(self) -> None:
         """Leave no trace of it."""
         self._changes.close()
-        self._recorder = None
-
-    def begin_step(self) -> None:
-        """What runs from now on belongs to a step, the next one."""
-        self._recorder = SpanRecorder(self._place, self._clock)
-        self._recorders.append(self._recorder)
-
-    def end_step(self) -> None:
-        """What runs from now on belongs to no step: a trainer may evaluate."""
-        if self._recorder is not None:
-            self._recorder.stop_computing()
-            self._recorder = None
+        self.recorder.end_step()
 
     def observed(self) -> dict[str, Any]:
         """What this rank did, as plain data; waits for the device."""
+        steps = self.recorder.steps()
         gradients = {name: ddp.gradient_bytes for name, ddp in self._ddps.items()}
         sizes = RankBytes(
             dense_gradients={name: dense for name, (dense, _) in gradients.items()},
             expert_gradients={name: expert for name, (_, expert) in gradients.items()},
-            sent_forward={name: sent / len(self._recorders) for name, sent in self._sent.items()},
+            sent_forward={name: sent / len(steps) for name, sent in self._sent.items()},
             shards_optimizer=[
                 name for name, ddp in self._ddps.items() if ddp.settings.use_distributed_optimizer
             ],
         )
         return {
-            "steps": [[astuple(span) for span in each.spans()] for each in self._recorders],
+            "steps": [[astuple(span) for span in spans] for spans in steps],
             "bytes": asdict(sizes),
             "input_shape": self._input_shape,
         }
 
     # -- what is observed --------------------------------------------------------------------------
 
-    @contextmanager
-    def _message(self, kind: str, *tensors: Any) -> Iterator[None]:
-        if self._recorder is None:
-            yield
-            return
+    def _message(self, kind: str, *tensors: Any) -> AbstractContextManager[None]:
         if kind.startswith("send_forward") and tensors:
             sent = tensors[0]
             if not isinstance(sent, Mapping):
                 sent = {self._place.modules[-1]: sent}
             for name, output in sent.items():
-                self._sent[name] += _nbytes(output)
-        with self._recorder.message(kind):
-            yield
+                self._count(name, output)
+        return self.recorder.message(kind)
 
-    def _once(self, kind: str, module: str, *_: Any) -> AbstractContextManager[None]:
-        return self._recorder.once(kind, module) if self._recorder else nullcontext()
+    def _count(self, name: str, output: Any) -> None:
+        """What an encoder or a stage has sent on."""
+        if self.recorder.in_step:
+            self._sent[name] += _nbytes(output)
 
     def _range(self, name: str) -> AbstractContextManager[None]:
         """The finalize and each module's part of it, which are named ranges."""
         if name == WHOLE_FINALIZE:
-            return self._once(FINALIZE, self._place.modules[0])
-        return self._once(REDUCE, name) if name in self._ddps else nullcontext()
+            return self.recorder.once(FINALIZE, self._place.modules[0])
+        return self.recorder.once(REDUCE, name) if name in self._ddps else nullcontext()
 
     def _begin_forward(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._recorder is not None:
-            self._recorder.calls_model()
+        self.recorder.calls_model()
         input_ids = input_ids_of(args, kwargs)
         if input_ids is not None:
             self._input_shape = tuple(input_ids.shape[:2])
@@ -152,21 +138,15 @@ class StepObserver:
         """Around a module's forward; its backward begins when its output has a gradient."""
 
         def watch(output: Any) -> None:
-            if self._recorder and LANGUAGE in self._ddps and name != LANGUAGE:
-                self._sent[name] += _nbytes(output)  # past the schedule's communicator
+            if LANGUAGE in self._ddps and name != LANGUAGE:
+                self._count(name, output)  # past the schedule's communicator
             if torch.is_tensor(output) and output.requires_grad:
-                output.register_hook(lambda grad: self._compute(BACKWARD, name))
+                output.register_hook(lambda grad: self.recorder.compute(BACKWARD, name))
 
-        self._compute(FORWARD, name)
+        self.recorder.compute(FORWARD, name)
         yield watch
-        if name not in self._place.modules and self._recorder is not None:
-            self._recorder.stop_computing()
-
-    def _compute(self, kind: str, module: str) -> None:
-        if self._recorder is not None:
-            if module not in self._place.modules:  # one microbatch of it follows another
-                self._recorder.stop_computing()
-            self._recorder.compute(kind, module)
+        if name not in self._place.modules:
+            self.recorder.stop_computing()
 
 
 def _around(

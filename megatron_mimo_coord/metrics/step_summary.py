@@ -1,6 +1,6 @@
 """Where the time of measured steps went, in numbers: by module, and over the job."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 from statistics import mean, median
 
@@ -60,23 +60,16 @@ class StepSummary:
         gpus_per_node: int,
         flops_per_sample: float | None = None,
     ) -> "StepSummary":
-        """Sum up steps.
-
-        Args:
-            steps: the spans of every rank in each step.
-            grids: where each module lies.
-            samples: of a step, over all ranks.
-            sequence_length: tokens of a sample in the language model.
-            gpus_per_node: GPUs of a node.
-            flops_per_sample: floating-point operations of the whole model for a sample, forward
-                and backward.
-        """
+        """Sum up steps, of so many samples over all ranks, of as many tokens as the model sees."""
         seconds = median(step_seconds(step) for step in steps)
         ranks = len(steps[0])
         return cls(
             seconds=seconds,
             modules={name: _shares(steps, grid) for name, grid in grids.items()},
-            data={name: _data(steps, grid) for name, grid in grids.items()},
+            data={
+                name: _share(steps, grid, lambda span: span.kind == DATA)
+                for name, grid in grids.items()
+            },
             imbalance={
                 name: data_parallel_imbalance(steps, grid)
                 for name, grid in grids.items()
@@ -90,16 +83,16 @@ class StepSummary:
         )
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("module", "busy", "waiting on a bridge", "data", "idle else", "imbalance")
-        ]
+        rows = [("module", "busy", "waiting on a bridge", "data", "idle else", "imbalance")]
         for name, shares in self.modules.items():
             imbalance, data = self.imbalance.get(name), self.data[name]
-            parts = shares.busy, shares.waiting, data, shares.idle - data
             rows.append(
                 (
                     name,
-                    *(f"{part:.0%}" for part in parts),
+                    f"{shares.busy:.0%}",
+                    f"{shares.waiting:.0%}",
+                    f"{data:.0%}",
+                    f"{shares.idle - data:.0%}",
                     f"{imbalance:.2f}" if imbalance else "",
                 )
             )
@@ -121,22 +114,16 @@ def step_seconds(step: Step) -> float:
 
 
 def _shares(steps: Sequence[Step], grid: ModuleGrid) -> StageShares:
-    busy, waiting = [], []
-    for step in steps:
-        seconds = step_seconds(step)
-        for rank in grid.ranks:
-            spans = [span for span in step[rank] if span.module == grid.name]
-            busy.append(_sum(span for span in spans if span.kind in COMPUTING) / seconds)
-            waiting.append(_sum(span for span in spans if span.bridge) / seconds)
-    return StageShares(mean(busy), mean(waiting), 1 - mean(busy) - mean(waiting))
+    busy = _share(steps, grid, lambda span: span.kind in COMPUTING)
+    waiting = _share(steps, grid, lambda span: bool(span.bridge))
+    return StageShares(busy, waiting, 1 - busy - waiting)
 
 
-def _data(steps: Sequence[Step], grid: ModuleGrid) -> float:
-    """What part of a step the ranks of a module read batches."""
+def _share(steps: Sequence[Step], grid: ModuleGrid, counts: Callable[[Span], bool]) -> float:
+    """What part of a step the ranks of a module spend in those of its spans that count."""
     return mean(
-        _sum(span for span in step[rank] if (span.module, span.kind) == (grid.name, DATA))
-        / step_seconds(step)
-        for step in steps
+        _sum(span for span in step[rank] if span.module == grid.name and counts(span)) / seconds
+        for step, seconds in zip(steps, map(step_seconds, steps), strict=True)
         for rank in grid.ranks
     )
 

@@ -73,11 +73,11 @@ class TimelineRecording:
         if self._begun == self._steps.start:
             self._observer.start()
         if self._begun in self._steps:
-            self._observer.begin_step()
+            self._observer.recorder.begin_step()
         self._begun += 1
 
     def _end(self) -> None:
-        self._observer.end_step()
+        self._observer.recorder.end_step()
         if self._begun == self._steps.stop:
             self._stop()
             ranks = [

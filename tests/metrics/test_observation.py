@@ -290,7 +290,7 @@ def test_loss_scales_of_all_modules_change_together():
     for scales in world(3).run("test_observation:_loss_scales", True):
         assert scales == [first, first / 2, first / 2, first / 2]
     drifted = world(3).run("test_observation:_loss_scales", False)
-    assert drifted[0] != drifted[2], "Megatron itself has mended it: finite_steps.py need not"
+    assert drifted[0] != drifted[2], "Megatron itself has mended it: optimizer_steps.py need not"
 
 
 # -- timers, ranges, logs --------------------------------------------------------------------------
