@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, wraps
+from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Concatenate, Self
@@ -26,9 +26,8 @@ from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.bridges.token_counts import TokenCounts
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.gradients.assembly import Gradients
+from megatron_mimo_coord.gradients.finalize import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
-from megatron_mimo_coord.gradients.norms import GradientNorms
 from megatron_mimo_coord.gradients.num_tokens import holds_a_distinct_count
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
@@ -61,12 +60,7 @@ from megatron_mimo_coord.megatron.turns import Turns
 from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.metrics.span_recorder import Place
 from megatron_mimo_coord.metrics.step_observer import StepObserver
-from megatron_mimo_coord.metrics.timeline_recording import (
-    TimelineRecording,
-    gpus_of_a_node,
-    steps_to_record,
-)
-from megatron_mimo_coord.metrics.timeline_report import TimelineReport
+from megatron_mimo_coord.metrics.timeline_recording import TimelineRecording, steps_to_record
 from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
 from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoint
 from megatron_mimo_coord.training.encoder_ahead import EncoderAhead
@@ -153,7 +147,7 @@ class MultiModuleCoordinator:
         hand_over_no_views(job.model, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
-        self._gradients = Gradients.of(
+        self._gradients = Gradients(
             job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
         )
         self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report)
@@ -173,13 +167,12 @@ class MultiModuleCoordinator:
             self._changes,
         )
         self._modules, self._step = self._gradients.modules, self._gradients.step
-        self._finalizer = self._gradients.finalizer
         self._ahead = EncoderAhead(
             job.ddps, self._pending_assignments, self._gradients.report.texts
         )
         self._checkpoints = Checkpoints(
             job,
-            self._finalizer.gather_params_now,
+            self._gradients.gather_params_now,
             self._gradients.optimizer_steps,
             self._ahead.problems,
         )
@@ -200,7 +193,7 @@ class MultiModuleCoordinator:
             job.model,
             turns,
             self._pending_assignments,
-            self._finalizer.no_sync,
+            self._gradients.no_sync,
             self._changes,
         )
         self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
@@ -411,7 +404,7 @@ class MultiModuleCoordinator:
             RuntimeError: gradients were accumulated, and ``finalize_model_grads`` did not run; or
                 what was wrong with the step before, on every rank alike.
         """
-        self._finalizer.zero_grad_buffer()
+        self._gradients.zero_grad_buffer()
 
     def data_parallel_slice(self, micro_batch_size: int, module_name: str | None = None) -> slice:
         """Samples of a microbatch that this rank's module reads.
@@ -549,7 +542,9 @@ class MultiModuleCoordinator:
             {'vision': 0.0, 'language': 0.0}
         """
         self._step.check_norms()
-        return self._norms.norms(self._schedule.scaled(torch.ones((), device=world_device())))
+        return self._gradients.counted.norms(
+            self._schedule.scaled(torch.ones((), device=world_device()))
+        )
 
     @_while_open
     def num_trainable_parameters(self) -> dict[str, int]:
@@ -561,11 +556,7 @@ class MultiModuleCoordinator:
             >>> list(coordinator.num_trainable_parameters())
             ['vision', 'language']
         """
-        return self._norms.counts()
-
-    @cached_property
-    def _norms(self) -> GradientNorms:
-        return GradientNorms(self._grids, self._modules.values())
+        return self._gradients.counted.counts()
 
     @_while_open
     def record_timeline(
@@ -602,16 +593,18 @@ class MultiModuleCoordinator:
             >>> recording.summary is None
             True
         """
-        job, ddps = self._job, self._gradients.ddps
+        job = self._job
+        ddps = {name: module.ddp for name, module in self._modules.items()}
         place = Place.of(job.rank, job.grids, list(ddps))
         recording = TimelineRecording(
             steps_to_record(steps),
             self._step,
             StepObserver(place, job.model, ddps, self._communicators, self._optimizer),
-            TimelineReport(
-                job.grids, Path(path), gpus_per_node or gpus_of_a_node(), flops_per_sample
-            ),
             has_optimizer=self._optimizer is not None,
+            grids=job.grids,
+            path=Path(path),
+            gpus_per_node=gpus_per_node,
+            flops_per_sample=flops_per_sample,
         )
         self._changes.on_close(recording.give_up)
         return recording
@@ -632,7 +625,7 @@ class MultiModuleCoordinator:
             >>> model.training
             True
         """
-        self._finalizer.gather_params_now()
+        self._gradients.gather_params_now()
         with (
             self._pending_assignments.set_aside(),
             self._token_counts.set_aside(),
@@ -915,13 +908,13 @@ class MultiModuleCoordinator:
         """
         if not self._encoders_first.is_running:
             self._begin_pass()
-        with self._finalizer.no_sync():
+        with self._gradients.no_sync():
             yield
         self._ahead.encode()  # the last output was sent
 
     def _begin_pass(self) -> None:
         self._pending_assignments.begin_pass()
-        self._finalizer.begin_step()
+        self._gradients.begin_step()
 
     @_while_open
     def start_grad_sync(self, *params: Any) -> None:
@@ -929,12 +922,12 @@ class MultiModuleCoordinator:
 
         ``finalize_model_grads`` does so by itself. ``params``, as a schedule passes them, are left.
         """
-        self._finalizer.start_grad_sync()
+        self._gradients.start_grad_sync()
 
     @_while_open
     def start_param_sync(self, *params: Any) -> None:
         """Launch the overlapped gathering of all parameters; the schedule's ``param_sync_func``."""
-        self._finalizer.start_param_sync()
+        self._gradients.start_param_sync()
 
     @_while_open
     def finalize_model_grads(
@@ -964,9 +957,9 @@ class MultiModuleCoordinator:
         """
         if self._encoders_first.is_running:  # their backward is yet to come
             self._to_finalize = num_tokens, bool(force_all_reduce)
-            self._finalizer.start_grad_sync(language_only=True)
+            self._gradients.start_grad_sync(language_only=True)
         else:
-            self._finalizer.finalize(num_tokens, bool(force_all_reduce))
+            self._gradients.finalize(num_tokens, bool(force_all_reduce))
 
     def _after_backward(self) -> None:
         """A communicator of ours has seen a backward pass, on every rank alike."""

@@ -9,7 +9,6 @@ import torch
 from megatron_mimo_coord.cpu.device_tensors import is_on_device
 from megatron_mimo_coord.cpu.launches import Launch, Message, dtype_name, memory_format
 from megatron_mimo_coord.cpu.location import caller
-from megatron_mimo_coord.cpu.process_groups import is_destroyed
 
 NCCL_DTYPES = {
     torch.float16,
@@ -81,7 +80,7 @@ def refuse_what_nccl_refuses(launch: Launch) -> None:
 
 
 def _reason_to_refuse(launch: Launch) -> str:
-    if is_destroyed(launch.group):
+    if launch.group.is_destroyed:
         return "the group was destroyed before"
     if launch.name == "recv from any rank":
         return "NCCL receives from a rank that is named: give src"

@@ -18,13 +18,10 @@ def caller() -> str:
         if not name.startswith(_HERE) and _TORCH not in name and "contextlib" not in name:
             break
         frame = frame.f_back
-    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+    path = frame.f_code.co_filename.split(os.sep)
+    return f"{os.sep.join(path[-3:])}:{frame.f_lineno}"
 
 
 def this_rank() -> int:
     """This rank of the world."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def _short(path: str) -> str:
-    return os.sep.join(path.split(os.sep)[-3:])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import define
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from torch.distributed import distributed_c10d
 
@@ -15,7 +15,7 @@ from megatron_mimo_coord.cpu.location import caller
 _C: Any = torch._C._distributed_c10d
 
 
-@frozen
+@define
 class Group:
     """A process group that over GPUs would be NCCL's.
 
@@ -24,19 +24,20 @@ class Group:
         ranks: global ranks, in the group's order.
         text: what it is for, as far as known.
         takes_host_tensors: it has a backend for them besides NCCL.
+        is_destroyed: ``destroy_process_group`` was called for it.
     """
 
     name: str
     ranks: tuple[int, ...]
     text: str
     takes_host_tensors: bool
+    is_destroyed: bool = False
 
     def __str__(self) -> str:
         return f"{self.text} (ranks {', '.join(map(str, self.ranks))})"
 
 
 _groups: dict[str, Group] = {}
-_destroyed: set[str] = set()
 
 
 def nccl_group(group: Any) -> Group | None:
@@ -44,25 +45,15 @@ def nccl_group(group: Any) -> Group | None:
     return _groups.get(group.group_name)
 
 
-def is_destroyed(group: Group) -> bool:
-    """Whether ``destroy_process_group`` was called for it."""
-    return group.name in _destroyed
-
-
 def forget_all() -> None:
-    """The world is gone: names may come again."""
+    """Another world begins: names may come again."""
     _groups.clear()
-    _destroyed.clear()
 
 
-def destroyed_all() -> None:
-    """The world was destroyed, and all its groups."""
-    _destroyed.update(_groups)
-
-
-def destroyed(group: Any) -> None:
-    """``destroy_process_group`` was called for it."""
-    _destroyed.add(group.group_name)
+def destroyed(name: str | None) -> None:
+    """The group of a name was destroyed, or with the world all of them."""
+    for group in _groups.values():
+        group.is_destroyed |= name in (None, group.name)
 
 
 def making_nccl_groups(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +75,6 @@ def making_nccl_groups(original: Callable[..., Any]) -> Callable[..., Any]:
             description = options.get("group_desc")
             if not ranks:
                 description = "the world"
-            _destroyed.discard(name)
             _groups[name] = Group(
                 name=name,
                 ranks=tuple(ranks) or tuple(range(size)),

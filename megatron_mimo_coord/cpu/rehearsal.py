@@ -42,7 +42,7 @@ from megatron_mimo_coord.cpu.host_sync import is_forbidden, waits_for_device
 from megatron_mimo_coord.cpu.launch_rules import refuse_what_nccl_refuses
 from megatron_mimo_coord.cpu.launches import Launch, read_launch
 from megatron_mimo_coord.cpu.peers import Peers
-from megatron_mimo_coord.cpu.process_groups import is_destroyed, nccl_group
+from megatron_mimo_coord.cpu.process_groups import nccl_group
 from megatron_mimo_coord.cpu.works import InFlight, end_of_step, works
 
 _C: Any = torch._C._distributed_c10d
@@ -155,7 +155,7 @@ class Rehearsal(TorchDispatchMode):
     def _launch(self, func: Any, args: Any, kwargs: Any) -> Any:
         process_group = _process_group(args)
         group = nccl_group(process_group) if process_group else None
-        if group is None or (self._peers is None and not is_destroyed(group)):
+        if group is None or (self._peers is None and not group.is_destroyed):
             return func(*args, **kwargs)
         launch = read_launch(group, self._rank, func, args)
         if launch.name == "barrier":
@@ -218,22 +218,17 @@ class Rehearsal(TorchDispatchMode):
             yield torch._C.Future, name, self._through_future(original, waits=name == "wait")
         for module in (dist, distributed_c10d):
             yield module, "new_group", self._new_group  # ``making_nccl_groups`` knows "nccl"
-            yield (
-                module,
-                "init_process_group",
-                self._connecting(distributed_c10d.init_process_group),
-            )
-            yield (
-                module,
-                "destroy_process_group",
-                self._destroying(distributed_c10d.destroy_process_group),
-            )
-            yield module, "batch_isend_irecv", self._batching(distributed_c10d.batch_isend_irecv)
-        for name, around in (
+            for name, around in (
+                ("init_process_group", self._connecting),
+                ("destroy_process_group", self._destroying),
+                ("batch_isend_irecv", self._batching),
+            ):
+                yield module, name, around(getattr(distributed_c10d, name))
+        for name, made_by in (
             ("_new_process_group_helper", process_groups.making_nccl_groups),
             ("_get_object_coll_device", process_groups.object_device),
         ):
-            yield distributed_c10d, name, around(getattr(distributed_c10d, name))
+            yield distributed_c10d, name, made_by(getattr(distributed_c10d, name))
         yield HyperCommGrid, "create_pg", process_groups.describing_grids(HyperCommGrid.create_pg)
 
     def _waiting(self) -> Callable[..., Any]:
@@ -260,7 +255,7 @@ class Rehearsal(TorchDispatchMode):
 
         return method
 
-    def _connecting(self, init: Callable[..., None]) -> Callable[..., None]:
+    def _connecting(self, init: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(init)
         def init_process_group(*args: Any, device_id: Any = None, **options: Any) -> None:
             process_groups.forget_all()
@@ -270,7 +265,7 @@ class Rehearsal(TorchDispatchMode):
 
         return init_process_group
 
-    def _destroying(self, destroy: Callable[..., None]) -> Callable[..., None]:
+    def _destroying(self, destroy: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(destroy)
         def destroy_process_group(group: Any = None) -> None:
             is_world = group is None or group is dist.group.WORLD
@@ -281,11 +276,11 @@ class Rehearsal(TorchDispatchMode):
             finally:
                 destroy(group)
                 if not is_world and isinstance(group, dist.ProcessGroup):
-                    process_groups.destroyed(group)
+                    process_groups.destroyed(group.group_name)
                 elif is_world and self._peers is not None:
                     self._peers.close()
                     self._peers = None
-                    process_groups.destroyed_all()
+                    process_groups.destroyed(None)
 
         return destroy_process_group
 

@@ -6,48 +6,93 @@ all modules, encoders before the language model; the sum of the token counts; th
 finalize, module after module, which launches the reductions that do not overlap.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
 
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.checks.modules import remarks
 from megatron_mimo_coord.gradients.launch_order import OrderedLaunches
+from megatron_mimo_coord.gradients.loss_check import LossCheck
 from megatron_mimo_coord.gradients.module import ModuleGradients
-from megatron_mimo_coord.gradients.num_tokens import NumTokens
+from megatron_mimo_coord.gradients.norms import CountedGradients
+from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
+from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.profiler_ranges import named_range
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.auxiliary_losses import make_room_for_metrics, weigh_like_the_loss
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.ddp import ModuleDdp
+from megatron_mimo_coord.megatron.recompute import keep_gradients_of_recomputed_blocks
 from megatron_mimo_coord.megatron.schedule import Schedule
+from megatron_mimo_coord.world.device import world_device
+
+logger = logging.getLogger(__name__)
 
 WHOLE_FINALIZE = "finalize_model_grads"
 """The range that :mod:`megatron_mimo_coord.gradients.profiler_ranges` shows all of it under."""
 
 
-class GradientFinalizer:
-    """Zeroes, accumulates and finalizes the gradients of all modules on this rank.
+class Gradients:
+    """The gradients of all modules on this rank: zeroed, accumulated and finalized.
 
     Args:
-        modules: the modules on this rank.
-        num_tokens: the N of a per-token loss.
+        job: the modules, their grids, and which of them are here.
+        schedule: what calls us; its config's timers time each module.
+        is_assigned: whether the images that an encoder is given now were dealt out by cost.
+        is_read_again: whether a microbatch that the model is given now will come once more.
+        changes: where is recorded what is changed in the model and its DDPs.
+
+    Attributes:
+        modules: those on this rank.
+        has_mixtures: whether one of them adds auxiliary losses of experts.
         step: where a step stands.
         report: what the ranks tell each other before an optimizer's step.
-        schedule: whose config's timers time each module.
-        changes: where is recorded what is changed in the modules' DDPs.
+        optimizer_steps: what is looked at before an optimizer uses the gradients.
     """
 
     def __init__(
         self,
-        modules: Sequence[ModuleGradients],
-        num_tokens: NumTokens,
-        step: StepState,
-        report: StepReport,
+        job: Job,
         schedule: Schedule,
+        is_assigned: Callable[[str], bool],
+        is_read_again: Callable[[], bool],
         changes: Changes,
     ) -> None:
-        encoders = [module for module in modules if module.name != LANGUAGE]
-        language = [module for module in modules if module.name == LANGUAGE]
+        language = job.grids[LANGUAGE]
+        self._job, self._schedule = job, schedule
+        self.modules = {name: _collect(job, name, changes) for name in job.ddps}
+        mixtures = [weigh_like_the_loss(ddp, job.per_token, changes) for ddp in job.ddps.values()]
+        self.has_mixtures = any(mixtures)
+        make_room_for_metrics(job.ddps.values())
+        for ddp in job.ddps.values():
+            keep_gradients_of_recomputed_blocks(ddp, changes)
+        grads = [grads for module in self.modules.values() for grads in module.ddp.grads]
+        self.step = StepState(grads, schedule)
+        self.step.watch(job.model, changes)
+        loss_check = None
+        if holds_a_distinct_count(language, job.rank) and (job.per_token or language.dim("cp") > 1):
+            loss_check = LossCheck(language, job.per_token, schedule.scaled, job.model, changes)
+        self.report = StepReport(
+            {name: grid.data_parallel_size for name, grid in job.grids.items()},
+            {name: job.grids[name].coordinate(job.rank, "dp") for name in job.ddps},
+            loss_check,
+        )
+        self.report.watch(job.model, is_assigned, is_read_again, changes)
+        self._num_tokens = NumTokens(language, job.rank, job.per_token, world_device())
+        self._launch_in_order(changes)
+        for module in self._modules:
+            module.ddp.route_zeroing(self._before_zeroing, self.step.zeroed, changes)
+        self.optimizer_steps = OptimizerSteps(self._modules, self.step, self.report, changes)
+
+    def _launch_in_order(self, changes: Changes) -> None:
+        encoders = [module for name, module in self.modules.items() if name != LANGUAGE]
+        language = [module for name, module in self.modules.items() if name == LANGUAGE]
         self._modules = encoders + language
         # One backward runs through all modules of a rank, the encoder that ran last first; on ranks
         # of encoders alone the schedule runs one for each, in order. The encoder that is reached
@@ -56,12 +101,11 @@ class GradientFinalizer:
         last_first = encoders if language else encoders[::-1]
         together = [[module.ddp for module in some] for some in (last_first, language) if some]
         self._launches = [OrderedLaunches(ddps, changes) for ddps in together]
-        self._num_tokens = num_tokens
-        self._step = step
-        self._report = report
-        self._schedule = schedule
-        for module in self._modules:
-            module.ddp.route_zeroing(self._before_zeroing, step.zeroed, changes)
+
+    @cached_property
+    def counted(self) -> CountedGradients:
+        """Those that no other rank counts in a norm."""
+        return CountedGradients(self._job.grids, self.modules.values())
 
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module to zero, before a step.
@@ -75,8 +119,8 @@ class GradientFinalizer:
 
     def _before_zeroing(self) -> None:
         """Whoever zeroes the gradients of a module."""
-        self._step.check_finalized(if_begun=False)
-        self._report.begin()
+        self.step.check_finalized(if_begun=False)
+        self.report.begin()
         self._abandon()
 
     def _abandon(self) -> None:
@@ -85,7 +129,7 @@ class GradientFinalizer:
 
     def begin_step(self) -> None:
         """The schedule begins: parameters are gathered, and nothing is left of a step before."""
-        self._step.begin()
+        self.step.begin()
         self._abandon()
         self.start_param_sync()
 
@@ -132,7 +176,7 @@ class GradientFinalizer:
             RuntimeError: called twice in a step, or outside of one, or for gradients that were not
                 zeroed since they were last finalized.
         """
-        self._step.check_finalize()
+        self.step.check_finalize()
         self._num_tokens.check(num_tokens)
         with named_range(WHOLE_FINALIZE):
             self.start_grad_sync()
@@ -147,8 +191,8 @@ class GradientFinalizer:
                     module.divide(inverse_tokens, force_all_reduce)
             for each in self._launches:
                 each.end(force_all_reduce)
-        self._report.finalized(num_tokens)
-        self._step.finalized()
+        self.report.finalized(num_tokens)
+        self.step.finalized()
 
     @contextmanager
     def _timers_of_config(self, module: ModuleGradients) -> Iterator[None]:
@@ -166,3 +210,14 @@ class GradientFinalizer:
             changes.set(config, "timers", attached.timers)
             changes.set(config, "barrier_with_L1_time", meets)
             yield
+
+
+def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:
+    pg_collection = job.infra.pg_collections[name]
+    assert pg_collection is not None, "module_problems_here has seen to it"
+    grid = job.grids[name]
+    if job.rank == grid.rank_offset:
+        for remark in remarks(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token):
+            logger.warning("%s", remark)
+    factor = job.gradient_scaling_factors[name]
+    return ModuleGradients(name, ModuleDdp(job.ddps[name]), pg_collection, factor, changes)

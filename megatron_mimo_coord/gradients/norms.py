@@ -15,7 +15,7 @@ from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.world.device import world_device
 
 
-class GradientNorms:
+class CountedGradients:
     """The parts of the gradients of this rank's modules that no other rank counts.
 
     Args:

@@ -1,18 +1,23 @@
-"""Which steps are recorded, and when they are written."""
+"""Which steps are recorded, and what comes of them: a trace, a summary and measured costs."""
 
 import atexit
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_mimo_coord.gradients.step_state import StepState
-from megatron_mimo_coord.layout import is_count, shown
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, is_count, shown
+from megatron_mimo_coord.metrics.measured_costs import RankBytes, measured_costs, to_toml
 from megatron_mimo_coord.metrics.step_observer import StepObserver
-from megatron_mimo_coord.metrics.step_summary import StepSummary
-from megatron_mimo_coord.metrics.timeline_report import TimelineReport
+from megatron_mimo_coord.metrics.step_summary import Step, StepSummary, step_seconds
+from megatron_mimo_coord.planning.timeline import FORWARD, Span
+from megatron_mimo_coord.planning.trace import chrome_trace
 from megatron_mimo_coord.world.gather import gather_text
 
 logger = logging.getLogger(__name__)
@@ -29,8 +34,11 @@ class TimelineRecording:
         steps: which of the steps from now on.
         step: tells when one begins, which is where gradients are zeroed, and when it ends.
         observer: of this rank.
-        report: what rank 0 makes of it.
         has_optimizer: whether a step ends with an optimizer's; else it ends when it is finalized.
+        grids: where each module lies.
+        path: of the trace; ``costs.toml`` goes beside it.
+        gpus_per_node: idle ones included; those that PyTorch sees if None, or else ranks.
+        flops_per_sample: of the model, forward and backward, if anyone knows.
 
     Attributes:
         summary: where the time went, on rank 0 once the last step is over; else None.
@@ -41,14 +49,22 @@ class TimelineRecording:
         steps: range,
         step: StepState,
         observer: StepObserver,
-        report: TimelineReport,
         has_optimizer: bool,
+        *,
+        grids: Mapping[str, ModuleGrid],
+        path: Path,
+        gpus_per_node: int | None,
+        flops_per_sample: float | None,
     ) -> None:
         self.summary: StepSummary | None = None
         self._steps = steps
         self._step = step
         self._observer = observer
-        self._report = report
+        self._grids = grids
+        self._path = path
+        seen = torch.cuda.device_count() or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._gpus_per_node = gpus_per_node or seen
+        self._flops_per_sample = flops_per_sample
         self._begun = 0
         self._ends = step.on_used if has_optimizer else step.on_finalized
         step.on_begin.append(self._begin)
@@ -66,7 +82,7 @@ class TimelineRecording:
                 "the optimizer that attach was given",
                 seen,
                 len(self._steps),
-                self._report.path,
+                self._path,
             )
 
     def _begin(self) -> None:
@@ -84,7 +100,7 @@ class TimelineRecording:
                 json.loads(text) for text in gather_text(json.dumps(self._observer.observed()))
             ]
             if ranks:
-                self.summary = self._report.write(ranks)
+                self.summary = self._write(ranks)
 
     def _stop(self) -> None:
         self._step.on_begin.remove(self._begin)
@@ -92,10 +108,43 @@ class TimelineRecording:
         self._observer.stop()
         atexit.unregister(self.give_up)
 
-
-def gpus_of_a_node() -> int:
-    """GPUs of this rank's node, idle ones included; ranks of the node where there are none."""
-    return torch.cuda.device_count() or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    def _write(self, ranks: Sequence[Mapping[str, Any]]) -> StepSummary:
+        """Write the files, by what each rank says: ``StepObserver.observed``."""
+        steps: list[Step] = [
+            {rank: [Span(*row) for row in of["steps"][index]] for rank, of in enumerate(ranks)}
+            for index in range(len(ranks[0]["steps"]))
+        ]
+        language = self._grids[LANGUAGE]
+        rows, sequence_length = ranks[language.ranks[0]]["input_shape"]
+        micro_batch_size = rows * language.data_parallel_size
+        num_microbatches = sum(
+            span.kind == FORWARD and span.module == LANGUAGE for span in steps[0][language.ranks[0]]
+        )
+        costs = measured_costs(
+            steps,
+            [RankBytes(**of["bytes"]) for of in ranks],
+            self._grids,
+            micro_batch_size=micro_batch_size,
+            num_microbatches=num_microbatches,
+            sequence_length=sequence_length,
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.with_name("costs.toml").write_text(to_toml(costs))
+        begins = accumulate((step_seconds(step) for step in steps[:-1]), initial=0.0)
+        trace = chrome_trace(
+            ("rank", rank, begin, spans)
+            for begin, step in zip(begins, steps, strict=True)
+            for rank, spans in step.items()
+        )
+        self._path.write_text(json.dumps(trace), encoding="utf-8")
+        return StepSummary.of(
+            steps,
+            self._grids,
+            samples=micro_batch_size * num_microbatches,
+            sequence_length=sequence_length,
+            gpus_per_node=self._gpus_per_node,
+            flops_per_sample=self._flops_per_sample,
+        )
 
 
 def steps_to_record(steps: Any) -> range:
