@@ -53,13 +53,15 @@ class Candidates:
         request: what a layout is sought for.
 
     Attributes:
-        memory_bytes: of a GPU, as the request says; another may be set before all are listed again.
+        memory_bytes, gpus: of a GPU, and most that a layout takes, as the request says; other
+            memory or fewer GPUs may be set before all are listed again.
     """
 
     def __init__(self, request: Request) -> None:
-        self.request, self.memory_bytes = request, request.memory_bytes
+        self.request, self.gpus, self.memory_bytes = request, request.gpus, request.memory_bytes
         self.choices = {name: choices(request, name) for name in request.sizes}
         self.held = cache(self.held)  # type: ignore[method-assign]
+        self._fitting = cache(self._fitting)  # type: ignore[method-assign]
         self._options = cache(self._options)  # type: ignore[method-assign]
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -84,22 +86,31 @@ class Candidates:
                 insort(found, candidate, key=rank)
         yield from found
 
+    def _fitting(self, name: str, memory_bytes: float, gpus: int) -> list[Choice]:
+        """Choices that fit alone, with the smallest microbatch: what a layout adds takes more."""
+        return [
+            choice
+            for choice in self.choices[name]
+            if choice.gpus <= gpus
+            and any(self.held(way, choice.replicas) <= memory_bytes for way in choice.ways[::-1])
+        ]
+
     def _roots(self) -> Iterator[Candidate]:
         """The language model in each layout, with each microbatch; perhaps it fits.
 
         The step is at least as long: all GPUs that encoders may be on share their work.
         """
-        batch = self.request.global_batch_size
+        batch, limits = self.request.global_batch_size, (self.memory_bytes, self.gpus)
         work = batch * sum(
             min((each.whole * each.gpus / each.stages for each in self.choices[name]), default=0.0)
             for name in self.request.encoders
         )
         for samples in self.request.microbatches:
-            for language in self.choices[LANGUAGE]:
+            for language in self._fitting(LANGUAGE, *limits):
                 if samples % language.replicas:
                     continue
                 alone = pipeline_seconds(language, None, samples, batch // samples)
-                gpus, others = language.gpus, self.request.gpus - language.gpus
+                gpus, others = language.gpus, self.gpus - language.gpus
                 if not work or others:
                     seconds = max(alone, work / others) if work else alone
                     yield Candidate(seconds, gpus, (language,), samples, shared=False)
@@ -126,10 +137,10 @@ class Candidates:
         seconds = pipeline_seconds(language, None, root.samples, number)
         found: list[Combination] = [(seconds, held if root.shared else root.gpus, (language,))]
         combine: Callable[[float, float], float] = add if root.shared else max
-        most = self.memory_bytes if root.shared else self.request.gpus
+        most = self.memory_bytes if root.shared else self.gpus
         for name in self.request.encoders:
             beside = base if root.shared else language  # whatever that recomputes
-            how = root.samples, root.shared, kept, self.memory_bytes
+            how = root.samples, root.shared, kept, self.memory_bytes, self.gpus
             options = self._options(name, beside, *how)
             found = _front(
                 (combine(seconds, more), taken + takes, chosen + choice)
@@ -157,13 +168,14 @@ class Candidates:
         shared: bool,
         kept: int | None,
         memory_bytes: float,
+        gpus: int,
     ) -> list[Combination]:
         """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
         found: list[Combination] = []
         number, repeated = self.request.global_batch_size // samples, kept is not None
         held = 1 if repeated or language.stages == 1 else number
         of_stage, fastest = language.gpus // language.stages, inf
-        for encoder in self.choices[name]:
+        for encoder in self._fitting(name, memory_bytes, gpus):
             few, many = sorted((encoder.replicas, language.replicas))
             if samples % encoder.replicas or many % few:
                 continue
@@ -172,7 +184,7 @@ class Candidates:
                     for way in encoder.ways:
                         seconds = turn_seconds(way, language, samples, number, repeated)
                         found.append((seconds, self.held(way, samples, held - 1), (way,)))
-            elif not shared and encoder.gpus + language.gpus <= self.request.gpus:
+            elif not shared and encoder.gpus + language.gpus <= gpus:
                 if pipeline_seconds(language, encoder, samples, number) >= fastest:
                     continue  # those with fewer GPUs are as fast
                 for way in encoder.ways:

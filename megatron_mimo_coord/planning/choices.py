@@ -61,7 +61,7 @@ class Request:
 
 
 class Choice:
-    """One way to lay out one module, and what it costs in seconds.
+    """One way to lay out one module and, worked out when asked for, what it costs in seconds.
 
     Args:
         request: what a layout is sought for.
@@ -70,12 +70,7 @@ class Choice:
         parallelism: its parallel sizes.
 
     Attributes:
-        costs: of the module in this layout.
         cluster: how fast messages are.
-        work: of a sample of the batch on each stage, forward and back; images count as even.
-        whole, slowest: of a sample on all stages together, and on the slowest.
-        reduction: of the first stage's sum of gradients.
-        optimizer: on the stage with the largest share.
         gpus, stages, replicas: ranks, PP and DP.
     """
 
@@ -83,22 +78,49 @@ class Choice:
         self, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
     ) -> None:
         self.request, self.name, self.sizes, self.parallelism = request, name, sizes, parallelism
-        self.costs, self.cluster = request.costs(name, sizes, parallelism), request.cluster
-        self.gpus, self.replicas = parallelism.size, parallelism.data_parallel_size
+        self.cluster, self.gpus = request.cluster, parallelism.size
         self.stages = parallelism.pipeline_model_parallel_size
-        even = self.costs
+        self.replicas = parallelism.data_parallel_size
+
+    @cached_property
+    def costs(self) -> ModuleCosts:
+        """Of the module in this layout."""
+        return self.request.costs(self.name, self.sizes, self.parallelism)
+
+    @cached_property
+    def work(self) -> list[float]:
+        """Of a sample of the batch on each stage, forward and back; images count as even."""
+        even, layout = self.costs, self.parallelism
         if even.is_uneven:
             even = evolve(even, images_per_sample_deviation=0.0)
-        is_behind = name == LANGUAGE and bool(request.encoders)
-        self.work = [
-            even.forward_seconds(parallelism, stage, 1)
-            + even.backward_seconds(parallelism, stage, 1, receives=stage > 0 or is_behind)
+        is_behind = self.name == LANGUAGE and bool(self.request.encoders)
+        return [
+            even.forward_seconds(layout, stage, 1)
+            + even.backward_seconds(layout, stage, 1, receives=stage > 0 or is_behind)
             for stage in range(self.stages)
         ]
-        self.whole, self.slowest = sum(self.work), max(self.work)
-        self.reduction = even.reduction_seconds(parallelism, 0, self.cluster)
-        self.optimizer = max(
-            even.update_seconds(parallelism, stage, request.distributed_optimizer)
+
+    @cached_property
+    def whole(self) -> float:
+        """Of a sample on all stages together."""
+        return sum(self.work)
+
+    @cached_property
+    def slowest(self) -> float:
+        """Of a sample on the slowest stage."""
+        return max(self.work)
+
+    @cached_property
+    def reduction(self) -> float:
+        """Of the first stage's sum of gradients."""
+        return self.costs.reduction_seconds(self.parallelism, 0, self.cluster)
+
+    @cached_property
+    def optimizer(self) -> float:
+        """On the stage with the largest share."""
+        is_distributed = self.request.distributed_optimizer
+        return max(
+            self.costs.update_seconds(self.parallelism, stage, is_distributed)
             for stage in range(self.stages)
         )
 
@@ -145,6 +167,7 @@ def choices(request: Request, name: str) -> list[Choice]:
     return sorted(every, key=lambda choice: choice.gpus)
 
 
+@cache
 def recomputations(sizes: ModuleSizes) -> list[ModuleSizes]:
     """A module with nothing recomputed, what costs little, MLPs too, and everything.
 

@@ -16,49 +16,46 @@ MOST_STEPS = 4_000  # of a percent, from the memory that there is to what a layo
 GB = 1e9
 
 
-def _first(candidates: Candidates) -> Proposal | None:
-    """Some layout that fits, if any does; its step is not simulated."""
-    placed = (Proposal.of(candidates.request, candidate) for candidate in candidates)
-    return next(filter(None, placed), None)
-
-
 def closest(request: Request) -> tuple[Proposal | None, list[str]]:
     """Where none fits: the layout with the least memory on its fullest rank, and what it lacks.
 
     The layout is None if GPUs do not suffice for any. How many would do is said too.
     """
-    candidates = Candidates(request)
+    nodes = -(-request.gpus // request.gpus_per_node)
+    most = max(MOST_NODES, nodes) * request.gpus_per_node
+    candidates = Candidates(evolve(request, gpus=most))
+
+    def first(memory_bytes: float, gpus: int) -> Proposal | None:
+        """Some layout that fits, if any does; its step is not simulated."""
+        candidates.memory_bytes, candidates.gpus = memory_bytes, gpus
+        placed = (Proposal.of(request, candidate) for candidate in candidates)
+        return next(filter(None, placed), None)
 
     def with_more(percents: int) -> Proposal | None:
-        candidates.memory_bytes = request.memory_bytes * 1.01**percents
-        return _first(candidates)
-
-    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(with_more(each)))
-    if layout := with_more(percents):
-        said = [f"closest is {in_words(layout)}", *shortages(layout), what_would_do(request)]
-        return layout, said
-    return None, [
-        f"no combination of TP, PP and DP that divides the modules and the batch takes "
-        f"{request.gpus} GPUs or fewer",
-        what_would_do(request),
-    ]
-
-
-def what_would_do(request: Request) -> str:
-    """The fewest nodes on which a layout fits, where it does not fit on as many as there are."""
+        return first(request.memory_bytes * 1.01**percents, request.gpus)
 
     def on(nodes: int) -> Proposal | None:
-        return _first(Candidates(evolve(request, gpus=nodes * request.gpus_per_node)))
+        return first(request.memory_bytes, nodes * request.gpus_per_node)
 
-    few = enough = -(-request.gpus // request.gpus_per_node)
-    while not on(enough) and enough < MOST_NODES:
-        few, enough = enough, 2 * enough
-    fewest = few + bisect_left(range(few, enough), True, key=lambda nodes: bool(on(nodes)))
-    gpus = fewest * request.gpus_per_node
-    if fit := on(fewest):
-        return f"{gpus} GPUs would do: {in_words(fit)}"
-    cure = "use the distributed optimizer, or rent GPUs with more memory"
-    return f"{gpus:,} GPUs would not do either: {cure}"
+    said = []
+    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(with_more(each)))
+    if layout := with_more(percents):
+        said += [f"closest is {in_words(layout)}", *shortages(layout)]
+    else:
+        said.append(
+            f"no combination of TP, PP and DP that divides the modules and the batch takes "
+            f"{request.gpus} GPUs or fewer"
+        )
+    nodes += bisect_left(range(nodes, MOST_NODES), True, key=lambda each: bool(on(each)))
+    gpus = nodes * request.gpus_per_node
+    if fit := on(nodes):
+        said.append(f"{gpus:,} GPUs would do: {in_words(fit)}")
+    else:
+        said.append(
+            f"{gpus:,} GPUs would not do either: use the distributed optimizer, or rent GPUs with "
+            f"more memory"
+        )
+    return layout, said
 
 
 def shortages(layout: Proposal) -> Iterator[str]:

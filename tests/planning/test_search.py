@@ -306,13 +306,8 @@ def test_the_closest_has_the_least_memory_of_all_layouts(request):
     assert reasons[0].startswith("closest is ")
 
 
-@pytest.mark.parametrize(
-    ("layers", "batch", "memory_bytes", "most"),
-    [((24,), 2048, 80e9, 100), ((24, 12, 48), 1024, 16e9, 120), ((24, 12, 48), 720, 24e9, 120)],
-)
-def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most):
-    """Counted, not timed: 1,024 GPUs have hundreds of thousands of layouts and microbatches."""
-    import megatron_mimo_coord.planning.search as search
+def large(layers: tuple[int, ...], batch: int, memory_bytes: float) -> Request:
+    """On 1,024 GPUs, with as many encoders as there are numbers of layers."""
     from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs
 
     encoders = {
@@ -330,10 +325,9 @@ def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most)
         params_dtype="bf16",
         use_distributed_optimizer=True,
     )
-    sizes = {**encoders, LANGUAGE: words}
     cluster = Cluster(ranks_per_node=8, node_bytes_per_second=300e9, network_bytes_per_second=40e9)
-    request = Request(
-        sizes=sizes,
+    return Request(
+        sizes={**encoders, LANGUAGE: words},
         gpus=1024,
         gpus_per_node=8,
         global_batch_size=batch,
@@ -341,11 +335,38 @@ def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most)
         costs=lambda _, sizes, module: estimated_costs(sizes, module, 4096, Accelerator(), cluster),
         cluster=cluster,
     )
+
+
+@pytest.mark.parametrize(
+    ("layers", "batch", "memory_bytes", "most"),
+    [((24,), 2048, 80e9, 100), ((24, 12, 48), 1024, 16e9, 120), ((24, 12, 48), 720, 24e9, 120)],
+)
+def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most):
+    """Counted, not timed: 1,024 GPUs have hundreds of thousands of layouts and microbatches."""
+    import megatron_mimo_coord.planning.search as search
+
     simulated = []
     monkeypatch.setattr(
         search,
         "simulate_step",
         lambda *args, **how: simulated.append(args) or simulate_step(*args, **how),
     )
-    assert len(propose(request, 10)) == 10
+    assert len(propose(large(layers, batch, memory_bytes), 10)) == 10
     assert 10 <= len(simulated) <= most
+
+
+def test_little_is_looked_at_where_nothing_fits(monkeypatch):
+    """Memory of stages is counted: what does not fit alone is not combined with anything."""
+    import megatron_mimo_coord.planning.candidates as candidates
+
+    stages, stage_memory = [], candidates.stage_memory
+    monkeypatch.setattr(
+        candidates,
+        "stage_memory",
+        lambda *args, **how: stages.append(args) or stage_memory(*args, **how),
+    )
+    request = large((24, 12, 48), 1024, 0.3e9)
+    assert propose(request, 10) == []
+    _, reasons = closest(request)
+    assert "65,536 GPUs would not do either" in reasons[-1]
+    assert 1_000 < len(stages) < 30_000
