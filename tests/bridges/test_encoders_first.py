@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_logging import (
     destroy_moe_metrics_tracker,
     get_moe_metrics_tracker,
 )
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from ranks import world
 
 from megatron_mimo_coord.bridges.shared_bridges import SharedBridges
@@ -315,13 +316,20 @@ COUNTING = {
 }
 
 
-def _counts(case: stock.StockCase) -> tuple[Any, dict[str, Any]]:
-    """Tokens of each expert of this rank's encoder, and what is known of its auxiliary losses."""
+def _trained_anew(case: stock.StockCase) -> tuple[Any, Any]:
+    """The infra and the model after a step, of which alone Megatron's tracker knows."""
     destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     infra, model, coordinator = cases.built(case)
     communicator = coordinator.build_pipeline_communicator(model.config)
     coordinator.zero_grad_buffer()
     cases.run_schedule(case, model, coordinator, communicator, cases._data(case, 0))
+    return infra, model
+
+
+def _counts(case: stock.StockCase) -> tuple[Any, dict[str, Any]]:
+    """Tokens of each expert of this rank's encoder, and what is known of its auxiliary losses."""
+    infra, model = _trained_anew(case)
     tokens = [
         buffer.tolist()
         for name, buffer in model.modality_submodules.named_buffers()
@@ -349,3 +357,26 @@ def test_encoders_that_run_again_count_their_tokens_once():
     assert again == kept
     for tokens, losses in kept:
         assert sum(map(sum, tokens)) > 0 and losses
+
+
+def _reported(case: stock.StockCase) -> tuple[float, float]:
+    """What this rank has recorded of an auxiliary loss, and what Megatron reports of all ranks."""
+    infra, _ = _trained_anew(case)
+    tracker, total = get_moe_metrics_tracker(), {}
+    here = float(tracker.metrics["load_balancing_loss"].values.sum())
+    groups = infra.pg_collections["language"]
+    tracker.report(1.0, 0, num_layers=1, total_loss_dict=total, pg_collection=groups)
+    infra.destroy()
+    return here, float(total["load_balancing_loss"])
+
+
+@pytest.mark.parametrize("language", [{}, stock.mixture(**COUNTING)], ids=["dense", "mixture"])
+def test_a_deeper_mixture_on_one_stage_is_reported_on_all(language):
+    case = stock.StockCase(
+        modules={"vision": parallel(rank_offset=0), "language": parallel(pp=2, rank_offset=0)},
+        configs={"vision": stock.mixture(**COUNTING, num_layers=3), "language": language},
+        no_optimizer=True,
+    )
+    here, reported = zip(*world(2).run(_reported, case), strict=True)
+    assert here[0] > 0
+    assert reported == pytest.approx([sum(here)] * 2)
