@@ -6,6 +6,8 @@ that the real models, schedules, communicators and optimizers run as they are.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -47,7 +49,18 @@ def enable_cpu_ranks(rehearse: bool = False) -> None:
         changes.set(owner, name, replacement)
     mode = rehearsal.device_tensors if rehearsal else CudaMeansCpu()
     torch.autograd._engine_run_backward = inside(mode, torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
+    torch.autograd.graph.saved_tensors_hooks.__init__ = _hooked_inside(mode)  # type: ignore[method-assign]
     mode.__enter__()
     if rehearsal:
         rehearsal.__enter__()
     _enabled.append(mode)
+
+
+def _hooked_inside(mode: TorchFunctionMode) -> Callable[..., None]:
+    """How hooks of saved tensors are made: ``checkpoint``'s and ``save_on_cpu``'s name devices."""
+    begin = torch.autograd.graph.saved_tensors_hooks.__init__
+
+    def begin_inside(hooks: Any, pack: Callable[..., Any], unpack: Callable[..., Any]) -> None:
+        begin(hooks, inside(mode, pack), inside(mode, unpack))
+
+    return begin_inside

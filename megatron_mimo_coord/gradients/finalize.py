@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.checks.modules import remarks
@@ -25,7 +26,11 @@ from megatron_mimo_coord.gradients.profiler_ranges import named_range
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.megatron.auxiliary_losses import make_room_for_metrics, weigh_like_the_loss
+from megatron_mimo_coord.megatron.auxiliary_losses import (
+    make_room_for_metrics,
+    recorded_depths,
+    weigh_like_the_loss,
+)
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.recompute import keep_gradients_of_recomputed_blocks
@@ -69,7 +74,8 @@ class Gradients:
         self.modules = {name: _collect(job, name, changes) for name in job.ddps}
         mixtures = [weigh_like_the_loss(ddp, job.per_token, changes) for ddp in job.ddps.values()]
         self.has_mixtures = any(mixtures)
-        make_room_for_metrics(job.ddps.values())
+        if sum(grid.size for grid in job.grids.values()) > dist.get_world_size():
+            _share_tables_of_metrics(job)
         for ddp in job.ddps.values():
             keep_gradients_of_recomputed_blocks(ddp, changes)
         grads = [grads for module in self.modules.values() for grads in module.ddp.grads]
@@ -210,6 +216,14 @@ class Gradients:
             changes.set(config, "timers", attached.timers)
             changes.set(config, "barrier_with_L1_time", meets)
             yield
+
+
+def _share_tables_of_metrics(job: Job) -> None:
+    """Have all ranks record into tables of one length: Megatron sums those of a module's stages."""
+    device = world_device()
+    depths = torch.tensor(recorded_depths(job.ddps.values()), device=device)
+    dist.all_reduce(depths, op=dist.ReduceOp.MAX)
+    make_room_for_metrics(depths.tolist(), device)
 
 
 def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:

@@ -11,7 +11,6 @@ also record what they add, in one table of layers for the process.
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -19,7 +18,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import Router, TopKRouter
 
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.world.device import world_device
 
 SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
 """The place in a config of what the schedule tells the scale to."""
@@ -73,11 +71,8 @@ _RECORDED = {
 _Z_LOSS = "z_loss"
 
 
-def make_room_for_metrics(modules: Iterable[torch.nn.Module]) -> None:
-    """Have all ranks record into tables as long as the deepest mixture of any. Collective.
-
-    Mixtures of different depth meet in one table where modules share ranks, and Megatron sums the
-    tables of a language model's stages, of which an encoder has ranks of some.
+def recorded_depths(modules: Iterable[torch.nn.Module]) -> list[int]:
+    """Of each auxiliary loss, layers of the deepest mixture that records it; 0 if none does.
 
     Args:
         modules: those on this rank.
@@ -85,15 +80,22 @@ def make_room_for_metrics(modules: Iterable[torch.nn.Module]) -> None:
     depths = dict.fromkeys((*_RECORDED.values(), _Z_LOSS), 0)
     for router in (each for module in modules for each in module.modules()):
         if isinstance(router, TopKRouter):
+            config = router.config
             kinds = [kind for kind in _RECORDED if router.get_aux_loss_coeff(kind) > 0]
-            recorded = [_RECORDED[kind] for kind in kinds]
-            recorded += [] if router.config.moe_z_loss_coeff is None else [_Z_LOSS]
-            for name in recorded:
-                depths[name] = max(depths[name], router.config.num_layers)
-    device = world_device()
-    deepest = torch.tensor([*depths.values()], device=device)
-    dist.all_reduce(deepest, op=dist.ReduceOp.MAX)
-    everywhere = dict(zip(depths, deepest.tolist(), strict=True))
-    for name, depth in everywhere.items():
+            has_z_loss = getattr(config, f"moe_{_Z_LOSS}_coeff", None) is not None
+            for name in [_RECORDED[kind] for kind in kinds] + [_Z_LOSS] * has_z_loss:
+                depths[name] = max(depths[name], config.num_layers)
+    return [*depths.values()]
+
+
+def make_room_for_metrics(depths: Iterable[int], device: torch.device) -> None:
+    """Have routers of any depth record into tables as long as the deepest.
+
+    Args:
+        depths: as :func:`recorded_depths` says them, the largest of all ranks.
+        device: of the tables.
+    """
+    depths = [*depths]
+    for name, depth in zip((*_RECORDED.values(), _Z_LOSS), depths, strict=True):
         if depth:
-            get_moe_metrics_tracker().ensure_initialized(name, max(everywhere.values()), device)
+            get_moe_metrics_tracker().ensure_initialized(name, max(depths), device)

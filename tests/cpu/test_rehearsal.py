@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ranks import world as any_world
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from megatron_mimo_coord.cpu import end_of_step, no_host_sync
 
@@ -431,6 +433,8 @@ def _marks() -> list[bool]:
         "from sparse": made.to_sparse().to_dense(),
         "from rows": made.view(2, 2).to_sparse_csr().to_dense(),
         "without gradient": _gradient_of_nothing(),
+        "checkpointed": _gradient_through(partial(checkpoint, torch.exp, use_reentrant=False)),
+        "saved on the host": _gradient_through(_exp_saved_on_the_host),
         "module": moved.weight.data,
     }
     hosts = {
@@ -475,6 +479,17 @@ class _Second(torch.autograd.Function):
 def _gradient_of_nothing() -> Any:
     leaf = device(4, requires_grad=True)
     _Second.apply(leaf)[0].sum().backward()
+    return leaf.grad
+
+
+def _exp_saved_on_the_host(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return tensor.exp()
+
+
+def _gradient_through(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    leaf = device(4, requires_grad=True)
+    function(leaf * 2).sum().backward()
     return leaf.grad
 
 
