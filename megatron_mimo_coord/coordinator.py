@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import (
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
-from megatron_mimo_coord.bridges.empty_batches import EmptyBatches
+from megatron_mimo_coord.bridges.empty_batches import run_with_replicas
 from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.bridges.token_counts import TokenCounts
@@ -150,9 +150,13 @@ class MultiModuleCoordinator:
         self._gradients = Gradients(
             job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
         )
-        self._fit = TextFit(job.model, self._pending_assignments, self._gradients.report)
-        encoders = {name: ddp for name, ddp in job.ddps.items() if name != LANGUAGE}
-        self._fit.watch(encoders, self._changes)
+        self._fit = TextFit(
+            job.model,
+            job.ddps,
+            self._pending_assignments,
+            self._gradients.report,
+            self._changes,
+        )
         if LANGUAGE in job.ddps:
             groups = job.infra.pg_collections[LANGUAGE]
             assert groups is not None, "a job has refused a module without groups"
@@ -179,7 +183,7 @@ class MultiModuleCoordinator:
         self._module_to_grid_tuples = tuple(
             (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
-        EmptyBatches.watch(
+        run_with_replicas(
             job.model,
             job.ddps,
             job.grids,
@@ -378,7 +382,7 @@ class MultiModuleCoordinator:
                 on, or ranks send to each other and ``pipeline_dtype`` is not set.
         """
         check_sequence_lengths(config)
-        self._token_counts.allow_varying()
+        self._token_counts.may_vary = True
         communicator = build_communicator(
             self._job.infra,
             self._grids,
@@ -479,7 +483,7 @@ class MultiModuleCoordinator:
             return before
         grid = encoder_grid(self._grids, module_name)
         of_step = self._encoders_first.is_running or runs_encoders_first(self._grids)
-        carried = self._pending_assignments.carried.get(module_name) if of_step else None
+        carried = self._pending_assignments.carried(module_name) if of_step else None
         assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids, carried)
         self._pending_assignments.put(assignment)
         self._encoders_first.assigned(assignment)

@@ -1,12 +1,22 @@
-"""Assignments of images that were made and whose microbatch has not run yet, in order."""
+"""Assignments of images that were made and whose microbatch has not run yet, in order.
 
-from collections import deque
+A trainer calls ``assign_images`` when it reads a microbatch. Where a bridge takes an encoder's
+outputs from this rank, it takes the assignment with them. Where a bridge brings them, the encoder's
+hosts send a digest of each sample along, which is compared with what this rank was given: ranks
+that read other samples would train on garbage. In 1F1B this rank reads a microbatch after it was
+received; if it reads ahead, before. Whichever comes second compares. Once the forward of a
+microbatch has begun, calls are for later ones.
+"""
+
+from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from attrs import define, field
 
-from megatron_mimo_coord.bridges.sample_check import SampleCheck, without
+from megatron_mimo_coord.bridges.headers import Header
+from megatron_mimo_coord.bridges.sample_check import refuse_other_samples
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 
@@ -14,24 +24,46 @@ from megatron_mimo_coord.megatron.changes import Changes
 MAX_PENDING = 4096
 
 
-class PendingAssignments:
-    """For each encoder whose messages leave this rank or arrive here, a queue of assignments.
-
-    A trainer puts them in, the bridge takes one out a microbatch. An encoder that no bridge on this
-    rank asks for has no queue, and what is put in for it is dropped; a rank that holds the encoder
-    must not run then.
+@define(eq=False)
+class _Pending:
+    """Of one encoder.
 
     Attributes:
-        carried: what each data-parallel rank of an encoder was given since the last step, at cost.
+        to_take: assignments that a bridge on this rank will take.
+        to_compare: those whose samples are to arrive on this rank.
+        arrived: (this rank, the sender, its header) of samples that are to be compared.
+        may_be_given: whether what ``assign_images`` makes next is of these samples.
+        carried: what each data-parallel rank was given since the last step, at cost.
+    """
+
+    to_take: deque[ImageAssignment] = field(init=False, factory=deque)
+    to_compare: deque[ImageAssignment] = field(init=False, factory=deque)
+    arrived: tuple[int, int, Header] | None = field(init=False, default=None)
+    may_be_given: bool = field(init=False, default=False)
+    carried: list[float] = field(init=False, factory=list)
+
+    def compare(self, encoder: str, digests: Sequence[int]) -> None:
+        """Compare the samples that have arrived with those that this rank was given."""
+        if self.arrived is not None:
+            (here, rank, header), self.arrived = self.arrived, None
+            sent, mine = (rank, header.digests), (here, digests)
+            refuse_other_samples(encoder, header.microbatch, sent, mine)
+
+
+class PendingAssignments:
+    """A model's.
+
+    An encoder that no bridge on this rank asks for is dropped; a rank that holds the encoder must
+    not run then.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[str, deque[ImageAssignment]] = {}
-        self._checks: dict[str, SampleCheck] = {}
+        self._pending: defaultdict[str, _Pending] = defaultdict(_Pending)
+        self._set_aside: defaultdict[str, _Pending] = defaultdict(_Pending)
+        self._taken: set[str] = set()
+        self._compared: set[str] = set()
         self._not_taken: ImageAssignment | None = None
-        self._set_aside: dict[str, int] = {}
         self._counts: dict[Hashable, int] = {}
-        self.carried: dict[str, list[float]] = {}
 
     def watch(self, model: torch.nn.Module, changes: Changes) -> None:
         """Look at each microbatch that a model runs."""
@@ -39,12 +71,11 @@ class PendingAssignments:
 
     def open(self, encoders: Iterable[str]) -> None:
         """From now on a bridge takes these encoders' assignments out."""
-        for name in encoders:
-            self._queues.setdefault(name, deque())
+        self._taken.update(encoders)
 
-    def check(self, encoder: str) -> SampleCheck:
-        """Compares an encoder's samples that arrive on this rank with those that are put in."""
-        return self._checks.setdefault(encoder, SampleCheck(encoder))
+    def expect(self, encoder: str) -> None:
+        """From now on an encoder's samples arrive on this rank."""
+        self._compared.add(encoder)
 
     def begin_pass(self) -> None:
         """The schedule begins: microbatches are counted from 0."""
@@ -62,11 +93,12 @@ class PendingAssignments:
         Args:
             gone: assignments of this one, which an exception may have cut short.
         """
-        self.carried.clear()
-        for check in self._checks.values():
-            check.withdraw(gone)
-        for name, queue in self._queues.items():
-            self._queues[name] = without(queue, gone)
+        for each in self._pending.values():
+            each.carried = []
+            each.to_take, each.to_compare = (
+                deque(one for one in queue if not any(one is other for other in gone))
+                for queue in (each.to_take, each.to_compare)
+            )
 
     def begin_forward(self) -> None:
         """The model runs the next microbatch.
@@ -82,8 +114,12 @@ class PendingAssignments:
                 f"their samples: build the schedule's p2p_communicator with "
                 f"coordinator.build_pipeline_communicator(config) before assign_images is called"
             )
-        for check in self._checks.values():
-            check.begin_forward()
+        for each in self._pending.values():
+            each.may_be_given = False
+
+    def carried(self, encoder: str) -> Sequence[float] | None:
+        """What each data-parallel rank was given since the last step, at cost; None for nothing."""
+        return self._pending[encoder].carried or None
 
     def put(self, assignment: ImageAssignment) -> None:
         """The next microbatch's.
@@ -92,61 +128,64 @@ class PendingAssignments:
             RuntimeError: none was taken out for very long.
         """
         name, loads = assignment.module, assignment.loads
-        before = self.carried.get(name, [0.0] * len(loads))
-        self.carried[name] = [sum(both) for both in zip(before, loads, strict=True)]
-        if name in self._checks:
-            self._checks[name].given(assignment)
-        queue = self._queues.get(assignment.module)
-        if queue is None:
+        pending = self._pending[name]
+        before = pending.carried or [0.0] * len(loads)
+        pending.carried = [sum(both) for both in zip(before, loads, strict=True)]
+        if name in self._compared:
+            if pending.arrived is not None and pending.may_be_given:
+                pending.compare(name, assignment.sample_digests)
+            else:
+                pending.to_compare.append(assignment)
+        if name not in self._taken:
             if assignment.dp_rank is not None and assignment.data_parallel_size > 1:
                 self._not_taken = assignment
-            return
-        if len(queue) == MAX_PENDING:
+        elif len(pending.to_take) == MAX_PENDING:
             raise RuntimeError(
-                f"assign_images was called for {MAX_PENDING} microbatches of {assignment.module} "
-                f"that never ran: call it once a microbatch, before the model's forward"
+                f"assign_images was called for {MAX_PENDING} microbatches of {name} that never "
+                f"ran: call it once a microbatch, before the model's forward"
             )
-        queue.append(assignment)
+        else:
+            pending.to_take.append(assignment)
+
+    def arrived(self, encoder: str, here: int, rank: int, header: Header) -> None:
+        """On rank ``here`` a rank's header of an encoder's next microbatch."""
+        pending = self._pending[encoder]
+        pending.arrived, pending.may_be_given = (here, rank, header), True
+        if pending.to_compare and header.digests:
+            pending.compare(encoder, pending.to_compare.popleft().sample_digests)
 
     def next(self, encoder: str) -> ImageAssignment | None:
         """What will be taken next, if anything."""
-        queue = self._queues.get(encoder)
-        return queue[0] if queue else None
+        to_take = self._pending[encoder].to_take
+        return to_take[0] if to_take else None
+
+    def take(self, encoder: str) -> ImageAssignment | None:
+        """That of the microbatch which runs now; None if its images stay with their slices."""
+        pending = self._pending[encoder]
+        if pending.to_take:
+            return pending.to_take.popleft()
+        pending.compare(encoder, ())  # what it was made of must have had none either
+        return None
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, other microbatches run than those that these assignments were made for."""
-        waiting = {name: list(queue) for name, queue in self._queues.items()}
-        for queue in self._queues.values():
-            queue.clear()
-        self._set_aside = {name: len(queue) for name, queue in waiting.items() if queue}
-        before = {name: check.set_aside() for name, check in self._checks.items()}
-        carried, self.carried = self.carried, {}
+        before, outer = self._pending, self._set_aside
+        self._pending, self._set_aside = defaultdict(_Pending), before
         try:
             yield
         finally:
-            self._set_aside, self.carried = {}, carried
-            for name, given in before.items():
-                self._checks[name].put_back(given)
-            for name, queue in self._queues.items():
-                queue.clear()
-                queue.extend(waiting.get(name, ()))
+            self._pending, self._set_aside = before, outer
+            for each in before.values():
+                each.arrived = None
 
     def remark(self, encoder: str) -> str:
         """What may be behind a wrong number of tokens: calls that were made for another pass."""
-        if encoder not in self._set_aside:
+        waiting = len(self._set_aside[encoder].to_take)
+        if not waiting:
             return ""
         return (
-            f"; {self._set_aside[encoder]} microbatches of {encoder} were assigned before "
-            f"evaluation(), and wait for the training step behind it: call assign_images for what "
-            f"an evaluation runs inside it, or make its loader there"
+            f"; {waiting} microbatches of {encoder} were assigned before evaluation(), and wait "
+            f"for the training step behind it: call assign_images for what an evaluation runs "
+            f"inside it, or make its loader there"
         )
-
-    def take(self, encoder: str) -> ImageAssignment | None:
-        """That of the microbatch which runs now; None if its images stay with their slices."""
-        queue = self._queues.get(encoder)
-        if queue:
-            return queue.popleft()
-        if encoder in self._checks:
-            self._checks[encoder].given_none()
-        return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.colocated import ColocatedForward
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import Incoming
-from megatron_mimo_coord.bridges.outgoing import Outgoing, StageOutgoing
-from megatron_mimo_coord.bridges.routes import bridge_ends
+from megatron_mimo_coord.bridges.outgoing import Outgoing
+from megatron_mimo_coord.bridges.routes import Lanes, bridge_ends
 from megatron_mimo_coord.bridges.shared_bridges import SharedBridges, Waiting
 from megatron_mimo_coord.bridges.text_fit import TextFit
 from megatron_mimo_coord.infra import Infra, default_output_ndim
@@ -109,59 +109,56 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             return
         for stages in grid.get_rank_enum("pp"):
             hosts = self._extra_groups.hosts(stages)
-            if hosts is None:
-                continue
-            devices = grid.get_pg("pp")
-            connect(devices)
-            here = stages.index(self.current_rank)
-            options = self._options(name, devices, hosts)
-            options |= {"dim": 0, "here": ((self.current_rank,),)}
-            if here > 0:
-                self._receive_over(name, there=((stages[here - 1],),), **options)
-            if here + 1 < len(stages):
-                self._send_over(StageOutgoing, name, there=((stages[here + 1],),), **options)
+            if hosts is not None:
+                devices = grid.get_pg("pp")
+                connect(devices)
+                for here, there in pairwise(stages):
+                    self._link(name, (((here,),), ((there,),)), devices, hosts, dim=0)
 
     def _link_modules(self, source: str, target: str) -> None:
         """The last stage of one module with the first stage of another."""
-        sources, targets = bridge_ends(self._grids[source], self._grids[target])
-        senders = [*chain(*sources)]
-        ranks = sorted({*senders, *chain(*targets)})
-        encoders_hosts = self._extra_groups.hosts(senders)
+        ends = bridge_ends(self._grids[source], self._grids[target])
+        senders, receivers = ([*chain(*end)] for end in ends)
+        senders_hosts = self._extra_groups.hosts(senders)
+        ranks = {*senders, *receivers}
         hosts, devices = self._extra_groups.hosts(ranks), self._extra_groups.devices(ranks)
         if hosts is None or devices is None:
             return
-        options = self._options(source, devices, hosts)
-        if encoders_hosts is not None:
-            options["agreement"] = Agreement(
-                encoders_hosts, {source: senders}, self._assignments.remark
-            )
-            self._send_over(Outgoing, source, here=sources, there=targets, **options)
+        dim = 0 if self.module_output_ndim.get(source, 3) == 2 else DIM_MAPPING["b"]
+        more: dict[str, Any] = {}
+        if senders_hosts is not None:
+            remark = self._assignments.remark
+            more["agreement"] = Agreement(senders_hosts, {source: senders}, remark)
         else:
-            options["sequence_peers"] = sequence_peers(self.module_to_grid_map[target])
-            self._receive_over(source, here=targets, there=sources, **options)
+            more["sequence_peers"] = sequence_peers(self.module_to_grid_map[target])
+        self._link(source, ends, devices, hosts, dim, **more)
 
-    def _options(
-        self, name: str, devices: dist.ProcessGroup, hosts: dist.ProcessGroup
-    ) -> dict[str, Any]:
-        is_flat = self.module_output_ndim.get(name, 3) == 2
-        return {
+    def _link(
+        self,
+        name: str,
+        ends: tuple[Lanes, Lanes],
+        devices: dist.ProcessGroup,
+        hosts: dist.ProcessGroup,
+        dim: int,
+        **more: Any,
+    ) -> None:
+        """This rank's end of the way of a module's output, if it is at one."""
+        sources, targets = ends
+        more |= {
+            "name": name,
             "rank": self.current_rank,
             "devices": devices,
             "hosts": HostMessages(hosts),
             "dtype": self.config.pipeline_dtype,
-            "dim": 0 if is_flat else DIM_MAPPING["b"],
+            "dim": dim,
+            "assignments": None if name == LANGUAGE else self._assignments,
         }
-
-    def _send_over(self, kind: type[Outgoing], name: str, **options: Any) -> None:
-        if name != LANGUAGE:
+        if self.current_rank in chain(*sources):
+            self._outgoing.append(Outgoing(here=sources, there=targets, **more))
             self._assignments.open([name])
-            options["assignments"] = self._assignments
-        self._outgoing.append(kind(name=name, **options))
-
-    def _receive_over(self, name: str, **options: Any) -> None:
-        if name != LANGUAGE:
-            options["check"] = self._assignments.check(name)
-        self._incoming.append(Incoming(name=name, **options))
+        elif self.current_rank in chain(*targets):
+            self._incoming.append(Incoming(here=targets, there=sources, **more))
+            self._assignments.expect(name)
 
     def destroy(self) -> None:
         """Give the groups of the links back; ``MegatronMIMOInfra.destroy`` does it as well."""

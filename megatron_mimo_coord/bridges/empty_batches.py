@@ -26,83 +26,59 @@ from megatron_mimo_coord.world.gather import all_gather_text
 from megatron_mimo_coord.world.groups import ExtraGroups
 
 
-class EmptyBatches:
-    """Feeds encoders on this rank that would be fed nothing while their replicas run.
+def run_with_replicas(
+    model: MimoModel,
+    modules: Mapping[str, torch.nn.Module],
+    grids: Mapping[str, ModuleGrid],
+    meeting: Mapping[str, bool],
+    encoders_run: Callable[[], bool],
+    tell: Callable[[Misfit], None],
+    groups: ExtraGroups,
+    changes: Changes,
+) -> None:
+    """Feed encoders that would be fed nothing while their replicas run. Collective over the world.
 
     Args:
-        groups: for each encoder, its replicas' hosts.
-        encoders_run: whether a forward of the model runs them.
+        model: the model.
+        modules: those on this rank.
+        grids: of all modules.
+        meeting: of each module, whether its replicas meet in its forward.
+        encoders_run: whether a forward of the model runs encoders.
         tell: told of inputs that cannot be empty; raises in an evaluation.
-
-    Attributes:
-        left_out: encoders that no rank runs in this forward, as one of their replicas cannot.
+        groups: where to get groups of hosts.
+        changes: where is recorded what is changed in the model.
     """
+    hosts_of: dict[str, dist.ProcessGroup] = {}
+    left_out: set[str] = set()  # of a forward: encoders that no rank runs, as a replica cannot
+    for name in filter(LANGUAGE.__ne__, filter(meeting.get, grids)):
+        for ranks in _replicas(grids[name]):
+            hosts = groups.hosts(ranks)
+            if hosts is not None:
+                hosts_of[name] = hosts
+        if name in modules:
+            run_empty_batches(modules[name], changes)
 
-    def __init__(
-        self,
-        groups: Mapping[str, dist.ProcessGroup],
-        encoders_run: Callable[[], bool],
-        tell: Callable[[Misfit], None],
-    ) -> None:
-        self._groups = groups
-        self._encoders_run = encoders_run
-        self._tell = tell
-        self.left_out: set[str] = set()
-
-    @classmethod
-    def watch(
-        cls,
-        model: MimoModel,
-        modules: Mapping[str, torch.nn.Module],
-        grids: Mapping[str, ModuleGrid],
-        meeting: Mapping[str, bool],
-        encoders_run: Callable[[], bool],
-        tell: Callable[[Misfit], None],
-        groups: ExtraGroups,
-        changes: Changes,
-    ) -> None:
-        """Look at what a model's encoders are given. Collective over the world.
-
-        Args:
-            model: the model.
-            modules: those on this rank.
-            grids: of all modules.
-            meeting: of each module, whether its replicas meet in its forward.
-            encoders_run: whether a forward of the model runs encoders.
-            tell: told of inputs that cannot be empty; raises in an evaluation.
-            groups: where to get groups of hosts.
-            changes: where is recorded what is changed in the model.
-        """
-        here = {}
-        for name in filter(LANGUAGE.__ne__, filter(meeting.get, grids)):
-            for ranks in _replicas(grids[name]):
-                hosts = groups.hosts(ranks)
-                if hosts is not None:
-                    here[name] = hosts
-            if name in modules:
-                run_empty_batches(modules[name], changes)
-        if here:
-            found = cls(here, encoders_run, tell)
-            expect_no_tokens_of(model, found.left_out, changes)
-            fill = change_modality_inputs(found._fill)
-            changes.on_close(model.register_forward_pre_hook(fill, with_kwargs=True).remove)
-
-    def _fill(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def fill(inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of each encoder, of those with none an empty batch if replicas have some."""
         filled = dict(inputs)
-        self.left_out.clear()
-        for name, group in self._groups.items() if self._encoders_run() else ():
+        left_out.clear()
+        for name, group in hosts_of.items() if encoders_run() else ():
             mine = filled.get(name)
             said = all_gather_text(json.dumps(mine, default=_described) if mine else "", group)
             like = next(filter(None, said), "")
             unknown = None if all(said) else re.search(r'"cannot be told": "(\w+)"', like)
             if unknown:
-                self._tell(unknown_inputs(name, unknown[1]))
-                self.left_out.add(name)
+                tell(unknown_inputs(name, unknown[1]))
+                left_out.add(name)
                 filled[name] = None
             elif like and not mine:
                 filled[name] = json.loads(like, object_hook=_made)
         return filled
+
+    if hosts_of:
+        expect_no_tokens_of(model, left_out, changes)
+        hook = change_modality_inputs(fill)
+        changes.on_close(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 def _replicas(grid: ModuleGrid) -> list[list[int]]:

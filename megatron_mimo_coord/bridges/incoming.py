@@ -6,20 +6,16 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
+from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import Header
-from megatron_mimo_coord.bridges.links import Link, Ops, Receipt
-from megatron_mimo_coord.bridges.parts import Part, Whole
+from megatron_mimo_coord.bridges.links import Link, Ops, Part, Receipt, Whole
 from megatron_mimo_coord.bridges.routes import takers
-from megatron_mimo_coord.bridges.sample_check import SampleCheck, refuse_other_samples
+from megatron_mimo_coord.bridges.sample_check import refuse_other_samples
 
-
-@frozen
-class Arrival(Receipt[torch.Tensor]):
-    """What is to be received of an output, and the parts of it whose gradient somebody wants."""
-
-    to_return: Whole
+Arrival = tuple[Receipt, Whole]
+"""What is to be received of an output, and the parts of it whose gradient somebody wants."""
 
 
 @define(eq=False, kw_only=True)
@@ -61,8 +57,7 @@ class TargetEnd(Link):
         """What comes with these headers, to be received."""
         whole = self._whole(headers)
         wanted = tuple(part for part in whole.parts if headers[part.peer].wants_gradient)
-        receipt = self.receipt(whole)
-        return Arrival(receipt.ops, receipt.tensor, evolve(whole, parts=wanted))
+        return self.receipt(whole), evolve(whole, parts=wanted)
 
     def checked(self, gradient: torch.Tensor | None) -> torch.Tensor:
         """A gradient that there must be."""
@@ -79,11 +74,7 @@ class TargetEnd(Link):
         if self.sequence_peers is not None and whole.parts:
             tensor = tensor.clone(memory_format=torch.contiguous_format)  # autograd may use it on
             dist.all_reduce(tensor, group=self.sequence_peers)
-        ops: Ops = []
-        for part in whole.parts:
-            message = part.cut(tensor, self.dim)
-            ops += [self.send(message, source) for source in self.takers(part.peer)]
-        return ops
+        return self.sends(tensor, whole)
 
     def _header(self, peer: int) -> Header:
         source = self.giver(peer)
@@ -112,7 +103,7 @@ class TargetEnd(Link):
             for (peer, header), each in zip(headers.items(), runs, strict=True)
             if 0 not in header.shape
         )
-        return Whole(tuple(shape), self.dim, self.dtype, parts)
+        return Whole(tuple(shape), parts)
 
 
 @define(eq=False, kw_only=True)
@@ -120,10 +111,10 @@ class Incoming(TargetEnd):
     """That on ranks which the schedule has receive each microbatch by itself.
 
     Args:
-        check: compares the samples with those that this rank was given.
+        assignments: what the samples are compared with, if the module's images can be assigned.
     """
 
-    check: SampleCheck | None = None
+    assignments: PendingAssignments | None = None
     # Of the microbatches whose backward has run and whose gradient is to be sent. Put there by
     # backward itself: a forward_only pass leaves nothing behind.
     _to_return: deque[Whole] = field(init=False, factory=deque)
@@ -131,9 +122,7 @@ class Incoming(TargetEnd):
     def recv_forward(self) -> torch.Tensor:
         """What the other side sends next."""
         self.finish()
-        activation = self._forward()
-        self.run(activation.ops)
-        return activation.tensor()
+        return self._exchange([])
 
     def send_backward(self, gradient: torch.Tensor | None) -> None:
         """Send the gradient of the earliest tensor whose backward has run."""
@@ -143,25 +132,20 @@ class Incoming(TargetEnd):
     def send_backward_recv_forward(self, gradient: torch.Tensor | None) -> torch.Tensor:
         """Both, in one batch."""
         self.finish()
-        sends = self._backward(gradient)
-        activation = self._forward()
-        self.run(sends + activation.ops)
-        return activation.tensor()
+        return self._exchange(self._backward(gradient))
 
-    def _forward(self) -> Receipt[torch.Tensor]:
+    def _exchange(self, sends: Ops) -> torch.Tensor:
+        """Send, and receive the next activation, in one batch."""
         headers = self.hear()
-        if self.check is not None:
+        if self.assignments is not None:
             peer, first = next(iter(headers.items()))
-            self.check.arrived(self.rank, self.giver(peer), first)
-        arrival = self.arrival(headers)
-
-        def activation() -> torch.Tensor:
-            tensor = arrival.tensor().requires_grad_()
-            if torch.is_grad_enabled():
-                tensor.register_hook(lambda _: self._to_return.append(arrival.to_return))
-            return tensor
-
-        return Receipt(arrival.ops, activation)
+            self.assignments.arrived(self.name, self.rank, self.giver(peer), first)
+        (receives, activation), to_return = self.arrival(headers)
+        self.run(sends + receives)
+        tensor = activation().requires_grad_()
+        if torch.is_grad_enabled():
+            tensor.register_hook(lambda _: self._to_return.append(to_return))
+        return tensor
 
     def _backward(self, gradient: torch.Tensor | None) -> Ops:
         return self.returns(self.checked(gradient), self._to_return.popleft())

@@ -15,19 +15,44 @@ import torch.distributed as dist
 from attrs import define, field, frozen
 
 from megatron_mimo_coord.bridges.headers import HostMessages
-from megatron_mimo_coord.bridges.parts import Whole
-from megatron_mimo_coord.bridges.routes import Lanes, giver, peers_in_turn, place, takers
+from megatron_mimo_coord.bridges.routes import Lanes, Run, peers_in_turn, takers
 
 Ops = list[dist.P2POp]
 """Sends and receives of one batch."""
 
+Receipt = tuple[Ops, Callable[[], torch.Tensor]]
+"""Receives that are to be launched, and what makes a tensor of what they bring."""
+
 
 @frozen
-class Receipt[T]:
-    """Receives that are to be launched, and what makes a tensor of what they bring."""
+class Part:
+    """What one data-parallel rank on the other side sends or receives of a tensor.
 
-    ops: Ops
-    tensor: Callable[[], T]
+    Args:
+        peer: that rank.
+        runs: which part, as (first row, number of rows) of each run of neighboring rows.
+    """
+
+    peer: int
+    runs: tuple[Run, ...]
+
+    def cut(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """These rows of the whole, contiguous; a view if they are already."""
+        pieces = [tensor.narrow(dim, start, count) for start, count in self.runs]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)).contiguous()
+
+
+@frozen
+class Whole:
+    """A tensor that is sent or received in parts.
+
+    Args:
+        shape: of the whole.
+        parts: which cover it, in any order; a part without elements does not travel.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
 
 
 @define(eq=False, kw_only=True)
@@ -58,11 +83,10 @@ class Link:
     dim: int = 0
     dp: int = field(init=False)
     turn: range = field(init=False)
-    _lane: int = field(init=False)
     _under_way: tuple[Sequence[dist.Work], Ops] = field(init=False, default=((), []))
 
     def __attrs_post_init__(self) -> None:
-        self.dp, self._lane = place(self.rank, self.here)
+        self.dp = next(dp for dp, lanes in enumerate(self.here) if self.rank in lanes)
         self.turn = peers_in_turn(self.dp, len(self.here), len(self.there))
 
     def takers(self, peer: int) -> list[int]:
@@ -71,7 +95,8 @@ class Link:
 
     def giver(self, peer: int) -> int:
         """The rank of a data-parallel rank on the other side that this one takes from."""
-        return giver(self.rank, self._lane, self.there[peer])
+        there, lane = self.there[peer], self.here[self.dp].index(self.rank)
+        return self.rank if self.rank in there else there[lane % len(there)]
 
     @property
     def is_within(self) -> bool:
@@ -81,10 +106,7 @@ class Link:
 
     def finish(self) -> None:
         """Wait until what was sent last has been taken: one message under way, and no queue."""
-        works, _ = self._under_way
-        for work in works:
-            work.wait()
-        self._under_way = ((), [])
+        self._wait()
         self.hosts.finish()
 
     def launch(self, ops: Ops) -> None:
@@ -94,23 +116,46 @@ class Link:
     def run(self, ops: Ops) -> None:
         """One batch; with NCCL it is the current stream that waits for it, and not the host."""
         self.launch(ops)
+        self._wait()
+
+    def _wait(self) -> None:
         works, _ = self._under_way
         for work in works:
             work.wait()
         self._under_way = ((), [])
 
-    def receipt(self, whole: Whole) -> Receipt[torch.Tensor]:
+    def sends(self, tensor: torch.Tensor, whole: Whole) -> Ops:
+        """The parts of a tensor, to be sent to all who take from this rank."""
+        messages = [(part.peer, part.cut(tensor, self.dim)) for part in whole.parts]
+        return [
+            dist.P2POp(dist.isend, message, rank, self.devices)
+            for peer, message in messages
+            for rank in self.takers(peer)
+        ]
+
+    def receipt(self, whole: Whole) -> Receipt:
         """The parts of a tensor, to be received."""
-        buffers, join = whole.buffers()
-        pairs = zip(buffers, whole.parts, strict=True)
-        return Receipt(
-            [self.receive(buffer, self.giver(part.peer)) for buffer, part in pairs], join
-        )
+        if self.dim == 0 and all(len(part.runs) == 1 for part in whole.parts):
+            tensor = self._empty(whole, whole.shape[0])
+            buffers = [tensor.narrow(0, *part.runs[0]) for part in whole.parts]
+        else:
+            tensor = None
+            rows = [sum(count for _, count in part.runs) for part in whole.parts]
+            buffers = [self._empty(whole, number) for number in rows]
+        ops = [
+            dist.P2POp(dist.irecv, buffer, self.giver(part.peer), self.devices)
+            for part, buffer in zip(whole.parts, buffers, strict=True)
+        ]
+        return ops, lambda: self._joined(whole, buffers) if tensor is None else tensor
 
-    def send(self, tensor: torch.Tensor, rank: int) -> dist.P2POp:
-        """To a global rank, as a part of a batch."""
-        return dist.P2POp(dist.isend, tensor, rank, self.devices)
+    def _empty(self, whole: Whole, rows: int) -> torch.Tensor:
+        shape = (*whole.shape[: self.dim], rows, *whole.shape[self.dim + 1 :])
+        return torch.empty(shape, dtype=self.dtype, device=torch.cuda.current_device())
 
-    def receive(self, tensor: torch.Tensor, rank: int) -> dist.P2POp:
-        """From a global rank, as a part of a batch."""
-        return dist.P2POp(dist.irecv, tensor, rank, self.devices)
+    def _joined(self, whole: Whole, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All runs in their order: one kernel, and no index that must get to the device."""
+        pieces: list[tuple[int, torch.Tensor]] = []
+        for part, message in zip(whole.parts, buffers, strict=True):
+            starts, counts = zip(*part.runs, strict=True)
+            pieces += zip(starts, message.split(counts, self.dim), strict=True)
+        return torch.cat([piece for _, piece in sorted(pieces, key=lambda p: p[0])], self.dim)

@@ -5,13 +5,12 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 
 from megatron_mimo_coord.bridges.agreement import Agreement
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import Header
-from megatron_mimo_coord.bridges.links import Link, Ops, Receipt
-from megatron_mimo_coord.bridges.parts import Part, Whole
+from megatron_mimo_coord.bridges.links import Link, Ops, Part, Whole
 from megatron_mimo_coord.bridges.routes import Delivery, assigned, in_turn
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.mimo_model import split_sizes
@@ -60,24 +59,12 @@ class SourceEnd(Link):
                 self.hosts.send(target, numbers)
             if 0 not in shape:
                 parts.append(Part(delivery.target, ((delivery.start, delivery.rows),)))
-        return Whole(tuple(output.shape), self.dim, self.dtype, tuple(parts))
+        return Whole(tuple(output.shape), tuple(parts))
 
-    def sends(self, output: torch.Tensor, whole: Whole) -> Ops:
+    def sends(self, tensor: torch.Tensor, whole: Whole) -> Ops:
         """The parts of an output that was announced, to be sent."""
-        tensor = output.detach().to(self.dtype)  # its own storage, should output be freed
-        messages = [(part.peer, part.cut(tensor, self.dim)) for part in whole.parts]
-        return [
-            self.send(message, rank) for peer, message in messages for rank in self.takers(peer)
-        ]
-
-
-@frozen
-class _Sent:
-    """An output that was sent, until its gradient is here."""
-
-    output: "weakref.ref[torch.Tensor]"
-    whole: Whole
-    wants_gradient: bool
+        # Its own storage, should the output be freed.
+        return super().sends(tensor.detach().to(self.dtype), whole)
 
 
 @define(eq=False, kw_only=True)
@@ -86,15 +73,18 @@ class Outgoing(SourceEnd):
 
     Args:
         assignments: where the module's assignments wait, if its images can be assigned.
-        agreement: on them, of all ranks that send. One that was left out of a call says nothing:
-            the others wait for it, until its next call tells that it is at a later microbatch.
+        agreement: on them, of all ranks that send; None from a stage to the next, which gets all.
+            One that was left out of a call says nothing: the others wait for it, until its next
+            call tells that it is at a later microbatch.
     """
 
     assignments: PendingAssignments | None = None
     agreement: Agreement | None = None
-    # Outputs whose gradients are to come. The schedule keeps an output until its backward; one
-    # that is gone was sent in a forward_only pass, and nothing will come for it.
-    _sent: deque[_Sent] = field(init=False, factory=deque)
+    # Outputs whose gradients are to come, and what of them wants one. The schedule keeps an output
+    # until its backward; one that is gone was sent in a forward_only pass, and nothing will come.
+    _sent: deque[tuple["weakref.ref[torch.Tensor]", Whole | None]] = field(
+        init=False, factory=deque
+    )
 
     def send_forward(self, output: torch.Tensor) -> None:
         """Send an output. The peer may be busy: the next message waits for it, and not this one."""
@@ -104,42 +94,30 @@ class Outgoing(SourceEnd):
     def recv_backward(self) -> torch.Tensor | None:
         """The gradient of the earliest output that has none yet; None if it needs none."""
         self.finish()
-        gradient = self._backward()
-        self.run(gradient.ops)
-        return gradient.tensor()
+        return self._exchange([])
 
     def send_forward_recv_backward(self, output: torch.Tensor) -> torch.Tensor | None:
         """Both, in one batch."""
         self.finish()
-        sends = self._forward(output)
-        gradient = self._backward()
-        self.run(sends + gradient.ops)
-        return gradient.tensor()
-
-    # -- forward -----------------------------------------------------------------------------------
+        return self._exchange(self._forward(output))
 
     def _forward(self, output: torch.Tensor) -> Ops:
         microbatch, assignment = 0, None
         if self.assignments is not None:
             microbatch = self.assignments.count(self)
             assignment = self.assignments.take(self.name)
-            if assignment is not None and self.agreement is not None:
-                made = {self.name: [(assignment, output.shape[self.dim])]}
-                self.agreement.send(made, microbatch)
-                self.agreement.check()
-        deliveries = self._deliveries(output, assignment)
+        if assignment is None or self.agreement is None:
+            deliveries = in_turn(self.turn, self._sizes(output))
+        else:
+            made = {self.name: [(assignment, output.shape[self.dim])]}
+            self.agreement.send(made, microbatch)
+            self.agreement.check()
+            deliveries = self.assigned(assignment)
         whole = self.announce(output, deliveries, microbatch, assignment)
         self._drop_dead_references()
         if torch.is_grad_enabled():
-            self._sent.append(_Sent(weakref.ref(output), whole, output.requires_grad))
+            self._sent.append((weakref.ref(output), whole if output.requires_grad else None))
         return self.sends(output, whole)
-
-    def _deliveries(
-        self, output: torch.Tensor, assignment: ImageAssignment | None
-    ) -> Sequence[Delivery]:
-        if assignment is None:
-            return in_turn(self.turn, self._sizes(output))
-        return self.assigned(assignment)
 
     def _sizes(self, output: torch.Tensor) -> Sequence[int]:
         """Rows of an output for each of the targets that it goes to in turn."""
@@ -155,13 +133,8 @@ class Outgoing(SourceEnd):
             )
         return [rows // number] * number
 
-    # -- backward ----------------------------------------------------------------------------------
-
-    def _drop_dead_references(self) -> None:
-        while self._sent and self._sent[0].output() is None:
-            self._sent.popleft()
-
-    def _backward(self) -> Receipt[torch.Tensor] | Receipt[None]:
+    def _exchange(self, sends: Ops) -> torch.Tensor | None:
+        """Send, and receive the next gradient, in one batch."""
         self._drop_dead_references()
         if not self._sent:
             raise RuntimeError(
@@ -169,16 +142,11 @@ class Outgoing(SourceEnd):
                 f"outputs that it sent is left: keep them until their backward, as Megatron's "
                 f"schedules do"
             )
-        sent = self._sent.popleft()
-        if not sent.wants_gradient:
-            return Receipt([], lambda: None)
-        return self.receipt(sent.whole)
+        _, wanted = self._sent.popleft()
+        receives, gradient = ([], None) if wanted is None else self.receipt(wanted)
+        self.run(sends + receives)
+        return None if gradient is None else gradient()
 
-
-class StageOutgoing(Outgoing):
-    """Sends the whole output of one stage to the next."""
-
-    def _deliveries(
-        self, output: torch.Tensor, assignment: ImageAssignment | None
-    ) -> Sequence[Delivery]:
-        return in_turn([0], [output.shape[0]])
+    def _drop_dead_references(self) -> None:
+        while self._sent and self._sent[0][0]() is None:
+            self._sent.popleft()

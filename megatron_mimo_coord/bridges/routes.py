@@ -5,7 +5,7 @@ batch, hidden]`` they are the samples.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from attrs import frozen
 
@@ -50,26 +50,6 @@ def peers_in_turn(mine: int, here: int, there: int) -> range:
     return range(mine * (there // here), (mine + 1) * (there // here))
 
 
-def place(rank: int, side: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """(data-parallel rank, lane) of a global rank on one side.
-
-    Example:
-        >>> place(6, [[4, 5], [6, 7]])
-        (1, 0)
-    """
-    return next((dp, lanes.index(rank)) for dp, lanes in enumerate(side) if rank in lanes)
-
-
-def pairs(mine: int, here: int, there: int) -> range:
-    """Lanes on the other side that take from one of ``here`` lanes, so that each takes from one.
-
-    Example:
-        >>> pairs(0, 1, 4), pairs(1, 2, 4), pairs(1, 2, 1)
-        (range(0, 4), range(1, 4, 2), range(1, 1, 2))
-    """
-    return range(mine, there, here)
-
-
 def takers(rank: int, lanes: Sequence[int], there: Sequence[int]) -> list[int]:
     """Ranks on the other side that take from one of these lanes; one that is a lane has its own.
 
@@ -77,18 +57,8 @@ def takers(rank: int, lanes: Sequence[int], there: Sequence[int]) -> list[int]:
         >>> takers(0, [0, 1], [4, 5, 6]), takers(0, [0, 1], [0, 1, 2]), takers(1, [0, 1], [0, 1, 2])
         ([4, 6], [2, 0], [1])
     """
-    in_turn = [there[lane] for lane in pairs(lanes.index(rank), len(lanes), len(there))]
+    in_turn = there[lanes.index(rank) :: len(lanes)]  # so that each takes from one
     return [other for other in in_turn if other not in lanes] + [rank] * (rank in there)
-
-
-def giver(rank: int, lane: int, there: Sequence[int]) -> int:
-    """The rank on the other side that a lane takes from.
-
-    Example:
-        >>> giver(6, 2, [0, 1]), giver(1, 2, [0, 1])
-        (0, 1)
-    """
-    return rank if rank in there else there[lane % len(there)]
 
 
 @frozen
@@ -137,35 +107,20 @@ def assigned(assignment: ImageAssignment, source: int, targets: int) -> list[Del
     deliveries, start = [], 0
     for target in range(targets):
         samples = slice(target * share, (target + 1) * share)
+        counts = chain.from_iterable(assignment.tokens[samples])
+        owners = chain.from_iterable(assignment.owners[samples])
         runs: list[Run] = []
         senders = set()
         row = 0
-        for tokens, owners in zip(
-            assignment.tokens[samples], assignment.owners[samples], strict=True
-        ):
-            for count, owner in zip(tokens, owners, strict=True):
-                if count:
-                    senders.add(owner)
-                    if owner == source:
-                        extend(runs, row, count)
-                row += count
+        for count, owner in zip(counts, owners, strict=True):
+            if count:
+                senders.add(owner)
+                if owner == source and runs and sum(runs[-1]) == row:
+                    runs[-1] = runs[-1][0], runs[-1][1] + count
+                elif owner == source:
+                    runs.append((row, count))
+            row += count
         rows = sum(count for _, count in runs)
         deliveries.append(Delivery(target, start, rows, tuple(runs), row, tuple(sorted(senders))))
         start += rows
     return deliveries
-
-
-def extend(runs: list[Run], start: int, count: int) -> None:
-    """Add rows to the last run if they follow it, else begin another.
-
-    Example:
-        >>> runs = [(0, 4)]
-        >>> extend(runs, 4, 2)
-        >>> extend(runs, 8, 2)
-        >>> runs
-        [(0, 6), (8, 2)]
-    """
-    if runs and sum(runs[-1]) == start:
-        runs[-1] = runs[-1][0], runs[-1][1] + count
-    else:
-        runs.append((start, count))

@@ -21,9 +21,8 @@ from megatron_mimo_coord.bridges.agreement import Agreement
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import TargetEnd
-from megatron_mimo_coord.bridges.links import Link, Ops
+from megatron_mimo_coord.bridges.links import Link, Ops, Whole
 from megatron_mimo_coord.bridges.outgoing import SourceEnd
-from megatron_mimo_coord.bridges.parts import Whole
 from megatron_mimo_coord.bridges.routes import bridge_ends, in_turn
 from megatron_mimo_coord.bridges.sample_check import refuse_left_out
 from megatron_mimo_coord.bridges.text_fit import TextFit
@@ -165,11 +164,11 @@ class SharedBridges:
             for _ in outputs[target.name]
         ]
         sends = [op for source, tokens, whole in sent for op in source.sends(tokens, whole)]
-        self._run(sends + [op for _, arrival in arrivals for op in arrival.ops])
+        self._run(sends + [op for _, ((ops, _), _) in arrivals for op in ops])
         received: dict[str, list[torch.Tensor]] = {name: [] for name in self._targets}
-        for target, arrival in arrivals:
-            received[target.name].append(arrival.tensor())
-        back = [(target, arrival.to_return) for target, arrival in arrivals]
+        for target, ((_, tensor), _) in arrivals:
+            received[target.name].append(tensor())
+        back = [(target, to_return) for target, (_, to_return) in arrivals]
         wanted = [(source, tokens.requires_grad, whole) for source, tokens, whole in sent]
         return Delivered(received, lambda gradients: self._give_back(back, wanted, gradients))
 
@@ -195,13 +194,13 @@ class SharedBridges:
             for op in target.returns(target.checked(next(given[target.name])), whole)
         ]
         receipts = [
-            (source.name, source.receipt(whole) if is_wanted else None)
+            (source.name, *(source.receipt(whole) if is_wanted else ((), None)))
             for source, is_wanted, whole in wanted
         ]
-        self._run(sends + [op for _, each in receipts if each for op in each.ops])
+        self._run(sends + [op for _, ops, _ in receipts for op in ops])
         received: dict[str, list[torch.Tensor | None]] = {name: [] for name in self._sources}
-        for name, receipt in receipts:
-            received[name].append(receipt.tensor() if receipt else None)
+        for name, _, tensor in receipts:
+            received[name].append(tensor and tensor())
         return received
 
     # -- what hosts say ----------------------------------------------------------------------------
@@ -210,36 +209,23 @@ class SharedBridges:
         self, source: SourceEnd, outputs: Sequence[Output], first: int
     ) -> Iterator[tuple[torch.Tensor, Whole]]:
         """Tell what comes of each output, and how it travels."""
-        asked = self._hear_sizes(source)
+        ranks = [source.giver(peer) for peer in source.turn]
+        asked = [source.hosts.receive(rank) for rank in ranks] if len(ranks) > 1 else []
         for number, output in enumerate(outputs):
             microbatch, tokens = first + number, output.tokens
             assert tokens is not None, "the encoder is here"
             if output.assignment is not None:
                 deliveries = source.assigned(output.assignment)
-            else:
-                said = {rank: sizes[number] for rank, sizes in asked.items()}
-                sizes = self._fitted(source, said, output, microbatch) if said else [len(tokens)]
+            elif asked:
+                counts = [sizes[number] for sizes in asked]
+                if ASSIGNED in counts:
+                    with_one = ranks[counts.index(ASSIGNED)]
+                    refuse_left_out(source.name, microbatch, with_one, self._rank)
+                sizes = self._fit.sizes(source.name, counts, len(tokens), microbatch, output.text)
                 deliveries = in_turn(source.turn, sizes)
+            else:
+                deliveries = in_turn(source.turn, [len(tokens)])
             yield tokens, source.announce(tokens, deliveries, microbatch, output.assignment)
-
-    def _hear_sizes(self, source: SourceEnd) -> dict[int, list[int]]:
-        """How many tokens of each output each rank asks for, if they share an output."""
-        if len(source.turn) == 1:
-            return {}
-        ranks = [source.giver(peer) for peer in source.turn]
-        return {rank: source.hosts.receive(rank) for rank in ranks}
-
-    def _fitted(
-        self, source: SourceEnd, asked: Mapping[int, int], output: Output, microbatch: int
-    ) -> list[int]:
-        """How many tokens of an output each rank gets."""
-        for rank, size in asked.items():
-            if size == ASSIGNED:
-                refuse_left_out(source.name, microbatch, rank, self._rank)
-        assert output.tokens is not None, "the encoder is here"
-        return self._fit.sizes(
-            source.name, [*asked.values()], len(output.tokens), microbatch, output.text
-        )
 
     def _say_sizes(self, outputs: Mapping[str, Sequence[Output]]) -> None:
         """Tell encoder ranks that encode for several how many tokens this rank's texts have."""
@@ -284,8 +270,14 @@ class SharedBridges:
         for op in ops:
             (sent if op.op is dist.isend else received)[op.peer].append(op.tensor)
         own = zip(received.pop(self._rank, ()), sent.pop(self._rank, ()), strict=True)
-        messages = {peer: _message(each) for peer, each in sent.items()}
-        buffers = {peer: _buffer(each) for peer, each in received.items()}
+        messages = {  # a tensor as it is, several in a copy
+            peer: torch.cat([tensor.flatten() for tensor in each]) if len(each) > 1 else each[0]
+            for peer, each in sent.items()
+        }
+        buffers = {
+            peer: each[0].new_empty(sum(map(torch.numel, each))) if len(each) > 1 else each[0]
+            for peer, each in received.items()
+        }
         batch = [dist.P2POp(dist.isend, t, peer, self._devices) for peer, t in messages.items()]
         batch += [dist.P2POp(dist.irecv, t, peer, self._devices) for peer, t in buffers.items()]
         works = dist.batch_isend_irecv(batch) if batch else ()
@@ -298,17 +290,6 @@ class SharedBridges:
                 pieces = buffers[peer].split([tensor.numel() for tensor in each])
                 for tensor, piece in zip(each, pieces, strict=True):
                     tensor.copy_(piece.view_as(tensor))
-
-
-def _message(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What one rank sends another at once: a tensor as it is, several in a copy."""
-    return torch.cat([each.flatten() for each in tensors]) if len(tensors) > 1 else tensors[0]
-
-
-def _buffer(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Where it is received."""
-    first, elements = tensors[0], sum(tensor.numel() for tensor in tensors)
-    return first.new_empty(elements) if len(tensors) > 1 else first
 
 
 class Waiting:

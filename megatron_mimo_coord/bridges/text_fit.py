@@ -25,6 +25,7 @@ from megatron_mimo_coord.gradients.misfits import (
     unknown_parts,
 )
 from megatron_mimo_coord.gradients.step_report import StepReport
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
     bounds_of,
@@ -40,36 +41,35 @@ from megatron_mimo_coord.megatron.mimo_model import (
 
 
 class TextFit:
-    """Compares texts with tokens.
+    """Compares texts with tokens, and looks at what the model puts together.
 
     Args:
         model: the model.
+        ddps: of the modules on this rank.
         assignments: which count microbatches.
         report: told of what does not fit; raises in an evaluation.
+        changes: where is recorded what is changed in the model.
     """
 
     def __init__(
-        self, model: MimoModel, assignments: PendingAssignments, report: StepReport
+        self,
+        model: MimoModel,
+        ddps: Mapping[str, DistributedDataParallel],
+        assignments: PendingAssignments,
+        report: StepReport,
+        changes: Changes,
     ) -> None:
         self._model = model
         self._assignments = assignments
         self._report = report
-
-    def watch(self, encoders: Mapping[str, DistributedDataParallel], changes: Changes) -> None:
-        """Look at what the model puts together.
-
-        Args:
-            encoders: the DDPs of those on this rank.
-            changes: where is recorded what is changed in the model.
-        """
-        for name, ddp in encoders.items():
-            if is_last_stage(self._model, name):
+        for name, ddp in ddps.items():
+            if name != LANGUAGE and is_last_stage(model, name):
                 hook = partial(self._widen, name)
                 changes.on_close(ddp.module.register_forward_hook(hook).remove)
-        changes.set(self._model, "align_embeddings_by_token_positions", self._align)
-        if sequence_parts(self._model)[0] > 1 and self._model.language_model is not None:
+        changes.set(model, "align_embeddings_by_token_positions", self._align)
+        if sequence_parts(model)[0] > 1 and model.language_model is not None:
             changes.on_close(
-                self._model.register_forward_pre_hook(self._make_even, with_kwargs=True).remove
+                model.register_forward_pre_hook(self._make_even, with_kwargs=True).remove
             )
 
     def _widen(

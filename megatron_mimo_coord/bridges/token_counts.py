@@ -57,6 +57,7 @@ class TokenCounts:
 
     Attributes:
         micro_batch_size: samples in a microbatch over all ranks; None if it is not known.
+        may_vary: whether a communicator is built that carries samples which differ.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class TokenCounts:
         sizes = {name: grids[name].data_parallel_size for name in encoders}
         self._fan_in = {name: size // replicas for name, size in sizes.items() if size > replicas}
         self._fan_out = {name: replicas // size for name, size in sizes.items() if size < replicas}
-        self._may_vary = False
+        self.may_vary = False
         self._packing: Mapping[str, Any] | None = None
         self._assignments = assignments
         changes.on_close(model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
@@ -97,10 +98,6 @@ class TokenCounts:
         finally:
             self.micro_batch_size = before
 
-    def allow_varying(self) -> None:
-        """A communicator that carries them is built."""
-        self._may_vary = True
-
     def _attach_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
@@ -112,16 +109,8 @@ class TokenCounts:
         if encoder_name not in self._places or not is_sent:
             return
         microbatch = self._assignments.count(encoder_name)
-        if encoder_name in self._fan_in:
-            if not self._may_vary and input_ids is not None:
-                counts = self._count(encoder_name, input_ids)
-                part = self._part_of(encoder_name, counts, len(output))
-                self._refuse_uneven(encoder_name, counts[part])
-        elif (
-            encoder_name in self._fan_out
-            and len(output)
-            and self._assignments.next(encoder_name) is None
-        ):
+        is_assigned = self._assignments.next(encoder_name) is not None
+        if encoder_name in self._fan_out and len(output) and not is_assigned:
             sizes = self._sizes(encoder_name, input_ids, len(output), microbatch)
             if sizes:
                 set_split_sizes(output, sizes)
@@ -138,7 +127,7 @@ class TokenCounts:
             if texts and texts % ranks == 0:
                 text = input_ids if is_packed else input_ids[part]
                 return self._fit.sizes(name, counts[part].tolist(), tokens, microbatch, text)
-        if not self._may_vary:
+        if not self.may_vary:
             return []  # of Megatron's own, which cuts evenly
         return self._fit.unknown(name, microbatch, tokens, ranks, texts, is_packed)
 
@@ -186,15 +175,22 @@ class TokenCounts:
         On a language model rank: each encoder rank must have sent the same number of tokens.
         """
         self._packing = packing_of(args, kwargs)
-        if self._may_vary:
-            return
         input_ids = input_ids_of(args, kwargs)
-        if input_ids is None or not model.training or not is_first_stage(self._model, LANGUAGE):
+        if self.may_vary or input_ids is None or not model.training:
             return
-        for name, ratio in self._fan_in.items():
+        for name, ratio in self._fan_in.items() if is_first_stage(self._model, LANGUAGE) else ():
             counts = self._count(name, input_ids)
-            if len(counts) % ratio == 0:
-                self._refuse_uneven(name, counts.view(ratio, -1).sum(dim=1))
+            if len(counts) % ratio:
+                continue
+            numbers = counts.view(ratio, -1).sum(dim=1).tolist()
+            if len(set(numbers)) > 1:
+                raise RuntimeError(
+                    f"{ratio} ranks of {name} send to one language model rank, and their samples "
+                    f"have different numbers of {name} tokens ({numbers}): Megatron's own "
+                    f"communicator splits the gradient evenly and would fail in backward. Build "
+                    f"the schedule's p2p_communicator with "
+                    f"coordinator.build_pipeline_communicator(config)"
+                )
 
     def _count(self, name: str, input_ids: torch.Tensor) -> torch.Tensor:
         """An encoder's tokens in each sample, on the device."""
@@ -204,16 +200,6 @@ class TokenCounts:
             return is_its.sum(dim=1)
         before = torch.nn.functional.pad(is_its.flatten().cumsum(0), (1, 0))
         return before[bounds.to(before.device).long()].diff()
-
-    def _refuse_uneven(self, name: str, counts: torch.Tensor) -> None:
-        numbers = counts.tolist()
-        if len(set(numbers)) > 1:
-            raise RuntimeError(
-                f"{self._fan_in[name]} ranks of {name} send to one language model rank, and their "
-                f"samples have different numbers of {name} tokens ({numbers}): Megatron's own "
-                f"communicator splits the gradient evenly and would fail in backward. Build the "
-                f"schedule's p2p_communicator with coordinator.build_pipeline_communicator(config)"
-            )
 
 
 def _part(rows: int, number: int, index: int) -> slice:

@@ -26,7 +26,7 @@ from megatron_mimo_coord.megatron.empty_batches import meets_replicas
 from megatron_mimo_coord.megatron.mimo_model import unsupported, unwrap_mimo_model
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
-from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags
+from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 
 @frozen
@@ -64,7 +64,7 @@ class Job:
             RuntimeError: ``model`` holds no ``MimoModel``; the other ranks raise a ValueError.
         """
         read: dict[str, Any] = {}
-        flags = exchange_flags(partial(_read, infra, model, read))
+        flags = check_consistency(partial(_read, infra, model, read))
         check_replicas(list(read["grids"]), read["ddps"], read["infra"].pg_collections)
         grids, factors, meeting = read["grids"], {}, {}
         for index, name in enumerate(sorted(grids)):

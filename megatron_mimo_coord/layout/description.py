@@ -12,6 +12,7 @@ from megatron_mimo_coord.layout.grids import (
     ranks_taken,
     runs_encoders_first,
     span,
+    stages_behind,
 )
 from megatron_mimo_coord.layout.parallelism import SIZE_FIELDS
 
@@ -75,10 +76,7 @@ def pipeline_depth(grids: Mapping[str, ModuleGrid]) -> int:
         >>> pipeline_depth({"vision": vision, "language": language})
         6
     """
-    depth = grids[LANGUAGE].dim("pp")
-    if is_colocated(grids.values()) or runs_encoders_first(grids):
-        return depth
-    return depth + max(grid.dim("pp") for name, grid in grids.items() if name != LANGUAGE)
+    return 1 + max(stages_behind(grids, name, 0) for name in grids)
 
 
 def bridge(encoder: ModuleGrid, language: ModuleGrid) -> str:

@@ -36,7 +36,7 @@ from megatron_mimo_coord.training.checkpoint_states import OptimizerStates
 from megatron_mimo_coord.training.model_sizes import model_sizes
 from megatron_mimo_coord.training.plain_data import encode
 from megatron_mimo_coord.training.random_states import random_states
-from megatron_mimo_coord.world.consistency import RankFacts, exchange_flags
+from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)
 
@@ -402,9 +402,9 @@ class _Given:
 
 
 def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
-    """:func:`exchange_flags`, but also the rank with an unforeseen error raises a ValueError."""
+    """:func:`check_consistency`, but also the rank with an unforeseen error raises a ValueError."""
     try:
-        return exchange_flags(make_facts, headline)
+        return check_consistency(make_facts, headline)
     except ValueError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ error, which says which ranks say what.
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -51,27 +52,13 @@ class RankFacts:
 CANNOT_START = "this job cannot start"
 
 
-def check_consistency(make_facts: Callable[[], RankFacts], headline: str = CANNOT_START) -> None:
-    """:func:`compare`, on a statement that may be impossible to make: then all ranks hear why."""
-    exchange_flags(make_facts, headline)
-
-
-def exchange_flags(make_facts: Callable[[], RankFacts], headline: str = CANNOT_START) -> list[int]:
-    """:func:`check_consistency`, which brings every rank's flags along, in the same collective."""
-    try:
-        statement = make_facts()
-    except Exception as error:  # raised again: this is only so that nobody waits for this rank
-        with suppress(ValueError):
-            compare(RankFacts({}, {}, [f"{type(error).__name__}: {error}"]), headline)
-        raise
-    return compare(statement, headline)
-
-
-def compare(statement: RankFacts, headline: str = CANNOT_START) -> list[int]:
-    """Compare this rank's statement with those of all ranks. Collective over the world.
+def check_consistency(
+    make_facts: Callable[[], RankFacts], headline: str = CANNOT_START
+) -> list[int]:
+    """Compare what this rank was given with what all ranks were. Collective over the world.
 
     Args:
-        statement: what this rank was given.
+        make_facts: makes this rank's statement; if it raises, the others hear why.
         headline: how the error begins.
 
     Returns:
@@ -80,6 +67,16 @@ def compare(statement: RankFacts, headline: str = CANNOT_START) -> list[int]:
     Raises:
         ValueError: on every rank, if any two disagree or any rank has a problem.
     """
+    try:
+        statement = make_facts()
+    except Exception as error:  # raised again: this is only so that nobody waits for this rank
+        with suppress(ValueError):
+            _compare(RankFacts({}, {}, [f"{type(error).__name__}: {error}"]), headline)
+        raise
+    return _compare(statement, headline)
+
+
+def _compare(statement: RankFacts, headline: str) -> list[int]:
     row = torch.tensor([statement.row()], dtype=torch.int64, device=world_device())
     gathered = row.new_empty((dist.get_world_size(), row.shape[1]))
     dist.all_gather_into_tensor(gathered, row)
@@ -89,8 +86,9 @@ def compare(statement: RankFacts, headline: str = CANNOT_START) -> list[int]:
     modules = {row[3:6] for row in rows}
     sets_of_modules = {row[3] for row in rows}
     if any(row[0] for row in rows) or len(jobs) > 1 or len(modules) > len(sets_of_modules):
-        statements = _exchange(statement)
-        raise_problems(headline, disagreements(statements))
+        text = json.dumps([statement.job, statement.modules, list(statement.problems)])
+        texts = all_gather_text(text, device=world_device())
+        raise_problems(headline, disagreements([RankFacts(*json.loads(text)) for text in texts]))
         raise AssertionError("digests differ, but what they were made of does not")
     return [row[6] for row in rows]
 
@@ -139,7 +137,7 @@ def _values(statements: Sequence[RankFacts]) -> dict[str, dict[str, list[int]]]:
         said = {
             fact: statement.job.get(fact, "nothing")
             for fact in of_job
-            if fact in statement.job or _topic(fact) in topics or _topic(fact) == fact
+            if _topic(fact) in topics or _topic(fact) == fact
         }
         for name, facts in statement.modules.items():
             said |= {
@@ -160,18 +158,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {listed(ranks, most=8)}"
 
 
-def _digest(value: object) -> tuple[int, int]:
+def _digest(value: object) -> tuple[int, ...]:
     """128 bits of SHA-256 over canonical JSON, as two signed integers."""
     text = json.dumps(value, sort_keys=True).encode()
-    digest = hashlib.sha256(text).digest()
-    return (
-        int.from_bytes(digest[:8], "big", signed=True),
-        int.from_bytes(digest[8:16], "big", signed=True),
-    )
-
-
-def _exchange(statement: RankFacts) -> list[RankFacts]:
-    """Gather everybody's statement as plain JSON."""
-    text = json.dumps([statement.job, statement.modules, list(statement.problems)])
-    texts = all_gather_text(text, device=world_device())
-    return [RankFacts(*json.loads(text)) for text in texts]
+    return struct.unpack(">qq", hashlib.sha256(text).digest()[:16])

@@ -1,7 +1,7 @@
 """Process groups beside those of a grid: made once for a set of ranks, given back with the grid."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -30,28 +30,16 @@ class ExtraGroups:
         """Those that belong to a ``HyperCommGrid``."""
         return _of_grid.setdefault(grid, cls())
 
-    def hosts(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """A gloo group of ranks, for messages that need no device. Collective, once a set.
-
-        Returns:
-            The group, None on a rank that is not in it.
-        """
+    def hosts(self, ranks: Iterable[int]) -> dist.ProcessGroup | None:
+        """A gloo group of ranks, for messages that need no device; None on others. Collective."""
         return self._get("gloo", ranks)
 
-    def devices(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """A group of ranks over the world's backend, connected. Collective, once a set.
+    def devices(self, ranks: Iterable[int]) -> dist.ProcessGroup | None:
+        """One over the world's backend, connected; None on others. Collective."""
+        return self._get(None, ranks)
 
-        Returns:
-            The group, None on a rank that is not in it.
-        """
-        return self._get(None, ranks, connect)
-
-    def _get(
-        self,
-        backend: str | None,
-        ranks: Sequence[int],
-        prepare: Callable[[dist.ProcessGroup], None] = lambda group: None,
-    ) -> dist.ProcessGroup | None:
+    def _get(self, backend: str | None, ranks: Iterable[int]) -> dist.ProcessGroup | None:
+        """Made once for a set of ranks."""
         key = backend, tuple(sorted(ranks))
         if key not in self._groups:
             group = dist.new_group(
@@ -61,8 +49,8 @@ class ExtraGroups:
                 group_desc="bridges and pipeline stages",
             )
             self._groups[key] = group if isinstance(group, dist.ProcessGroup) else None
-            if isinstance(group, dist.ProcessGroup):
-                prepare(group)
+            if backend is None and isinstance(group, dist.ProcessGroup):
+                connect(group)
         return self._groups[key]
 
     @cached_property

@@ -197,7 +197,7 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
     import torch.distributed as dist
 
     from megatron_mimo_coord import MultiModuleCoordinator
-    from megatron_mimo_coord.bridges.sample_check import SampleCheck
+    from megatron_mimo_coord.bridges.assignments import _Pending
 
     original = MultiModuleCoordinator.assign_images
     calls = []
@@ -220,14 +220,14 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
                 stack.enter_context(left_out)
             assignment = original(self, name, tokens, costs, sample_ids)
         if mistake == "tokens":
-            self._pending_assignments._queues["vision"].clear()
+            self._pending_assignments._pending["vision"].to_take.clear()
             original(self, name, [[n + 1 for n in each] for each in tokens], costs, sample_ids)
         return assignment
 
     if dist.get_rank() == rank:
         MultiModuleCoordinator.assign_images = assign_images
     if mistake == "not called once":  # nor do the language model's ranks, which could tell
-        SampleCheck.given = lambda *args: None
+        _Pending.compare = lambda *args: None
     cases.check(case)
 
 

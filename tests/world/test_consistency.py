@@ -45,7 +45,7 @@ def test_a_problem_of_one_rank_is_told_to_all():
 def _agree(kind: str) -> list[int]:
     import torch.distributed as dist
 
-    from megatron_mimo_coord.world.consistency import compare
+    from megatron_mimo_coord.world.consistency import check_consistency
 
     rank = dist.get_rank()
     modules = {"vision": {"overlap": "False"}} if rank < 2 else {"language": {}}
@@ -59,7 +59,7 @@ def _agree(kind: str) -> list[int]:
         job = {"layout": "three modules"}
     if kind == "problem" and rank == 2:
         problems = ["language is not wrapped"]
-    return compare(RankFacts(job, modules, problems, flags=rank))
+    return check_consistency(lambda: RankFacts(job, modules, problems, flags=rank))
 
 
 def test_flags_of_all_ranks_reach_all_ranks():
