@@ -219,7 +219,7 @@ def _parallelisms(request: Request, name: str) -> Iterator[ModuleParallelism]:
             alone = ModuleParallelism(
                 tensor_model_parallel_size=tp, context_parallel_size=cp, **pipeline
             )
-            if alone.size > request.gpus or sharding_problems(name, sizes, alone):
+            if alone.size > request.gpus or any(sharding_problems(name, sizes, alone)):
                 continue
             for dp in divisors(request.global_batch_size):
                 if alone.size * dp > request.gpus:

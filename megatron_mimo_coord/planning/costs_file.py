@@ -30,32 +30,6 @@ CLUSTER = "cluster"
 """Name of the table that is no module's."""
 
 
-def read_costs(path: str | Path) -> tuple[dict[str, ModuleCosts], Cluster]:
-    """What each module and each message costs, for :func:`simulate_step`.
-
-    Args:
-        path: a TOML file with a table for each module, and perhaps ``[cluster]``.
-
-    Raises:
-        ValueError: the file cannot be read or what is in it is no cost; the message lists every
-            problem with its line in the file.
-
-    Example:
-        >>> file = Path(folder, "costs.toml")
-        >>> _ = file.write_text(
-        ...     "[language]\\nforward_seconds_per_sample = 1\\n"
-        ...     "backward_seconds_per_sample = 2\\n[cluster]\\nranks_per_node = 8\\n"
-        ... )
-        >>> costs, cluster = read_costs(file)
-        >>> costs["language"].backward_seconds_per_sample, cluster.ranks_per_node
-        (2, 8)
-    """
-    file = CostsFile.read(path)
-    file.refuse("is no file of costs")
-    cluster = Cluster(**file.told.pop(CLUSTER, {}))
-    return {name: ModuleCosts(**table) for name, table in file.told.items()}, cluster
-
-
 @define(slots=False)
 class CostsFile(TomlFile):
     """What a file says about costs.

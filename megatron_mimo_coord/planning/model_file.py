@@ -94,7 +94,9 @@ class ModelFile(TomlFile):
             if not found:
                 sizes[name] = ModuleSizes(**{**shared, **table})
         problems += language_problems(modules)
-        return cls(path, text, problems + size_problems(sizes), sizes)
+        for name, module in sizes.items():
+            problems += size_problems(name, module)
+        return cls(path, text, problems, sizes)
 
 
 def _is_module(name: str, value: Any) -> bool:

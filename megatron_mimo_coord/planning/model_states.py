@@ -10,7 +10,12 @@ from math import lcm
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import Parameter, stage_parameters
+from megatron_mimo_coord.planning.parameters import (
+    Parameter,
+    layers_parameters,
+    shards_of,
+    stage_layers,
+)
 
 START = 64  # numbers that a parameter's start is aligned to
 END = 128  # numbers that a bucket's end is aligned to, besides the data-parallel size
@@ -40,7 +45,8 @@ def model_states(
         >>> model_states(sizes, ModuleParallelism(data_parallel_size=2), 0, 64)
         (465920, 465920, 931840)
     """
-    parameters = stage_parameters(sizes, parallelism, stage, language_hidden_size)
+    layers = stage_layers(sizes, parallelism)[stage]
+    parameters = layers_parameters(sizes, layers, language_hidden_size, shards_of(parallelism))
     width = sizes.bytes_per_number
     if sizes.frozen:
         return width * sum(each.numel for each in parameters), 0, 0

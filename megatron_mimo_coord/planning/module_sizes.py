@@ -171,11 +171,6 @@ class ModuleSizes:
         return self.num_query_groups * self.kv_channels
 
     @property
-    def has_qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
-        return self.add_bias_linear or self.add_qkv_bias
-
-    @property
     def has_flash_attention(self) -> bool:
         """Whether attention is computed block by block, so that no weights are kept."""
         return self.attention_backend in ("auto", "flash", "fused")

@@ -49,7 +49,7 @@ def one_change(name: str, sizes: ModuleSizes, tp: int) -> Mapping[str, Any]:
         for field in ("num_attention_heads", "ffn_hidden_size", "vocab_size")
         if (getattr(sizes, field) or 0) % tp
     ]
-    if not sharding_problems(name, sizes, layout) or len(wrong) != 1:
+    if len(wrong) != 1:
         return {}
     (field,) = wrong
     change = {field: -(-getattr(sizes, field) // tp) * tp}
@@ -57,4 +57,4 @@ def one_change(name: str, sizes: ModuleSizes, tp: int) -> Mapping[str, Any]:
         if sizes.num_query_groups == sizes.num_attention_heads:
             change["num_query_groups"] = change[field]
         change["kv_channels"] = sizes.kv_channels
-    return change if not sharding_problems(name, evolve(sizes, **change), layout) else {}
+    return {} if any(sharding_problems(name, evolve(sizes, **change), layout)) else change

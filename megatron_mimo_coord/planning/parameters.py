@@ -37,45 +37,6 @@ class Parameter:
         return 2 * self.uses * self.numel if self.inputs else 0.0
 
 
-def stage_parameters(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int, language_hidden_size: int
-) -> Sequence[Parameter]:
-    """The parameters of a rank of a pipeline stage, in the order in which Megatron registers them.
-
-    The layers are those of ``get_gpt_layer_local_spec``; Transformer Engine's register as many
-    numbers in another order.
-
-    Args:
-        sizes: of the module.
-        parallelism: how it is laid out; TP, PP and the experts' sizes divide what they share.
-        stage: of the module's pipeline, from 0.
-        language_hidden_size: what an encoder projects to.
-
-    Example:
-        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
-        >>> pipeline = ModuleParallelism(pipeline_model_parallel_size=2)
-        >>> sum(each.numel for each in stage_parameters(sizes, pipeline, 1, 64))
-        58304
-    """
-    layers = stage_layers(sizes, parallelism)[stage]
-    return layers_parameters(sizes, layers, language_hidden_size, shards_of(parallelism))
-
-
-def num_parameters(
-    sizes: ModuleSizes, parallelism: ModuleParallelism, language_hidden_size: int
-) -> int:
-    """The numbers that a rank of each stage has, added up.
-
-    Example:
-        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
-        >>> num_parameters(sizes, ModuleParallelism(), 64)
-        116480
-    """
-    shards = shards_of(parallelism)
-    every = stage_layers(sizes, parallelism)
-    return sum(layers_numel(sizes, layers, language_hidden_size, shards) for layers in every)
-
-
 @cache
 def stage_layers(sizes: ModuleSizes, parallelism: ModuleParallelism) -> tuple[range, ...]:
     """Indices of each stage's layers in the whole module."""
@@ -96,7 +57,22 @@ def shards_of(parallelism: ModuleParallelism) -> Shards:
 def layers_parameters(
     sizes: ModuleSizes, layers: range, language_hidden_size: int, shards: Shards = (1, 1, 1)
 ) -> Sequence[Parameter]:
-    """Those of some layers, and of what stands before the first and behind the last."""
+    """The parameters of some layers on one rank, in the order in which Megatron registers them.
+
+    What stands before the first layer and behind the last comes with these. Layers are those of
+    ``get_gpt_layer_local_spec``; Transformer Engine's register as many numbers in another order.
+
+    Args:
+        sizes: of the module.
+        layers: their indices in the whole module.
+        language_hidden_size: what an encoder projects to.
+        shards: they divide what they share.
+
+    Example:
+        >>> sizes = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
+        >>> sum(each.numel for each in layers_parameters(sizes, range(1, 2), 64))
+        58304
+    """
     is_first, is_last, tp = layers.start == 0, layers.stop == sizes.num_layers, shards[0]
     found: list[Parameter] = []
     if is_first:
@@ -111,12 +87,11 @@ def layers_parameters(
 
 @cache
 def layers_numel(
-    sizes: ModuleSizes, layers: range, language_hidden_size: int, shards: Shards
+    sizes: ModuleSizes, layers: range, language_hidden_size: int, shards: Shards = (1, 1, 1)
 ) -> int:
     """Numbers in :func:`layers_parameters`."""
-    return sum(
-        each.numel for each in layers_parameters(sizes, layers, language_hidden_size, shards)
-    )
+    every = layers_parameters(sizes, layers, language_hidden_size, shards)
+    return sum(each.numel for each in every)
 
 
 def _inputs(sizes: ModuleSizes, tp: int, is_last: bool) -> Iterator[Parameter]:
@@ -171,7 +146,7 @@ def _layer(sizes: ModuleSizes, shards: Shards, has_experts: bool) -> Sequence[Pa
     return (
         *norm,
         *_linear(sizes.query_size // tp, hidden, sizes.add_bias_linear),
-        *_linear(hidden, qkv, sizes.has_qkv_bias),
+        *_linear(hidden, qkv, sizes.add_bias_linear or sizes.add_qkv_bias),
         *(of_heads * 2 if sizes.qk_layernorm else ()),
         *norm,
         *(_mixture(sizes, shards) if has_experts else mlp),

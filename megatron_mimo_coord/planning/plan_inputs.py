@@ -20,7 +20,7 @@ from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs,
 from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
 from megatron_mimo_coord.planning.model_file import ModelFile
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import num_parameters
+from megatron_mimo_coord.planning.parameters import layers_numel
 from megatron_mimo_coord.planning.simulation import sharing_problems
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
@@ -195,7 +195,8 @@ def assumptions(inputs: Inputs) -> Iterator[str]:
             )
         sizes = request.sizes[name]
         estimated = request.costs(name, sizes, ModuleParallelism()).gradient_bytes
-        number = num_parameters(sizes, ModuleParallelism(), request.sizes[LANGUAGE].hidden_size)
+        whole, width = range(sizes.num_layers), request.sizes[LANGUAGE].hidden_size
+        number = layers_numel(sizes, whole, width)
         expected = number * (4 if sizes.grad_reduce_in_fp32 else sizes.bytes_per_number)
         if estimated and abs(estimated / expected - 1) > OTHER_MODEL:
             yield (

@@ -1,25 +1,20 @@
 """What keeps a module's sizes from fitting together, or from being divided among ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 from megatron_mimo_coord.layout.problems import Problem
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 
 
-def size_problems(sizes: Mapping[str, ModuleSizes]) -> list[Problem]:
-    """What does not fit together, module by module.
+def size_problems(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
+    """What does not fit together in a module.
 
     Example:
         >>> encoder = ModuleSizes(num_layers=2, hidden_size=64, num_attention_heads=4)
-        >>> for problem in size_problems({"vision": encoder}):
-        ...     print(problem)
+        >>> print(*size_problems("vision", encoder))
         vision has no tokens_per_image; write how many tokens an image has inside it
     """
-    return [problem for name, module in sizes.items() for problem in _of_module(name, module)]
-
-
-def _of_module(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
     if name == LANGUAGE:
         for field, what in (
             ("vocab_size", "words it knows"),
@@ -85,23 +80,17 @@ def _of_encoder(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
 
 def sharding_problems(
     name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """What keeps ranks from sharing a module equally, as Megatron does.
 
     Example:
         >>> sizes = ModuleSizes(num_layers=2, hidden_size=96, num_attention_heads=6)
-        >>> for problem in sharding_problems(
-        ...     "vision", sizes, ModuleParallelism(tensor_model_parallel_size=4)
-        ... ):
-        ...     print(problem)
+        >>> layout = ModuleParallelism(tensor_model_parallel_size=4)
+        >>> print(*sharding_problems("vision", sizes, layout), sep="\\n")
         vision has num_attention_heads 6, which tensor_model_parallel_size 4 does not divide
         vision has num_query_groups 6, of which tensor_model_parallel_size 4 is neither a divisor \
 nor a multiple
     """
-    return list(_sharding(name, sizes, parallelism))
-
-
-def _sharding(name: str, sizes: ModuleSizes, parallelism: ModuleParallelism) -> Iterator[Problem]:
     try:
         parallelism.layers_of_stages(sizes.num_layers)
     except ValueError as error:

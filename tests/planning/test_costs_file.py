@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from megatron_mimo_coord.planning import Cluster, ModuleCosts
-from megatron_mimo_coord.planning.costs_file import read_costs
+from megatron_mimo_coord.planning.costs_file import CostsFile
 
 GOOD = """\
 [vision]
@@ -52,15 +52,19 @@ def test_a_file_means_what_python_means(tmp_path):
     )
     language = ModuleCosts(forward_seconds_per_sample=0, backward_seconds_per_sample=0.5)
     cluster = Cluster(ranks_per_node=8, network_bytes_per_second=inf)
-    assert read_costs(file) == ({"vision": vision, "language": language}, cluster)
+    told = CostsFile.read(file).told
+    assert Cluster(**told.pop("cluster")) == cluster
+    assert {name: ModuleCosts(**table) for name, table in told.items()} == {
+        "vision": vision,
+        "language": language,
+    }
 
 
 def test_every_problem_is_told_with_its_line(tmp_path):
     file = tmp_path / "costs.toml"
     file.write_text("\n".join(line for line, _ in BAD.values()))
-    with pytest.raises(ValueError) as error:
-        read_costs(file)
-    told = str(error.value).splitlines()[1:]
+    read = CostsFile.read(file)
+    told = [read.located(problem) for problem in read.problems]
     expected = {number: said for number, (_, said) in BAD.items() if said}
     assert len(told) == len(expected)
     for line in told:
@@ -72,6 +76,6 @@ def test_what_is_no_toml_is_refused(tmp_path):
     file = tmp_path / "costs.toml"
     file.write_text("[vision")
     with pytest.raises(ValueError, match=r"is not TOML: .* write a table for each module"):
-        read_costs(file)
+        CostsFile.read(file)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        read_costs(tmp_path / "no such file")
+        CostsFile.read(tmp_path / "no such file")

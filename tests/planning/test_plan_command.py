@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 import pytest
 from attrs import NOTHING, evolve, fields_dict
 from cases import Case
-from layouts import parallel
 from ranks import world
 
 from megatron_mimo_coord import read_layout
@@ -20,7 +19,7 @@ from megatron_mimo_coord.planning.estimates import forward_flops
 from megatron_mimo_coord.planning.measure import products
 from megatron_mimo_coord.planning.model_file import read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.parameters import num_parameters
+from megatron_mimo_coord.planning.parameters import layers_numel
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MODEL = """\
@@ -480,7 +479,7 @@ def test_a_gpu_is_as_fast_as_the_options_say(ask):
     total = sum(forward_flops(each, 512) for each in sizes.values())
     assert one == pytest.approx(12 * 3 * total / 1e12, rel=1e-6)
     slow = ("--node-latency", "1e-9", "--node-bandwidth", "1e9", "--flops", "1e9")
-    number = max(num_parameters(each, parallel(), 512) for each in sizes.values())
+    number = max(layers_numel(each, range(each.num_layers), 512) for each in sizes.values())
     assert seconds(*slow, "--memory-bandwidth", "1") == pytest.approx(28 * number / 1e9, rel=1e-3)
 
 
@@ -725,7 +724,8 @@ def test_the_example_is_llama_3_8b_and_clip_vit_l():
     sizes = read_model(EXAMPLES / "vlm_7b.toml")
     assert set(sizes) == {"vision", "language"}
     language, vision = (
-        num_parameters(sizes[name], parallel(), 4096) for name in ("language", "vision")
+        layers_numel(sizes[name], range(sizes[name].num_layers), 4096)
+        for name in ("language", "vision")
     )
     assert language == 8_030_261_248  # as published
     layers, projection = 24 * (12 * 1024**2 + 13 * 1024), 1024 * 4096 + 4096 + 4096**2 + 4096

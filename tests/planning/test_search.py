@@ -113,7 +113,9 @@ def every_layout(request: Request, contexts: tuple[int, ...] = (1,)) -> Iterator
         ranks = [module.size for module in chosen]
         if sum(ranks) > gpus and max(ranks) != ranks[-1]:
             continue
-        if any(sharding_problems(name, request.sizes[name], modules[name]) for name in modules):
+        if any(
+            any(sharding_problems(name, request.sizes[name], modules[name])) for name in modules
+        ):
             continue
         larger_first = sorted(modules, key=lambda name: -modules[name].size)
         placed = [_placed(modules, order) for order in permutations(larger_first)]
