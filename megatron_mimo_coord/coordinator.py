@@ -158,9 +158,7 @@ class MultiModuleCoordinator:
             self._changes,
         )
         if LANGUAGE in job.ddps:
-            groups = job.infra.pg_collections[LANGUAGE]
-            assert groups is not None, "a job has refused a module without groups"
-            cut_rotary_positions(job.model, groups.cp, self._changes)
+            cut_rotary_positions(job.model, job.groups[LANGUAGE].cp, self._changes)
         self._token_counts = TokenCounts(
             job.model,
             job.grids,
@@ -179,9 +177,6 @@ class MultiModuleCoordinator:
             self._gradients.gather_params_now,
             self._gradients.optimizer_steps,
             self._ahead.problems,
-        )
-        self._module_to_grid_tuples = tuple(
-            (ddp, job.infra.module_to_grid_map[name]) for name, ddp in job.ddps.items()
         )
         run_with_replicas(
             job.model,
@@ -236,7 +231,8 @@ class MultiModuleCoordinator:
     @property
     def module_to_grid_tuples(self) -> tuple[tuple[DistributedDataParallel, HyperCommGrid], ...]:
         """(module, grid) of every module on this rank; the module is its DDP."""
-        return self._module_to_grid_tuples
+        grids = self._job.infra.module_to_grid_map
+        return tuple((ddp, grids[name]) for name, ddp in self._job.ddps.items())
 
     @property
     def active_module_pg(self) -> tuple[str, ProcessGroupCollection]:
@@ -555,10 +551,6 @@ class MultiModuleCoordinator:
         """Parameters of each module that have a gradient, over all ranks, each counted once.
 
         Collective, the same on every rank; ask once, outside the loop.
-
-        Example:
-            >>> list(coordinator.num_trainable_parameters())
-            ['vision', 'language']
         """
         return self._gradients.counted.counts()
 
@@ -591,11 +583,6 @@ class MultiModuleCoordinator:
 
         Raises:
             ValueError: ``steps`` is neither a number nor a range.
-
-        Example:
-            >>> recording = coordinator.record_timeline(Path(folder, "timeline.json"), steps=2)
-            >>> recording.summary is None
-            True
         """
         job = self._job
         ddps = {name: module.ddp for name, module in self._modules.items()}
@@ -794,18 +781,7 @@ class MultiModuleCoordinator:
         )
 
     def print_description(self, micro_batch_size: int | None = None) -> None:
-        """Print :meth:`describe` once a job, although every rank calls it.
-
-        Args:
-            micro_batch_size: samples in a microbatch over all ranks; shown as shares if left out.
-
-        Example:
-            >>> coordinator.print_description()
-            1 rank, modules colocated; 1 pipeline stage; a microbatch at a time; mean loss
-            module    ranks  TP  CP  PP  DP  samples/rank  gradient x  bridge
-            vision    0      1   1   1   1   1/1           1           one to one 1:1
-            language  0      1   1   1   1   1/1           1
-        """
+        """Print :meth:`describe` once a job, although every rank calls it."""
         if self._job.rank == 0:
             print(self.describe(micro_batch_size), flush=True)
 

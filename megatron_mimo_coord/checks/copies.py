@@ -46,8 +46,7 @@ def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
     tensor_parallel = {id(param) for _, param, _ in _replicated(job, weights)}
     found = []
     for module, ddp in job.ddps.items():
-        groups = job.infra.pg_collections[module]
-        assert groups is not None, f"a coordinator has refused {module!r} without groups"
+        groups = job.groups[module]
         params = dict(ddp.module.named_parameters())
         dense = {name: each for name, each in params.items() if ".experts." not in name}
         copies = {name: each for name, each in dense.items() if id(each) in tensor_parallel}
@@ -85,13 +84,13 @@ def differing_buffers(job: Job) -> Iterator[str]:
     Such as the means of a batch norm, which has seen other images on each.
     """
     for module, ddp in job.ddps.items():
-        groups, kept = job.infra.pg_collections[module], ddp.module.state_dict(keep_vars=True)
+        groups, kept = job.groups[module], ddp.module.state_dict(keep_vars=True)
         buffers = {
             name: buffer
             for name, buffer in ddp.module.named_buffers()
             if name in kept and buffer.is_floating_point() and buffer.numel()
         }
-        if buffers and groups is not None and groups.dp_cp.size() > 1:
+        if buffers and groups.dp_cp.size() > 1:
             differing = _differing(buffers, groups.dp_cp, ROUNDING)
             if differing and groups.dp_cp.rank() == 0:
                 yield (
@@ -105,7 +104,7 @@ def _replicated(job: Job, weights: ShardedWeights) -> Iterator[tuple[str, torch.
     for module, ddp in job.ddps.items():
         for name, param in ddp.module.named_parameters():
             if param in weights and weights.is_replicated(param):
-                yield f"{name} of module {module!r}", param, job.infra.pg_collections[module]
+                yield f"{name} of module {module!r}", param, job.groups[module]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from attrs import frozen
 from megatron.core import __version__ as megatron_version
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.checks.modules import (
     ddp_facts,
@@ -39,6 +40,7 @@ class Job:
         model: the ``MimoModel``.
         grids: where each module lies.
         ddps: the DDP of each module on this rank, in the order of ``grids``.
+        groups: their process groups.
         per_token: whether the loss is divided by the number of tokens.
         gradient_scaling_factors: c_m of every module of the job, without the 1/N of a step.
         meeting: of every module, whether its replicas meet in its forward.
@@ -49,6 +51,7 @@ class Job:
     model: MimoModel
     grids: Mapping[str, ModuleGrid]
     ddps: Mapping[str, DistributedDataParallel]
+    groups: Mapping[str, ProcessGroupCollection]
     per_token: bool
     gradient_scaling_factors: Mapping[str, float]
     meeting: Mapping[str, bool]
@@ -65,7 +68,7 @@ class Job:
         """
         read: dict[str, Any] = {}
         flags = check_consistency(partial(_read, infra, model, read))
-        check_replicas(list(read["grids"]), read["ddps"], read["infra"].pg_collections)
+        check_replicas(list(read["grids"]), read["ddps"], read["groups"])
         grids, factors, meeting = read["grids"], {}, {}
         for index, name in enumerate(sorted(grids)):
             of_module = flags[grids[name].rank_offset] >> 2 * index
@@ -95,6 +98,7 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
     per_token = bool(mimo_model.config.calculate_per_token_loss)
     read |= {"infra": infra, "model": mimo_model, "grids": grids}
     read |= {"ddps": ddps, "per_token": per_token}
+    read["groups"] = {name: infra.pg_collections.get(name) for name in ddps}
 
     problems: list[str] = [*layout_problems(grids, infra.topology, dist.get_world_size())]
     problems += unsupported(mimo_model)

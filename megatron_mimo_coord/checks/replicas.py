@@ -35,7 +35,7 @@ _compared: WeakSet[DistributedDataParallel] = WeakSet()
 def check_replicas(
     names: list[str],
     ddps: Mapping[str, DistributedDataParallel],
-    pg_collections: Mapping[str, ProcessGroupCollection | None],
+    pg_collections: Mapping[str, ProcessGroupCollection],
 ) -> None:
     """Compare the weights of replicas. One small collective over the world.
 
@@ -51,11 +51,8 @@ def check_replicas(
     digests = {name: _digests(ddp, device) for name, ddp in ddps.items() if ddp not in _compared}
     row = torch.full((len(names), len(KINDS), 2), -1, dtype=torch.int64, device=device)
     for number, name in enumerate(names):
-        groups = pg_collections.get(name)
-        if name not in digests or groups is None:
-            continue
-        for column, kind in enumerate(KINDS):
-            group = getattr(groups, kind, None) or groups.dp_cp
+        for column, kind in enumerate(KINDS if name in digests else ()):
+            group = getattr(pg_collections[name], kind, None) or pg_collections[name].dp_cp
             found = list(digests[name][kind].values())
             if found:
                 row[number, column, 0] = dist.get_process_group_ranks(group)[0]

@@ -146,17 +146,14 @@ def _placed(result: Any, wants_device: bool, given: Any) -> Any:
     """A tensor that was made, on the side that was asked for."""
     if not isinstance(result, torch.Tensor) or is_on_device(result) == wants_device:
         return result
-    if any(_same_storage(result, tensor) for tensor in tensors_in(given)):
+    storage = result.untyped_storage()
+    if any(each.untyped_storage() is storage for each in tensors_in(given)):
         result = result.clone()  # a GPU's driver would have copied it
     if wants_device:
         mark(result)
     elif is_on_device(result):
         delattr(result.untyped_storage(), _MARK)
     return result
-
-
-def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage() is other.untyped_storage()
 
 
 def _to(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -214,7 +214,8 @@ class Peers:
             what=self._waiting(launch, missing),
         )
         for peer in self._peers.values():
-            self._send(peer, ["waits", *astuple(self._note)])
+            told = list(self._note.waits_for.items()), list(self._note.told.items())
+            self._send(peer, ["waits", *told, self._note.what])
         self._hear(list(self._peers.values()), 0)
 
     def _fail_in_circle(self) -> None:
@@ -265,7 +266,7 @@ class Peers:
     def _understand(self, peer: Peer, kind: str, *parts: Any) -> None:
         if kind == "waits":
             waits_for, told, what = parts
-            peer.note = Note(_by_rank(waits_for), _by_rank(told), what)
+            peer.note = Note(dict(waits_for), dict(told), what)
         elif kind == "ended":
             peer.is_gone = True
         elif kind == "stopped":
@@ -274,7 +275,3 @@ class Peers:
             peer.stopped = ""
             peer.num_heard += 1
             peer.theirs.append(Message(*parts) if kind == "launch" else parts[0])
-
-
-def _by_rank(numbers: dict[str, int]) -> dict[int, int]:
-    return {int(rank): number for rank, number in numbers.items()}

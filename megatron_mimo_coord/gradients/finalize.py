@@ -227,11 +227,9 @@ def _share_tables_of_metrics(job: Job) -> None:
 
 
 def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:
-    pg_collection = job.infra.pg_collections[name]
-    assert pg_collection is not None, "module_problems_here has seen to it"
     grid = job.grids[name]
     if job.rank == grid.rank_offset:
         for remark in remarks(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token):
             logger.warning("%s", remark)
     factor = job.gradient_scaling_factors[name]
-    return ModuleGradients(name, ModuleDdp(job.ddps[name]), pg_collection, factor, changes)
+    return ModuleGradients(name, ModuleDdp(job.ddps[name]), job.groups[name], factor, changes)

@@ -107,15 +107,6 @@ class StepState:
 
     # -- what must not -----------------------------------------------------------------------------
 
-    def _is_unfinalized(self, if_begun: bool) -> bool:
-        """Whether backward has added to the gradients since they were zeroed or finalized."""
-        if (self._begun and not if_begun) or self._schedule.calls_another:
-            return False
-        if self._backward_passes:
-            return True
-        is_fresh = self._phase in (Phase.UNTOUCHED, Phase.ZEROED)
-        return is_fresh and bool(self._forward_passes) and self._was_written
-
     @property
     def _was_written(self) -> bool:
         """By PyTorch's count of the writes to each buffer: backward's, zeroing, scaling."""
@@ -128,7 +119,11 @@ class StepState:
             if_begun: what to say of a step that the schedule began through our hooks: it would have
                 been finalized, had no exception cut it short.
         """
-        if not self._is_unfinalized(if_begun):
+        if (self._begun and not if_begun) or self._schedule.calls_another:
+            return
+        is_fresh = self._phase in (Phase.UNTOUCHED, Phase.ZEROED)
+        came = self._backward_passes or (is_fresh and self._forward_passes and self._was_written)
+        if not came:
             return
         if not self._schedule.is_attached:
             advice = (

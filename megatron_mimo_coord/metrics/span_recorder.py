@@ -53,13 +53,7 @@ class Place:
 
     @classmethod
     def of(cls, rank: int, grids: Mapping[str, ModuleGrid], modules: Sequence[str]) -> "Place":
-        """That of a rank.
-
-        Args:
-            rank: the rank.
-            grids: where each module lies.
-            modules: those on this rank.
-        """
+        """That of a rank which holds ``modules``."""
         encoders_first = runs_encoders_first(grids)
         if encoders_first:
             modules = [LANGUAGE]
