@@ -5,7 +5,6 @@ before each save, as a training may have driven apart what began alike.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,14 +25,16 @@ PART = 0.1  # and those of its gradient
 
 def copy_problems(job: Job, weights: ShardedWeights) -> Iterator[str]:
     """Which parameters are tensor-parallel by their attributes, but replicas for Megatron."""
-    for name, param, groups in _replicated(job, weights):
-        tp = groups.expt_tp if ".experts." in name else groups.tp
-        if is_tensor_parallel(param) and tp.size() > 1:
-            yield (
-                f"{name} is one of {tp.size()} tensor-parallel shards, but the module's "
-                f"sharded_state_dict calls it a replica, of which one would be kept: derive the "
-                f"module from MegatronModule and set its tp_group to pg_collection.tp"
-            )
+    for module, ddp in job.ddps.items():
+        for name, param in _replicated(ddp, weights).items():
+            tp = job.groups[module].expt_tp if ".experts." in name else job.groups[module].tp
+            if is_tensor_parallel(param) and tp.size() > 1:
+                yield (
+                    f"{name} of module {module!r} is one of {tp.size()} tensor-parallel shards, "
+                    f"but the module's sharded_state_dict calls it a replica, of which one would "
+                    f"be kept: derive the module from MegatronModule and set its tp_group to "
+                    f"pg_collection.tp"
+                )
 
 
 def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
@@ -43,14 +44,13 @@ def differing_copies(job: Job, weights: ShardedWeights) -> list[str]:
     get the same update; on tensor-parallel ones kernels may round otherwise, and copies drift apart
     a little in a long training, far less than shards differ.
     """
-    tensor_parallel = {id(param) for _, param, _ in _replicated(job, weights)}
     found = []
     for module, ddp in job.ddps.items():
         groups = job.groups[module]
         params = dict(ddp.module.named_parameters())
         dense = {name: each for name, each in params.items() if ".experts." not in name}
-        copies = {name: each for name, each in dense.items() if id(each) in tensor_parallel}
-        expert = {name: param for name, param in params.items() if name not in dense}
+        copies = {name: each for name, each in _replicated(ddp, weights).items() if name in dense}
+        expert = {name: each for name, each in params.items() if name not in dense}
         for kind, alike, group, tolerance, cure in (
             ("tensor-parallel", copies, groups.tp, DRIFT, _SUMMED),
             ("data-parallel", dense, groups.dp_cp, ROUNDING, ""),
@@ -99,12 +99,12 @@ def differing_buffers(job: Job) -> Iterator[str]:
                 )
 
 
-def _replicated(job: Job, weights: ShardedWeights) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
-    """(name, parameter, groups of its module) of those of which no dim is shared out."""
-    for module, ddp in job.ddps.items():
-        for name, param in ddp.module.named_parameters():
-            if param in weights and weights.is_replicated(param):
-                yield f"{name} of module {module!r}", param, job.groups[module]
+def _replicated(
+    ddp: DistributedDataParallel, weights: ShardedWeights
+) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a module of which no dim is shared out."""
+    named = ddp.module.named_parameters()
+    return {name: each for name, each in named if each in weights and weights.is_replicated(each)}
 
 
 @torch.no_grad()
