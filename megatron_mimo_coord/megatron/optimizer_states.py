@@ -1,4 +1,8 @@
-"""What Megatron's optimizers keep for weights: moments, fp32 copies, numbers of updates, scales.
+"""What Megatron's optimizers keep: moments, fp32 copies, numbers of updates, settings, loss scales.
+
+What one keeps for a weight lies where the weight lies: with the distributed optimizer each replica
+has a range of its elements, which it writes and reads by itself. So nothing is gathered, and what
+was written fits every layout, with the distributed optimizer or without.
 
 Leans on ``DistributedOptimizer`` telling which elements of a parameter it keeps something for, and
 handing that out, or copies of it, by ``_get_main_param_and_optimizer_states``; on other optimizers
@@ -6,7 +10,8 @@ keeping it in PyTorch's, under the parameter or its ``main_param``; on ``init_st
 the first update would make; and on the settings by which Megatron tells parameter groups apart.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,94 +20,161 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_mimo_coord.megatron.checkpoints import Chunk, ShardedWeights
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
+
+Settings = dict[str, Any]
+"""Of a module's optimizers, what is no tensor: groups, numbers of updates, the loss scale."""
+
+_NO_SETTINGS: Settings = {"groups": [], "steps": {}, "grad_scaler": {}}
+_SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # a resumed training may have others
+_LAYOUT = ("is_expert_parallel",)  # where experts are on several ranks
 
 
 @frozen(eq=False)
-class KeptState:
+class _Kept:
     """What an optimizer keeps on this rank for one parameter.
 
     Args:
         param: the model's parameter.
         start: the first of its elements that are kept here, in memory order.
-        stop: behind the last.
-        tensors: what is kept for them, by name, each with ``stop - start`` elements.
+        tensors: what is kept for them, by name, each with a number for each.
         state: all that the optimizer keeps, its number of updates too.
         is_range: whether data-parallel ranks share the elements out.
     """
 
     param: torch.nn.Parameter
     start: int
-    stop: int
     tensors: Mapping[str, torch.Tensor]
     state: dict[str, Any]
     is_range: bool
 
 
-class ModuleOptimizerState:
-    """What the optimizers of one module keep: one for its dense weights, another for experts.
+class OptimizerStates:
+    """What an optimizer keeps on this rank, module by module.
 
     State that the first update would make is made.
 
     Args:
-        optimizer: those of all modules.
-        name: the module.
-        ddp: the module.
+        optimizer: the ``MimoOptimizer``; None for nothing.
+        ddps: the modules on this rank.
+        weights: where their weights lie.
     """
 
-    def __init__(self, optimizer: MimoOptimizer, name: str, ddp: DistributedDataParallel) -> None:
-        self.name = name
-        self._optimizers = _inner_optimizers(optimizer, name)
-        params = [param for param in ddp.module.parameters() if param.requires_grad]
-        for each in self._optimizers:
-            _initialize(each)
-        self._kept = [(each, kept) for each in self._optimizers for kept in _kept(each, params)]
-        self._scalers = [
-            each.grad_scaler for each in self._optimizers if getattr(each, "grad_scaler", None)
+    def __init__(
+        self,
+        optimizer: MimoOptimizer | None,
+        ddps: Mapping[str, DistributedDataParallel],
+        weights: ShardedWeights,
+    ) -> None:
+        self._weights = weights
+        self._optimizers: dict[str, list[Any]] = {}
+        self._kept: dict[str, list[tuple[Any, _Kept]]] = {}
+        for name, ddp in ddps.items() if optimizer is not None else ():
+            inner = self._optimizers[name] = _inner_optimizers(optimizer, name)
+            params = [param for param in ddp.module.parameters() if param.requires_grad]
+            for each in inner:
+                _initialize(each)
+            self._kept[name] = [(each, kept) for each in inner for kept in _kept(each, params)]
+
+    def chunks(self) -> list[Chunk]:
+        """All tensors, each a box of a whole tensor that is named after the weight's."""
+        return [
+            chunk
+            for module in self._kept.values()
+            for _, kept in module
+            for chunk in self._weights.chunks_beside(
+                kept.param, kept.start, kept.tensors, alone=kept.is_range
+            )
         ]
 
-    @property
-    def kept(self) -> list[KeptState]:
-        """Of each parameter that an optimizer here has."""
-        return [kept for _, kept in self._kept]
+    def settings(self) -> dict[str, Settings]:
+        """Of each module."""
+        return {
+            name: {
+                "groups": [_settings(group) for group in self._groups(name)],
+                "steps": {key: float(state["step"]) for key, state in self._counted(name)},
+                "grad_scaler": {
+                    key: float(value)
+                    for scaler in self._scalers(name)
+                    for key, value in scaler.state_dict().items()
+                },
+            }
+            for name in self._optimizers
+        }
 
-    def groups(self) -> Iterator[dict[str, Any]]:
-        """Settings of the groups that have parameters here."""
-        for optimizer in self._optimizers:
-            yield from (group for group in optimizer.optimizer.param_groups if group["params"])
+    def unknown_groups(self, saved: Mapping[str, Settings]) -> Iterator[str]:
+        """Parameter groups here whose settings a checkpoint does not have."""
+        for name in self._optimizers:
+            groups = saved.get(name, _NO_SETTINGS)["groups"]
+            for group in self._groups(name):
+                if _matching(group, groups) is None:
+                    yield (
+                        f"the optimizer of module {name!r} has the parameter group "
+                        f"{_identity(group)}, but the checkpoint {list(map(_identity, groups))}"
+                    )
 
-    def hand_back(self) -> None:
-        """Give filled tensors to optimizers that had handed out copies of theirs."""
-        for optimizer, kept in self._kept:
-            if optimizer.config.use_precision_aware_optimizer:
-                tensors: dict[str, Any] = dict(kept.tensors)
-                tensors["param"] = tensors.pop("fp32_param", None)
-                optimizer._set_main_param_and_optimizer_states(kept.param, tensors)
+    def load_filled(
+        self, saved: Mapping[str, Settings], fresh: set[str], name_there: Callable[[str], str]
+    ) -> None:
+        """Go on with chunks that were filled, and with the settings of a checkpoint.
 
-    def loss_scale(self) -> dict[str, float]:
-        """The state of the loss scale; empty where there is none."""
-        states = [scaler.state_dict() for scaler in self._scalers]
-        return {name: float(value) for state in states for name, value in state.items()}
+        Args:
+            saved: what :meth:`settings` said, of all ranks.
+            fresh: keys of the weights whose state begins anew.
+            name_there: what the checkpoint calls a weight.
+        """
+        for name, module in self._kept.items():
+            for optimizer, kept in module:
+                if optimizer.config.use_precision_aware_optimizer:  # it had handed out copies
+                    tensors: dict[str, Any] = dict(kept.tensors)
+                    tensors["param"] = tensors.pop("fp32_param", None)
+                    optimizer._set_main_param_and_optimizer_states(kept.param, tensors)
+            settings = deepcopy(saved.get(name, _NO_SETTINGS))
+            for group in self._groups(name):
+                found = _matching(group, settings["groups"]) or {}
+                stays = _identifier_keys()
+                group |= {key: value for key, value in found.items() if key not in stays}
+            for key, state in self._counted(name):
+                number = 0 if key in fresh else settings["steps"].get(name_there(key))
+                if number is not None:
+                    state["step"] = _like(state["step"], number)
+            scale = settings["grad_scaler"]
+            for scaler in self._scalers(name) if scale else ():
+                state = scaler.state_dict()
+                scaler.load_state_dict({k: _like(value, scale[k]) for k, value in state.items()})
 
-    def load_loss_scale(self, saved: Mapping[str, float]) -> None:
-        """Go on with what :meth:`loss_scale` said, if there was one."""
-        for scaler in self._scalers if saved else ():
-            state = scaler.state_dict()
-            scaler.load_state_dict(
-                {name: like(value, saved[name]) for name, value in state.items()}
-            )
+    def _groups(self, name: str) -> Iterator[dict[str, Any]]:
+        """Those of a module that have parameters here."""
+        for each in self._optimizers[name]:
+            yield from (group for group in each.optimizer.param_groups if group["params"])
+
+    def _scalers(self, name: str) -> list[Any]:
+        found = [getattr(each, "grad_scaler", None) for each in self._optimizers[name]]
+        return [scaler for scaler in found if scaler]
+
+    def _counted(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(key, state) of the weights of which an optimizer counts the updates."""
+        for _, kept in self._kept[name]:
+            if "step" in kept.state:
+                for key in self._weights.keys(kept.param):
+                    yield key, kept.state
 
 
-def like(old: Any, value: Any) -> Any:
-    """A number in the form that it had."""
-    return torch.full_like(old, float(value)) if torch.is_tensor(old) else type(old)(value)
+def merge_settings(ranks: Sequence[Mapping[str, Settings]]) -> dict[str, Settings]:
+    """The settings of each module's optimizers, from all of its ranks.
 
-
-def identifier_keys() -> tuple[str, ...]:
-    """The settings by which Megatron tells parameter groups apart."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
-
-    return tuple(param_group_identifier_keys)
+    A rank that keeps no state, or has no parameter of a group, knows less than others.
+    """
+    merged: dict[str, Settings] = {}
+    for name, settings in (pair for rank in ranks for pair in rank.items()):
+        known = merged.setdefault(name, deepcopy(_NO_SETTINGS))
+        for group in settings["groups"]:
+            if _identity(group) not in map(_identity, known["groups"]):
+                known["groups"].append(group)
+        known["steps"] = settings["steps"] | known["steps"]
+        known["grad_scaler"] = settings["grad_scaler"] | known["grad_scaler"]
+    return merged
 
 
 def optimizer_problems(optimizer: Any, names: list[str]) -> list[str]:
@@ -123,13 +195,44 @@ def optimizer_problems(optimizer: Any, names: list[str]) -> list[str]:
     ]
 
 
-def _inner_optimizers(optimizer: MimoOptimizer, name: str) -> list[Any]:
-    """The optimizers of a module that hold parameters, on this rank."""
+def _identifier_keys() -> tuple[str, ...]:
+    """The settings by which Megatron tells parameter groups apart."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    return tuple(param_group_identifier_keys)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _identity(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in _identifier_keys() if group.get(name) is not None}
+
+
+def _matching(
+    group: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The group of a checkpoint that is this one, though layout and schedule may have changed."""
+    here = _identity(group)
+    for ignored in ((), _SCHEDULE, (*_SCHEDULE, *_LAYOUT)):
+        kind = {name: value for name, value in here.items() if name not in ignored}
+        alike = [each for each in saved if kind.items() <= _identity(each).items()]
+        if len(alike) == 1:
+            return alike[0]
+    return None
+
+
+def _like(old: Any, value: Any) -> Any:
+    """A number in the form that it had."""
+    return torch.full_like(old, float(value)) if torch.is_tensor(old) else type(old)(value)
+
+
+def _inner_optimizers(optimizer: Any, name: str) -> list[Any]:
+    """Of a module, one for its dense weights and one for experts, if they have parameters here."""
     found = optimizers_here(optimizer).get(name)
-    if found is None:
-        return []
     inner = getattr(found, "chained_optimizers", [found])
-    return [each for each in inner if not getattr(each, "is_stub_optimizer", False)]
+    return [each for each in inner if each and not getattr(each, "is_stub_optimizer", False)]
 
 
 def _initialize(optimizer: Any) -> None:
@@ -146,7 +249,7 @@ def _initialize(optimizer: Any) -> None:
                 state["momentum_buffer"] = torch.zeros_like(param)
 
 
-def _kept(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[KeptState]:
+def _kept(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[_Kept]:
     """What an optimizer keeps for those of the parameters that are its own."""
     if isinstance(optimizer, DistributedOptimizer):
         for param in optimizer.model_param_group_index_map:
@@ -155,7 +258,7 @@ def _kept(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[KeptStat
             main = found.pop("param")
             state = optimizer.optimizer.state.get(main, {})
             tensors = _tensors(param, main, found, here.end - here.start)
-            yield KeptState(param, here.start, here.end, tensors, state, is_range=True)
+            yield _Kept(param, here.start, tensors, state, is_range=True)
         return
     inner = optimizer.optimizer
     for param in params:
@@ -163,7 +266,7 @@ def _kept(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[KeptStat
         if main in inner.state:
             state = inner.state[main]
             tensors = _tensors(param, main, state, param.numel())
-            yield KeptState(param, 0, param.numel(), tensors, state, is_range=False)
+            yield _Kept(param, 0, tensors, state, is_range=False)
 
 
 def _tensors(

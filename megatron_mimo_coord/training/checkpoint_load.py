@@ -17,11 +17,11 @@ from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
+from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_matching import Matches, Rules
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, random_states_name
-from megatron_mimo_coord.training.checkpoint_states import OptimizerStates
 from megatron_mimo_coord.training.checkpoint_tensors import ChunkReader, Index
 from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
@@ -99,7 +99,7 @@ class CheckpointLoad:
             objects = self._index.objects
             problems += [f"the checkpoint has no {key}" for key in there if key not in objects]
         if self._rules.strict:
-            problems += self._states.unknown_groups(content["optimizer"])
+            problems += self._states.unknown_groups(decode(content["optimizer"]))
         return RankFacts(path, {}, _shortened(problems))
 
     def _sharded(self, stacked: bool = False) -> ShardedWeights:
@@ -168,7 +168,9 @@ class CheckpointLoad:
         """Overwrite model, optimizer and random states."""
         content, path = self._manifest.content, self._manifest.path
         self.fill_weights()
-        self._states.load_filled(content["optimizer"], self._matches.fresh, self._rules.name_there)
+        self._states.load_filled(
+            decode(content["optimizer"]), self._matches.fresh, self._rules.name_there
+        )
         world_size, ranks = content["world_size"], [self._job.rank]
         self.is_same_layout = (content["layout"], world_size) == (
             self._layout,

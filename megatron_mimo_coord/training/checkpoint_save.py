@@ -2,8 +2,7 @@
 
 When a rank has written its tensors it lists them in a file of JSON. When all lists are there, the
 first rank joins them, and declares the checkpoint whole by one rename. So in the background nothing
-needs a process group: the ranks meet in the folder, also when their trainer has ended. Which
-tensors they are, the optimizer's among them, ``checkpoint_states.py`` says.
+needs a process group: the ranks meet in the folder, also when their trainer has ended.
 """
 
 import json
@@ -18,8 +17,8 @@ import torch
 from attrs import define, evolve, field, frozen
 
 from megatron_mimo_coord.megatron.checkpoints import Chunk, declare_format
+from megatron_mimo_coord.megatron.optimizer_states import merge_settings
 from megatron_mimo_coord.training import checkpoint_folder as folders
-from megatron_mimo_coord.training.checkpoint_states import merge_settings
 from megatron_mimo_coord.training.checkpoint_tensors import ChunkFile, Index
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 

@@ -21,7 +21,7 @@ from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.boxes import Box
 from megatron_mimo_coord.megatron.checkpoints import Chunk, ShardedWeights
-from megatron_mimo_coord.megatron.optimizer_states import optimizer_problems
+from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates, optimizer_problems
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
@@ -32,7 +32,6 @@ from megatron_mimo_coord.training.checkpoint_save import (
     CheckpointSave,
     Share,
 )
-from megatron_mimo_coord.training.checkpoint_states import OptimizerStates
 from megatron_mimo_coord.training.model_sizes import model_sizes
 from megatron_mimo_coord.training.plain_data import encode
 from megatron_mimo_coord.training.random_states import random_states
@@ -226,7 +225,7 @@ class Checkpoints:
             objects={key: value for key, value, writes in weights.objects() if writes},
             states={**encode(random_states()), RANK_STATE: given.rank_state},
             sizes={name: model_sizes(ddp.module) for name, ddp in ddps.items()},
-            settings=states.settings(),
+            settings=encode(states.settings(), where="optimizer"),
         )
 
     # -- load --------------------------------------------------------------------------------------
