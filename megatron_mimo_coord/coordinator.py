@@ -45,7 +45,7 @@ from megatron_mimo_coord.layout.image_assignment import (
 )
 from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
+from megatron_mimo_coord.megatron.module_random_states import draw_by_module
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import drop_whole_embeddings_alike
 from megatron_mimo_coord.megatron.rotary_positions import cut_rotary_positions
@@ -198,7 +198,7 @@ class MultiModuleCoordinator:
         self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
         for module in job.ddps.values():
             drop_whole_embeddings_alike(module, self._changes)
-        ModuleRandomStates.draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
+        draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
         self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         if job.rank == 0:
             logger.info("%s", self.describe())

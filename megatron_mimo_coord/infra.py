@@ -39,7 +39,10 @@ from megatron_mimo_coord.layout.problems import (
 from megatron_mimo_coord.megatron.bridge_groups import destroy_bridge_groups
 from megatron_mimo_coord.megatron.mimo_model import unwrap_mimo_model
 from megatron_mimo_coord.megatron.module_configs import config_of
-from megatron_mimo_coord.megatron.module_random_states import ModuleRandomStates
+from megatron_mimo_coord.megatron.module_random_states import (
+    forget_module_states,
+    initialize_module_states,
+)
 from megatron_mimo_coord.megatron.random_states import global_state_problems
 from megatron_mimo_coord.megatron.turns import forget_turns, take_turns
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
@@ -182,7 +185,7 @@ class MegatronMIMOInfra:
         here = [*filter(LANGUAGE.__ne__, self.participating_modules)]
         here += filter(LANGUAGE.__eq__, self.participating_modules)
         groups = {name: self.pg_collections[name] for name in here}
-        ModuleRandomStates.initialize(seed, groups, self.module_to_grid_map)
+        initialize_module_states(seed, groups, self.module_to_grid_map)
 
     def is_first_stage(self, module_name: str) -> bool:
         """Whether this rank holds the first pipeline stage of a module: its ``pre_process``.
@@ -316,7 +319,7 @@ class MegatronMIMOInfra:
         Collective in the sense of ``torch.distributed.destroy_process_group``: no rank may use
         the groups any more. The world itself stays.
         """
-        ModuleRandomStates.forget(self.module_to_grid_map)
+        forget_module_states(self.module_to_grid_map)
         forget_turns(self.module_to_grid_map)
         for groups in self.pg_collections.values():
             for group in (groups.embd, groups.pos_embd) if groups else ():

@@ -6,15 +6,16 @@ all, replicas of one would draw different weights, or shards the same.
 
 Leans on ``MimoModel`` building its modalities in the order of ``modality_submodules_spec``, into
 ``modality_submodules``, and then ``language_model``; without it modules are built from the states
-of others, which a coordinator finds. Recomputed activations take the states of their forward, which
-Megatron's checkpointing keeps with them.
+of others, which a coordinator finds; and on the tracker giving its states out and taking them back,
+without which checkpoints cannot resume. Recomputed activations take the states of their forward,
+which Megatron's checkpointing keeps with them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from attrs import define, evolve
+from attrs import define
 from megatron.core.models.mimo import MimoModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random
@@ -26,16 +27,12 @@ from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import unsupported
 from megatron_mimo_coord.megatron.names import told_of_missing_names
-from megatron_mimo_coord.megatron.random_states import (
-    as_tensor,
-    initialize_global_state,
-    restore_tracked_states,
-    restored,
-    tracked_states,
-)
+from megatron_mimo_coord.megatron.random_states import initialize_global_state
 
 Grids = Mapping[str, Any]
 Groups = Mapping[str, ProcessGroupCollection | None]
+Saved = Mapping[str, Mapping[str, torch.Tensor]]
+"""States of each module, by name; under an empty name those in place."""
 
 
 @define
@@ -62,8 +59,38 @@ class _States:
         random._set_cuda_rng_state(self.device, graph_safe=graph_safe)
         tracker.set_states(self.tracked)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As they are saved."""
+        named = {"host": self.host, "device": self.device, **self.tracked}
+        return {name: _as_tensor(each) for name, each in named.items()}
 
-class ModuleRandomStates:
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Become those of which :meth:`tensors` were saved."""
+        tracked = {name: each for name, each in saved.items() if name not in ("host", "device")}
+        self.host = saved["host"]
+        self.device = _restored(self.device, saved["device"])
+        self.tracked |= {k: _restored(self.tracked.get(k), each) for k, each in tracked.items()}
+
+
+def _as_tensor(state: Any) -> Any:
+    """CUDA graphs know generators, and others their states."""
+    return state.get_state() if isinstance(state, torch.Generator) else state
+
+
+def _restored(before: Any, saved: torch.Tensor) -> Any:
+    """What takes a state's place: a generator stays, and goes on from what was saved.
+
+    One that another kind of device has saved is none of this one's.
+    """
+    if before is not None and _as_tensor(before).numel() != saved.numel():
+        return before
+    if not isinstance(before, torch.Generator):
+        return saved
+    before.set_state(saved)
+    return before
+
+
+class _Modules:
     """The states of the modules on this rank.
 
     Args:
@@ -77,53 +104,20 @@ class ModuleRandomStates:
         self._resting = self._current = [*states][-1]
         self._to_build: list[str] = []
         self._submodules: Any = None
-        self._handle = register_module_module_registration_hook(self._registered)
+        self.handle = register_module_module_registration_hook(self._registered)
 
-    # -- one a process, as the tracker is ----------------------------------------------------------
+    def are_of(self, grids: Grids | None) -> bool:
+        """Whether the modules are on these grids."""
+        return self._grids.keys() == (grids or {}).keys() and all(
+            grids is not None and grid is grids[name] for name, grid in self._grids.items()
+        )
 
-    @classmethod
-    @told_of_missing_names()
-    def initialize(cls, seed: int, groups: Groups, grids: Grids) -> None:
-        """Seed the states of each module for this rank's place in it.
-
-        Args:
-            seed: of the job.
-            groups: process groups of the modules on this rank, the language model's last.
-            grids: of all modules.
-        """
-        _forget()
-        states = {}
-        for name, each in groups.items():
-            assert each is not None, "the module is on this rank"
-            initialize_global_state(seed, each)
-            states[name] = _States.now(clone=True)
-        _of_process.append(cls(states, grids))
-
-    @classmethod
-    def forget(cls, grids: Grids) -> None:
-        """Leave the states in place as they are; modules are told apart no more."""
-        if _of(grids) is not None:
-            _forget()
-
-    @classmethod
-    def draw_by_module(cls, modules: Mapping[str, Any], grids: Grids, changes: Changes) -> None:
-        """Have each module draw from its own states while it runs.
-
-        Args:
-            modules: the DDPs of those on this rank; ``MimoModel`` calls their ``forward``, which
-                has no hooks, and that calls the module inside.
-            grids: of all modules.
-            changes: where is recorded what is hooked to them.
-        """
-        found = _of(grids)
-        if found is None:
-            return
-        found._switch(found._resting)
+    def watch(self, modules: Mapping[str, Any], changes: Changes) -> None:
+        """Have each draw from its own while it runs."""
+        self._switch(self._resting)
         for name, module in modules.items():
-            if name != found._resting:
-                found._hook(name, module.module, changes)
-
-    # -- while they run ----------------------------------------------------------------------------
+            if name != self._resting:
+                self._hook(name, module.module, changes)
 
     def _hook(self, name: str, module: torch.nn.Module, changes: Changes) -> None:
         before = module.register_forward_pre_hook(lambda *_: self._switch(name))
@@ -140,12 +134,10 @@ class ModuleRandomStates:
             self._states[name].put()
             self._current = name
 
-    # -- while they are built ----------------------------------------------------------------------
-
     def _registered(self, parent: torch.nn.Module, name: str, child: Any) -> None:
         """A module has got a child: PyTorch calls this for all there are."""
         if isinstance(parent, MimoModel) and name == "modality_submodules":
-            if _is(self._grids, parent.mimo_config.module_to_grid_map):
+            if self.are_of(parent.mimo_config.module_to_grid_map):
                 raise_problems("this model cannot be built", unsupported(parent))
                 specs = parent.mimo_config.modality_submodules_spec
                 self._submodules = child
@@ -158,73 +150,69 @@ class ModuleRandomStates:
     def _next(self) -> None:
         self._switch(self._to_build[0] if self._to_build else self._resting)
 
-    # -- in checkpoints ----------------------------------------------------------------------------
-
-    def at_rest(self) -> dict[str, torch.Tensor]:
-        """The states that are not in place, by module and name."""
-        found: dict[str, Any] = {}
-        for module, states in self._states.items():
-            if module != self._current:
-                found |= {f"{module}/host": states.host, f"{module}/device": states.device}
-                found |= {f"{module}/{name}": each for name, each in states.tracked.items()}
-        return {name: as_tensor(each) for name, each in found.items()}
-
-    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Have those at rest go on from where :meth:`at_rest` was called."""
-        for module, states in self._states.items():
-            if module == self._current or f"{module}/host" not in saved:
-                continue
-            self._states[module] = evolve(
-                states,
-                host=saved[f"{module}/host"],
-                device=restored(states.device, saved[f"{module}/device"]),
-                tracked={
-                    name: restored(each, saved[f"{module}/{name}"])
-                    for name, each in states.tracked.items()
-                },
-            )
+    def at_rest(self) -> dict[str, _States]:
+        """Those that are not in place."""
+        return {name: each for name, each in self._states.items() if name != self._current}
 
 
-_of_process: list[ModuleRandomStates] = []
+_of_process: list[_Modules] = []  # one, as there is one tracker
+
+
+@told_of_missing_names()
+def initialize_module_states(seed: int, groups: Groups, grids: Grids) -> None:
+    """Seed the states of each module for this rank's place in it.
+
+    Args:
+        seed: of the job.
+        groups: process groups of the modules on this rank, the language model's last.
+        grids: of all modules.
+    """
+    _forget()
+    states = {}
+    for name, each in groups.items():
+        assert each is not None, "the module is on this rank"
+        initialize_global_state(seed, each)
+        states[name] = _States.now(clone=True)
+    _of_process.append(_Modules(states, grids))
+
+
+def forget_module_states(grids: Grids) -> None:
+    """Leave the states in place as they are; modules are told apart no more."""
+    if any(each.are_of(grids) for each in _of_process):
+        _forget()
 
 
 def _forget() -> None:
     while _of_process:
-        _of_process.pop()._handle.remove()
+        _of_process.pop().handle.remove()
 
 
-def _of(grids: Grids) -> ModuleRandomStates | None:
-    found = next(iter(_of_process), None)
-    return found if found is not None and _is(found._grids, grids) else None
+def draw_by_module(modules: Mapping[str, Any], grids: Grids, changes: Changes) -> None:
+    """Have each module draw from its own states while it runs.
+
+    Args:
+        modules: the DDPs of those on this rank; ``MimoModel`` calls their ``forward``, which has no
+            hooks, and that calls the module inside.
+        grids: of all modules.
+        changes: where is recorded what is hooked to them.
+    """
+    for each in _of_process:
+        if each.are_of(grids):
+            each.watch(modules, changes)
 
 
-def _is(grids: Grids, others: Grids | None) -> bool:
-    """Whether two maps hold the same grids."""
-    return grids.keys() == (others or {}).keys() and all(
-        others is not None and grid is others[name] for name, grid in grids.items()
-    )
+def module_states() -> dict[str, dict[str, torch.Tensor]]:
+    """The states of PyTorch's and Megatron's generators, as ``Saved`` says."""
+    at_rest = [pair for each in _of_process for pair in each.at_rest().items()]
+    return {name: states.tensors() for name, states in [("", _States.now()), *at_rest]}
 
 
-def states_at_rest() -> dict[str, torch.Tensor]:
-    """Of modules that share this rank, the states that are not in place, by module and name."""
-    return _of_process[0].at_rest() if _of_process else {}
-
-
-def restore_states_at_rest(saved: Mapping[str, torch.Tensor]) -> None:
-    """Have them go on from where :func:`states_at_rest` was called."""
-    if _of_process:
-        _of_process[0].restore(saved)
-
-
-def remember_random_states() -> Callable[[], None]:
-    """What makes all generators go on from where they are now, whenever it is called."""
-    host, device = torch.get_rng_state(), torch.cuda.get_rng_state()
-    tracked, resting = tracked_states(), states_at_rest()
-
-    def go_back() -> None:
-        torch.set_rng_state(host)
-        torch.cuda.set_rng_state(device)
-        restore_tracked_states(tracked)
-        restore_states_at_rest(resting)
-
-    return go_back
+def restore_module_states(saved: Saved) -> None:
+    """Go on drawing from where :func:`module_states` was called."""
+    for each in _of_process:
+        for name, states in each.at_rest().items():
+            if name in saved:
+                states.restore(saved[name])
+    now = _States.now()
+    now.restore(saved[""])
+    now.put()

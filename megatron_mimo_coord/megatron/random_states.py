@@ -2,12 +2,11 @@
 
 ``initialize_model_parallel`` and ``model_parallel_cuda_manual_seed`` make them where all ranks have
 the same parallel sizes. With a grid for each module nobody does, and layers fail when they are
-built, or in their first forward. Leans on ``parallel_state`` making that buffer on request, on the
-tracker giving its states out and taking them back, without which checkpoints cannot resume, and on
+built, or in their first forward. Leans on ``parallel_state`` making that buffer on request, and on
 an embedding having its dropout as ``embedding_dropout``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,32 +101,6 @@ def _drawn_alike(function: Callable[..., torch.Tensor]) -> Callable[..., torch.T
             return function(*args)
 
     return drawn
-
-
-def tracked_states() -> dict[str, torch.Tensor]:
-    """The random states that Megatron tracks, by name."""
-    return {name: as_tensor(each) for name, each in get_cuda_rng_tracker().get_states().items()}
-
-
-def restore_tracked_states(saved: Mapping[str, torch.Tensor]) -> None:
-    """Have Megatron go on drawing from where :func:`tracked_states` was called."""
-    tracker = get_cuda_rng_tracker()
-    states = tracker.get_states()
-    states |= {name: restored(states.get(name), state) for name, state in saved.items()}
-    tracker.set_states(states)
-
-
-def as_tensor(state: Any) -> Any:
-    """A random state as it is saved: CUDA graphs know generators, and others their states."""
-    return state.get_state() if isinstance(state, torch.Generator) else state
-
-
-def restored(before: Any, saved: torch.Tensor) -> Any:
-    """What takes a random state's place: a generator stays, and goes on from what was saved."""
-    if not isinstance(before, torch.Generator):
-        return saved
-    before.set_state(saved)
-    return before
 
 
 def _has_memory_buffer() -> bool:

@@ -17,20 +17,20 @@ from megatron.core.transformer.moe.moe_logging import (
     set_moe_metrics_tracker,
 )
 
-from megatron_mimo_coord.megatron.module_random_states import remember_random_states
+from megatron_mimo_coord.megatron.module_random_states import module_states, restore_module_states
 
 Buffers = Sequence[tuple[torch.nn.Module, str, torch.Tensor]]
 
 
 def remember_forward(model: torch.nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """What a second forward that equals the next one runs in, whenever that is; once."""
-    go_back = remember_random_states()
+    states = module_states()
     before = [(module, name, buffer.clone()) for module, name, buffer in _buffers(model)]
 
     @contextmanager
     def again() -> Iterator[None]:
-        go_on, now, tracker = remember_random_states(), _buffers(model), get_moe_metrics_tracker()
-        go_back()
+        states_now, now, tracker = module_states(), _buffers(model), get_moe_metrics_tracker()
+        restore_module_states(states)
         _put(before)
         set_moe_metrics_tracker(MoEMetricsTracker())
         try:
@@ -38,7 +38,7 @@ def remember_forward(model: torch.nn.Module) -> Callable[[], AbstractContextMana
         finally:
             set_moe_metrics_tracker(tracker)
             _put(now)
-            go_on()
+            restore_module_states(states_now)
 
     return again
 

@@ -24,7 +24,7 @@ from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of what is written here
+FORMAT = 3  # of what is written here
 RANK_STATE = "rank_state"  # beside the random states: what this rank's trainer had given
 MAX_STEPS = 2**62  # what ranks can tell each other
 PATIENCE = 1800.0  # seconds that the first rank waits for the files of others, in the background
