@@ -22,7 +22,7 @@ from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_matching import Matches, Rules
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, random_states_name
-from megatron_mimo_coord.training.checkpoint_tensors import ChunkReader, Index
+from megatron_mimo_coord.training.checkpoint_tensors import Index
 from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
 from megatron_mimo_coord.training.random_states import restore_random_states
@@ -89,7 +89,7 @@ class CheckpointLoad:
                 f"{megatron_version}: use one of the same series"
             )
         self._rules = evolve(self._rules, without_frozen=content["trainable_only"])
-        self._read_from(manifest.path, Index(content["tensors"], content["objects"]))
+        self._index = Index(manifest.path, content["tensors"], content["objects"])
         for name, ddp in self._job.ddps.items():
             saved_sizes = content["sizes"].get(name, [])
             problems += size_problems(name, model_sizes(ddp.module), saved_sizes)
@@ -105,10 +105,6 @@ class CheckpointLoad:
     def _sharded(self, stacked: bool = False) -> ShardedWeights:
         groups = self._job.infra.pg_collections
         return ShardedWeights(self._job.model, groups, LANGUAGE, stacked)
-
-    def _read_from(self, path: Path, index: Index) -> None:
-        self._index = index
-        self._reader = ChunkReader(path, index)
 
     def _match(self, weights: ShardedWeights, prefix: str = "") -> list[str]:
         """Find what there is for the weights, and for what the optimizer keeps.
@@ -190,10 +186,10 @@ class CheckpointLoad:
             for chunk in self._matches.begins:
                 chunk.data.zero_()
         for chunk in self._matches.fills:
-            self._reader.fill(chunk)
+            self._index.fill(chunk)
         there = {key: self._rules.name_there(key) for key, _, _ in self._weights.objects()}
         objects = {
-            here: self._reader.object(key)
+            here: self._index.object(key)
             for here, key in there.items()
             if key in self._index.objects
         }
@@ -212,7 +208,7 @@ class CheckpointLoad:
         """What the trainer had given to save."""
         content, tensors = self._manifest.content, self._index.tensors
         count = sum(key.startswith(_EXTRA) for key in tensors)
-        found = [self._reader.tensor(f"{_EXTRA}{number}") for number in range(count)]
+        found = [self._index.tensor(f"{_EXTRA}{number}") for number in range(count)]
         return dict(decode(content["extra"], found))
 
     # -- what others wrote -------------------------------------------------------------------------
@@ -222,12 +218,10 @@ class CheckpointLoad:
 
         Its layers are of one tensor or one by one, as its trainer chose.
         """
-        index = Index.of_megatron(path).renamed(_bare)
-        tensors = {key: found for key, found in index.tensors.items() if _MODULE.match(key)}
-        self._read_from(path, Index(tensors, {}))
+        self._index = Index.of_megatron(path, _bare)
         weights = max(
             (self._sharded(stacked) for stacked in (False, True)),
-            key=lambda each: sum(chunk.key in tensors for chunk in each.chunks()),
+            key=lambda each: sum(chunk.key in self._index.tensors for chunk in each.chunks()),
         )
         return RankFacts({}, {}, _shortened(self._match(weights)))
 
@@ -237,7 +231,7 @@ class CheckpointLoad:
             raise ValueError(f"there is no module {name!r}: there are {', '.join(self._job.grids)}")
         prefix = "language_model." if name == LANGUAGE else f"modality_submodules.{name}."
         whole = {prefix + key: each for key, each in _experts_joined(tensors).items()}
-        self._read_from(Path(), Index.of_tensors(whole))
+        self._index = Index.of_tensors(whole)
         problems = self._match(self._sharded(), prefix)
         shapes = {key: list(each.shape) for key, each in sorted(tensors.items())}
         return RankFacts({"module": name, "weights": str(shapes)}, {}, _shortened(problems))
@@ -260,9 +254,10 @@ def _experts_joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def _bare(key: str) -> str:
-    """A key as in bare modules; of another trainer's model, without what is before its name."""
+    """A key as in bare modules, without what is before the model's name; empty if of no module."""
     key = _WRAPPERS.sub(r"\1", key)
-    return re.sub(r"^(?:model\d*|module)\.(?=language_model\.|modality_submodules\.)", "", key)
+    key = re.sub(r"^(?:model\d*|module)\.(?=language_model\.|modality_submodules\.)", "", key)
+    return key if _MODULE.match(key) else ""
 
 
 def _by(keys: list[str], most: int = 4) -> str:

@@ -1,15 +1,15 @@
 """A checkpoint on its way to disk: each rank writes a file of its own, the first joins them.
 
 When a rank has written its tensors it lists them in a file of JSON. When all lists are there, the
-first rank joins them, and declares the checkpoint whole by one rename. So in the background nothing
-needs a process group: the ranks meet in the folder, also when their trainer has ended.
+first rank joins them, and declares the checkpoint whole by one rename. So a thread does it, which
+needs no process group: the ranks meet in the folder, also when their trainer has ended.
 """
 
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class CheckpointSave:
     _content: Mapping[str, Any] = field(factory=dict, init=False, repr=False)
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
     _written: threading.Event = field(factory=threading.Event, init=False, repr=False)
-    _abandoned: threading.Event = field(factory=threading.Event, init=False, repr=False)
+    _others: threading.Event = field(factory=threading.Event, init=False, repr=False)
     _errors: list[str] = field(factory=list, init=False, repr=False)
     _failure: str = field(default="", init=False, repr=False)
 
@@ -104,17 +104,13 @@ class CheckpointSave:
         """Take what this rank writes, and what the manifest says of the training."""
         self._share, self._content = share, content
 
-    def start(self, attempt: int, background: bool) -> None:
-        """Write this rank's part, now or in a thread of its own.
+    def start(self, attempt: int) -> None:
+        """Write this rank's part in a thread of its own.
 
         Args:
             attempt: the number that the first rank has given to the folder it has made.
-            background: whether to return before it is written.
         """
         self._folder = folders.unfinished_path(self.parent, self.step, attempt)
-        if not background:
-            self._attempt(self._write)
-            return
         copied = None
         if torch.cuda.is_available():
             copied = torch.cuda.Event()
@@ -136,11 +132,18 @@ class CheckpointSave:
         """
         if not self.is_over:
             self.is_over = True
+            headline = f"the checkpoint {self.path} could not be written"
             try:
-                self._join()
+                self._written.wait()
+                check_consistency(lambda: RankFacts({}, {}, self._errors), headline)
+                self._others.set()
+                if self.rank == 0 and self._thread is not None:
+                    self._thread.join()
+                check_consistency(lambda: RankFacts({}, {}, self._errors), headline)
+                self.is_whole = True
             except ValueError as error:
                 self._failure = str(error)
-                self._abandoned.set()
+                self._others.set()
         if self._failure:
             raise ValueError(self._failure)
         return self.path
@@ -153,20 +156,6 @@ class CheckpointSave:
                 f"{self._errors[0]}"
             )
 
-    def _join(self) -> None:
-        """Wait for all ranks' parts, then for the first rank to join them."""
-        headline = f"the checkpoint {self.path} could not be written"
-        if self._thread is not None:
-            self._written.wait()
-        check_consistency(self._report, headline)
-        if self.rank == 0:
-            if self._thread is None:
-                self._attempt(self._finish)
-            else:
-                self._thread.join()
-        check_consistency(self._report, headline)
-        self.is_whole = True
-
     def _run(self, copied: Any) -> None:
         """The thread."""
         try:
@@ -174,25 +163,13 @@ class CheckpointSave:
                 copied.synchronize()
             self._write()
             self._written.set()
-            if self.rank == 0:
-                self._await_others()
-            if self.rank == 0 and not self._abandoned.is_set():
+            if self.rank == 0 and self._await_others():
                 self._finish()
         except BaseException as error:  # nobody hears it in a thread: told by wait
             self._errors.append(f"{type(error).__name__}: {error}")
             logger.error("the checkpoint %s could not be written: %s", self.path, self._errors[0])
         finally:
             self._written.set()
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Keep an error until all ranks can hear of it."""
-        try:
-            action()
-        except Exception as error:  # told by wait, which every save and load begins with
-            self._errors.append(f"{type(error).__name__}: {error}")
-
-    def _report(self) -> RankFacts:
-        return RankFacts({}, {}, self._errors)
 
     def _write(self) -> None:
         """This rank's part: a file of tensors, one of random states, and the list of both."""
@@ -222,27 +199,30 @@ class CheckpointSave:
     def _lists(self) -> list[Path]:
         return [self._folder / f"rank-{rank}.json" for rank in range(self._content["world_size"])]
 
-    def _await_others(self) -> None:
-        """Wait until every rank has written its list."""
+    def _await_others(self) -> bool:
+        """Wait until every rank has written its list; whether it has, or one could not."""
         missing, seconds, ended = self._lists(), 0.01, 0.0
         deadline = time.monotonic() + PATIENCE
         while missing := [path for path in missing if not path.exists()]:
-            if self._abandoned.wait(seconds):
-                return
+            self._others.wait(seconds)  # at most, until all have written or one could not
+            if self._failure:
+                return False
+            self._others.clear()
             seconds = min(1.0, 1.5 * seconds)
             if not threading.main_thread().is_alive():
                 ended = ended or time.monotonic()
                 deadline = min(deadline, ended + LAST_PATIENCE)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{', '.join(path.name for path in missing[:8])} never came")
+        return not self._failure
 
     def _finish(self) -> None:
         """Join the lists of all ranks, and declare the checkpoint whole."""
         lists = [json.loads(path.read_text()) for path in self._lists()]
-        index = Index.merge(lists)
         folder = self._folder
+        index = Index.merge(folder, lists)
         files = {name: found for each in lists for name, found in each["files"].items()}
-        index.save_for_megatron(folder)
+        index.save_for_megatron()
         for name in (".metadata", declare_format(folder)):
             folders.put_on_disk(folder / name)
             files[name] = folders.describe_file(folder / name)

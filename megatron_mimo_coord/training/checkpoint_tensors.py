@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -116,16 +116,22 @@ def _elements_at(buffer: io.BytesIO) -> int:
 class Index:
     """What a checkpoint holds: the chunks of each whole tensor, and objects, by their key.
 
+    Files are mapped into memory and not read whole. Elements become those of another data type
+    where the reader holds another.
+
     Args:
+        path: the folder of the files.
         tensors: dtype, shape and chunks of each whole tensor.
         objects: where each object is.
     """
 
+    path: Path
     tensors: dict[str, Any]
-    objects: dict[str, Entry]
+    objects: dict[str, Entry] = field(factory=dict)
+    _files: dict[str, torch.Tensor] = field(factory=dict, init=False)
 
     @classmethod
-    def merge(cls, ranks: Iterable[Mapping[str, list[Entry]]]) -> "Index":
+    def merge(cls, path: Path, ranks: Iterable[Mapping[str, list[Entry]]]) -> "Index":
         """Join what the ranks have written; where two wrote the same part, the first counts.
 
         Raises:
@@ -150,31 +156,30 @@ class Index:
         for key, tensor in tensors.items():
             tensor["chunks"] = list(tensor["chunks"].values())
             _refuse_gaps(key, tensor)
-        return cls(tensors, objects)
+        return cls(path, tensors, objects)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Index":
         """Whole tensors in memory."""
-        return cls(
-            {
-                key: {
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "shape": tuple(tensor.shape),
-                    "chunks": [
-                        {"offset": [0] * tensor.ndim, "size": tuple(tensor.shape), "data": tensor}
-                    ],
-                }
-                for key, tensor in tensors.items()
-            },
-            {},
-        )
+        found = {
+            key: {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": tuple(tensor.shape),
+                "chunks": [
+                    {"offset": [0] * tensor.ndim, "size": tuple(tensor.shape), "data": tensor}
+                ],
+            }
+            for key, tensor in tensors.items()
+        }
+        return cls(Path(), found)
 
     @classmethod
-    def of_megatron(cls, path: Path) -> "Index":
+    def of_megatron(cls, path: Path, name_of: Callable[[str], str]) -> "Index":
         """What Megatron's ``dist_checkpointing`` wrote, of which PyTorch unpickles the index.
 
         Args:
             path: the folder with ``.metadata``.
+            name_of: the key here of one there; an empty one for what is to be left out.
         """
         from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -184,7 +189,7 @@ class Index:
             for at, i in (metadata.storage_data or {}).items()
         }
         tensors = {
-            key: {
+            name_of(key): {
                 "dtype": str(found.properties.dtype).removeprefix("torch."),
                 "shape": tuple(found.size),
                 "chunks": [
@@ -193,23 +198,12 @@ class Index:
                 ],
             }
             for key, found in metadata.state_dict_metadata.items()
-            if isinstance(found, TensorStorageMetadata)
+            if isinstance(found, TensorStorageMetadata) and name_of(key)
         }
-        return cls(tensors, {})
+        return cls(path, tensors)
 
-    def renamed(self, rename: Callable[[str], str]) -> "Index":
-        """The same under other keys."""
-        return Index(
-            {rename(key): found for key, found in self.tensors.items()},
-            {rename(key): found for key, found in self.objects.items()},
-        )
-
-    def save_for_megatron(self, path: Path) -> None:
-        """Write the index that PyTorch reads (``.metadata``); this package does not.
-
-        Args:
-            path: the folder of the files.
-        """
+    def save_for_megatron(self) -> None:
+        """Write the index that PyTorch reads (``.metadata``); this package does not."""
         found: dict[str, Any] = {key: BytesStorageMetadata() for key in self.objects}
         places = {MetadataIndex(key): _place(entry) for key, entry in self.objects.items()}
         for key, tensor in self.tensors.items():
@@ -223,8 +217,58 @@ class Index:
                 ],
             )
             places |= {MetadataIndex(key, torch.Size(c["offset"])): _place(c) for c in chunks}
-        with (path / ".metadata").open("wb") as file:
+        with (self.path / ".metadata").open("wb") as file:
             pickle.dump(Metadata(found, storage_data=places), file)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fill(self, chunk: Chunk) -> None:
+        """Copy into a chunk what the checkpoint has of it."""
+        target = chunk.data.detach().view(chunk.box.size)
+        if chunk.padded_for:
+            target.zero_()
+        for entry in self.tensors[chunk.key]["chunks"]:
+            box = _box(entry)
+            both = box.overlap(chunk.box) if box.volume else None
+            if both is not None:
+                source = self._elements(chunk.key, entry)[box.slices_of(both)]
+                target[chunk.box.slices_of(both)].copy_(source)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A whole tensor, on the CPU."""
+        found = self.tensors[key]
+        shape = tuple(found["shape"])
+        whole = torch.empty(shape, dtype=getattr(torch, found["dtype"]), device="cpu")
+        self.fill(Chunk(key, shape, Box([0] * len(shape), shape), whole))
+        return whole
+
+    def object(self, key: str) -> Any:
+        """What :meth:`ChunkFile.write_object` wrote; PyTorch refuses all but plain data."""
+        entry = self.objects[key]
+        data = self._file(entry["file"])[entry["at"] : entry["at"] + entry["length"]]
+        (value,) = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+        return value
+
+    def _elements(self, key: str, entry: Entry) -> torch.Tensor:
+        if "data" in entry:
+            return entry["data"]
+        if "elements_at" not in entry:  # who wrote it did not say
+            at = slice(entry["at"], entry["at"] + entry["length"])
+            buffer = io.BytesIO(self._file(entry["file"])[at].numpy().tobytes())
+            return torch.load(buffer, weights_only=True, map_location="cpu")
+        dtype = getattr(torch, self.tensors[key]["dtype"])
+        start = entry["elements_at"]
+        data = self._file(entry["file"])[start : start + _box(entry).volume * dtype.itemsize]
+        return data.view(dtype).view(entry["size"])
+
+    def _file(self, name: str) -> torch.Tensor:
+        if name not in self._files:
+            path = self.path / name
+            self._files[name] = torch.from_file(
+                str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8, device="cpu"
+            )
+        return self._files[name]
 
 
 def _place(entry: Entry) -> Any:
@@ -248,70 +292,3 @@ def _refuse_gaps(key: str, tensor: Mapping[str, Any]) -> None:
 
 def _box(entry: Mapping[str, Any]) -> Box:
     return Box(entry["offset"], entry["size"])
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-class ChunkReader:
-    """Reads from the files of a checkpoint, which are mapped into memory and not read whole.
-
-    The elements become those of another data type where the reader holds another.
-
-    Args:
-        path: the folder of the files.
-        index: what is where.
-    """
-
-    def __init__(self, path: Path, index: Index) -> None:
-        self._path = path
-        self._index = index
-        self._files: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def fill(self, chunk: Chunk) -> None:
-        """Copy into a chunk what the checkpoint has of it."""
-        target = chunk.data.detach().view(chunk.box.size)
-        if chunk.padded_for:
-            target.zero_()
-        for entry in self._index.tensors[chunk.key]["chunks"]:
-            box = _box(entry)
-            both = box.overlap(chunk.box) if box.volume else None
-            if both is not None:
-                source = self._elements(chunk.key, entry)[box.slices_of(both)]
-                target[chunk.box.slices_of(both)].copy_(source)
-
-    def tensor(self, key: str) -> torch.Tensor:
-        """A whole tensor, on the CPU."""
-        found = self._index.tensors[key]
-        shape = tuple(found["shape"])
-        whole = torch.empty(shape, dtype=getattr(torch, found["dtype"]), device="cpu")
-        self.fill(Chunk(key, shape, Box([0] * len(shape), shape), whole))
-        return whole
-
-    def object(self, key: str) -> Any:
-        """What :meth:`ChunkFile.write_object` wrote; PyTorch refuses all but plain data."""
-        entry = self._index.objects[key]
-        data = self._file(entry["file"])[entry["at"] : entry["at"] + entry["length"]]
-        (value,) = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
-        return value
-
-    def _elements(self, key: str, entry: Entry) -> torch.Tensor:
-        if "data" in entry:
-            return entry["data"]
-        if "elements_at" not in entry:  # who wrote it did not say
-            at = slice(entry["at"], entry["at"] + entry["length"])
-            buffer = io.BytesIO(self._file(entry["file"])[at].numpy().tobytes())
-            return torch.load(buffer, weights_only=True, map_location="cpu")
-        dtype = getattr(torch, self._index.tensors[key]["dtype"])
-        start = entry["elements_at"]
-        data = self._file(entry["file"])[start : start + _box(entry).volume * dtype.itemsize]
-        return data.view(dtype).view(entry["size"])
-
-    def _file(self, name: str) -> torch.Tensor:
-        if name not in self._files:
-            path = self._path / name
-            self._files[name] = torch.from_file(
-                str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8, device="cpu"
-            )
-        return self._files[name]

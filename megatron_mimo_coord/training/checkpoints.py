@@ -122,7 +122,7 @@ class Checkpoints:
         flags = _agree(begin, headline)
         if saving.is_whole:
             return saving
-        saving.start(attempt=flags[0], background=background)
+        saving.start(attempt=flags[0])
         self._last = saving
         if background:
             _in_background[folder] = saving
