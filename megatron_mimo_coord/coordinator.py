@@ -61,8 +61,9 @@ from megatron_mimo_coord.metrics.losses import reduce_losses
 from megatron_mimo_coord.metrics.span_recorder import Place
 from megatron_mimo_coord.metrics.step_observer import StepObserver
 from megatron_mimo_coord.metrics.timeline_recording import TimelineRecording, steps_to_record
+from megatron_mimo_coord.training.checkpoint_load import LoadedCheckpoint
 from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
-from megatron_mimo_coord.training.checkpoints import Checkpoints, LoadedCheckpoint
+from megatron_mimo_coord.training.checkpoints import Checkpoints
 from megatron_mimo_coord.training.encoder_ahead import EncoderAhead
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer

@@ -265,7 +265,7 @@ class MegatronMIMOInfra:
             ValueError: a module holds no config, or several that differ, and none is given, or
                 Megatron's DDP refuses it; on every rank, but for Megatron's own error.
         """
-        given = configs or {}
+        given, here = configs or {}, self.participating_modules
 
         def wrap() -> RankFacts:
             unknown = [
@@ -274,11 +274,12 @@ class MegatronMIMOInfra:
                 if name not in self.pg_collections
             ]
             mimo_model = unwrap_mimo_model(model)
-            for name in self.participating_modules if not unknown else ():
+            for name in here if not unknown else ():
                 self._wrap(mimo_model, name, ddp_config, given.get(name))
+            first = LANGUAGE if LANGUAGE in here else here[0]
             for each in (model, mimo_model):
                 if getattr(each, "pg_collection", None) is None:
-                    each.pg_collection = self._own_groups
+                    each.pg_collection = self.pg_collections[first]
             return RankFacts({}, {}, unknown)
 
         check_consistency(wrap, "these modules cannot be wrapped")
@@ -304,14 +305,6 @@ class MegatronMIMOInfra:
             model.language_model = ddp
         else:
             model.modality_submodules[name] = ddp
-
-    @property
-    def _own_groups(self) -> ProcessGroupCollection:
-        """Those of the language model where it is on this rank, else of the first module."""
-        here = self.participating_modules
-        groups = self.pg_collections[LANGUAGE if LANGUAGE in here else here[0]]
-        assert groups is not None, "every rank has a module"
-        return groups
 
     def destroy(self) -> None:
         """Give every process group back, those of the bridges between the grids included.

@@ -27,7 +27,13 @@ def config_of(name: str, module: torch.nn.Module) -> ModelParallelConfig:
             f"module {name!r} ({type(module).__name__}) holds no Megatron module with a config, by "
             f"which its gradients are to be finalized: pass one, {cure}"
         )
-    different = {key for each in found for key in _differences(found[0], each)}
+    settings: list[dict[str, Any]] = [vars(each) for each in found]
+    different = {
+        key
+        for key, value in settings[0].items()
+        for theirs in settings[1:]
+        if not callable(value) and not (theirs.get(key) is value or theirs.get(key) == value)
+    }
     if different:
         raise ValueError(
             f"the encoders of module {name!r} have configs that differ in "
@@ -50,17 +56,3 @@ def _outermost(module: torch.nn.Module, inside: bool = False) -> Iterator[ModelP
     elif inside:
         for child in module.children():
             yield from _outermost(child, inside)
-
-
-def _differences(one: ModelParallelConfig, other: ModelParallelConfig) -> list[str]:
-    """Settings in which two configs differ; functions are made for each."""
-    theirs: dict[str, Any] = vars(other)
-    return [
-        key
-        for key, value in vars(one).items()
-        if not callable(value) and not _equal(value, theirs.get(key))
-    ]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    return one is other or bool(one == other)

@@ -134,48 +134,44 @@ def conflicting_overrides(
             yield f"{name.removeprefix('module.')}: {error}"
 
 
-def optimizer_of(
-    ddp: DistributedDataParallel,
-    pg_collection: ProcessGroupCollection | None,
-    config: OptimizerConfig,
-    overrides: Mapping[ParamKey, ParamGroupOverride],
-) -> Any:
-    """Megatron's optimizer of one module. Collective over the world."""
-    return get_megatron_optimizer(
-        config=config,
-        config_overrides=dict(overrides),
-        model_chunks=[ddp],
-        pg_collection=pg_collection,
-        use_gloo_process_groups=False,
-    )
-
-
-def without_parameters(
-    ddp: DistributedDataParallel, pg_collection: ProcessGroupCollection | None
-) -> DistributedDataParallel:
-    """A DDP like another, of a module in which nothing is to be optimized."""
-    return DistributedDataParallel(
-        config=ddp.config,
-        ddp_config=ddp.ddp_config,
-        module=torch.nn.Module(),
-        pg_collection=pg_collection,
-    )
-
-
-def mimo_optimizer(
-    optimizers: Mapping[str, Any],
+def build_mimo_optimizer(
+    ddps: Mapping[str, DistributedDataParallel],
     grids: Mapping[str, HyperCommGrid],
     pg_collections: Mapping[str, ProcessGroupCollection | None],
     config: OptimizerConfig,
+    overrides: Mapping[str, Mapping[ParamKey, ParamGroupOverride]],
+    count: int,
 ) -> MimoOptimizer:
-    """Those of all modules as one.
+    """Megatron's optimizers of all modules, as one. Collective over the world.
 
     Args:
-        optimizers: Megatron's, of each module on this rank.
+        ddps: the modules on this rank.
         grids: of all modules.
         pg_collections: the process groups of those on this rank.
-        config: their settings.
+        config: settings of all.
+        overrides: of each module, which of its parameters have others.
+        count: how many every rank builds, be it of modules without parameters.
     """
+
+    def build(name: str, ddp: DistributedDataParallel) -> Any:
+        return get_megatron_optimizer(
+            config=config,
+            config_overrides=dict(overrides[name]),
+            model_chunks=[ddp],
+            pg_collection=pg_collections[name],
+            use_gloo_process_groups=False,
+        )
+
+    optimizers = {name: build(name, ddp) for name, ddp in ddps.items()}
+    name, ddp = next(iter(ddps.items()))
+    for _ in range(count - len(ddps)):
+        empty = DistributedDataParallel(
+            config=ddp.config,
+            ddp_config=ddp.ddp_config,
+            module=torch.nn.Module(),
+            pg_collection=pg_collections[name],
+        )
+        build(name, empty)
     infos = {
         name: ModuleOptimizerInfo(
             optimizer=optimizers.get(name),

@@ -3,9 +3,9 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,29 @@ _MODULE = re.compile(r"(?:^|\.)(language_model|modality_submodules\.([^.]+))\.")
 _WRAPPERS = re.compile(r"((?:^|\.)(?:language_model|modality_submodules\.[^.]+)\.)(?:module\.)+")
 
 
+class _StepAndExtra(NamedTuple):
+    step: int
+    extra: dict[str, Any]
+
+
+class LoadedCheckpoint(_StepAndExtra):
+    """What :meth:`MultiModuleCoordinator.load_checkpoint` found: ``step`` and ``extra``.
+
+    Attributes:
+        step: after which step it was saved; 0 where there was no checkpoint.
+        extra: what the trainer had given to save; empty where there was nothing.
+        rank_state: what this rank had given to save; None on another layout.
+        rank_states: on another layout, what all ranks had given, in their order.
+        missing_keys: weights here that the checkpoint lacks, and that stay as they were.
+        unexpected_keys: weights of the checkpoint that are not here.
+    """
+
+    rank_state: Any = None
+    rank_states: Sequence[Any] = ()
+    missing_keys: Sequence[str] = ()
+    unexpected_keys: Sequence[str] = ()
+
+
 class CheckpointLoad:
     """Goes into the model, the optimizer and the random states of one rank.
 
@@ -48,10 +71,7 @@ class CheckpointLoad:
         names: parts of names here, and what stands for each in the checkpoint.
 
     Attributes:
-        missing: weights here, on any rank, that the checkpoint lacks.
-        unexpected: its weights that no rank has.
-        is_same_layout: whether it was saved by these ranks.
-        rank_states: what this rank had given to save; on another layout, what each rank had.
+        loaded: what was found, complete once all is filled.
     """
 
     def __init__(
@@ -66,12 +86,12 @@ class CheckpointLoad:
         self._layout = layout
         self._optimizer = optimizer
         self._rules = Rules(strict, names)
-        self.missing: list[str] = []
-        self.unexpected: list[str] = []
+        self.loaded = LoadedCheckpoint(0, {})
 
     def prepare(self, manifest: Manifest) -> RankFacts:
         """Compare what the checkpoint holds with what there is here."""
         self._manifest, content = manifest, manifest.content
+        self.loaded = LoadedCheckpoint(content["step"], {})
         path = {"checkpoint": str(manifest.path.absolute())}
         if content["format"] != FORMAT:
             return RankFacts(
@@ -140,13 +160,13 @@ class CheckpointLoad:
         said = json.dumps([sorted(matches.missing), sorted(matches.fresh)])
         texts = map(json.loads, all_gather_text(said, device=world_device()))
         missing, fresh = (sorted(set().union(*each)) for each in zip(*texts, strict=True))
-        self.missing = missing
-        self.unexpected = [key for key in unknown if not key.startswith("optimizer.")]
+        unexpected = [key for key in unknown if not key.startswith("optimizer.")]
+        self.loaded.missing_keys, self.loaded.unexpected_keys = missing, unexpected
         if self._job.rank == 0:
             for what, found in {
                 "has no weights for": missing,
                 "has no optimizer state, which begins anew, for": fresh,
-                "has weights that are not here, for": self.unexpected,
+                "has weights that are not here, for": unexpected,
             }.items():
                 if found:
                     logger.warning("%s %s %s", headline.partition(" cannot")[0], what, _by(found))
@@ -167,17 +187,15 @@ class CheckpointLoad:
         self._states.load_filled(
             decode(content["optimizer"]), self._matches.fresh, self._rules.name_there
         )
-        world_size, ranks = content["world_size"], [self._job.rank]
-        self.is_same_layout = (content["layout"], world_size) == (
-            self._layout,
-            dist.get_world_size(),
-        )
-        if not self.is_same_layout:
-            ranks = [*range(world_size)] if content["has_rank_states"] else []
-        states = [self._rank_file(path, rank) for rank in ranks]
-        if self.is_same_layout:
-            restore_random_states(states[0])
-        self.rank_states = [each[RANK_STATE] for each in states]
+        world_size, rank, loaded = content["world_size"], self._job.rank, self.loaded
+        if (content["layout"], world_size) == (self._layout, dist.get_world_size()):
+            states = self._rank_file(path, rank)
+            restore_random_states(states)
+            loaded.rank_state = states[RANK_STATE]
+        elif content["has_rank_states"]:
+            ranks = range(world_size)
+            loaded.rank_states = [self._rank_file(path, rank)[RANK_STATE] for rank in ranks]
+        loaded.extra.update(self._extra())
         return RankFacts({}, {})
 
     def fill_weights(self) -> RankFacts:
@@ -204,7 +222,7 @@ class CheckpointLoad:
         """Whether the checkpoint has only what was trained."""
         return self._rules.without_frozen
 
-    def extra(self) -> dict[str, Any]:
+    def _extra(self) -> dict[str, Any]:
         """What the trainer had given to save."""
         content, tensors = self._manifest.content, self._index.tensors
         count = sum(key.startswith(_EXTRA) for key in tensors)

@@ -4,10 +4,10 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates, optim
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_folder import Manifest
-from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad
+from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad, LoadedCheckpoint
 from megatron_mimo_coord.training.checkpoint_save import (
     FORMAT,
     RANK_STATE,
@@ -44,29 +44,6 @@ _NOTHING, _MEGATRONS = 2**62, 2**62 + 1  # in the place of a step
 
 _in_background: dict[Path, CheckpointSave] = {}
 """What this process writes into each folder, whichever coordinator does."""
-
-
-class _StepAndExtra(NamedTuple):
-    step: int
-    extra: dict[str, Any]
-
-
-class LoadedCheckpoint(_StepAndExtra):
-    """What :meth:`MultiModuleCoordinator.load_checkpoint` found: ``step`` and ``extra``.
-
-    Attributes:
-        step: after which step it was saved; 0 where there was no checkpoint.
-        extra: what the trainer had given to save; empty where there was nothing.
-        rank_state: what this rank had given to save; None on another layout.
-        rank_states: on another layout, what all ranks had given, in their order.
-        missing_keys: weights here that the checkpoint lacks, and that stay as they were.
-        unexpected_keys: weights of the checkpoint that are not here.
-    """
-
-    rank_state: Any = None
-    rank_states: Sequence[Any] = ()
-    missing_keys: Sequence[str] = ()
-    unexpected_keys: Sequence[str] = ()
 
 
 class Checkpoints:
@@ -264,12 +241,7 @@ class Checkpoints:
         self._optimizer_steps.num_changes += 1
         if optimizer is None:
             self._reload_optimizers()
-        loaded = LoadedCheckpoint(found, loading.extra())
-        if loading.is_same_layout:
-            (loaded.rank_state,) = loading.rank_states
-        else:
-            loaded.rank_states = loading.rank_states
-        loaded.missing_keys, loaded.unexpected_keys = loading.missing, loading.unexpected
+        loaded = loading.loaded
         self._last = CheckpointSave(folder, found, is_over=True, is_whole=True)
         only = loading.has_trainable_only
         given = _Given.encoded(optimizer, only, loaded.extra, loaded.rank_state)
@@ -300,9 +272,7 @@ class Checkpoints:
         _agree(loading.fill_weights, headline)
         self._optimizer_steps.num_changes += 1
         self._reload_optimizers(module)
-        loaded = LoadedCheckpoint(0, {})
-        loaded.missing_keys, loaded.unexpected_keys = loading.missing, loading.unexpected
-        return loaded
+        return loading.loaded
 
     def _reload_optimizers(self, module: str = "") -> None:
         """Have optimizers, or those of one module, take the weights, lest a step undo the load."""

@@ -15,11 +15,9 @@ from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKe
 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.megatron.optimizers import (
+    build_mimo_optimizer,
     conflicting_overrides,
-    mimo_optimizer,
-    optimizer_of,
     overrides_of_module,
-    without_parameters,
 )
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
@@ -43,21 +41,15 @@ def build_optimizer(job: Job, config: OptimizerConfig, given: Overrides) -> Mimo
     check_consistency(
         lambda: _facts(job, config, given, overrides), "the optimizer cannot be built"
     )
-    groups = job.infra.pg_collections
-    optimizers = {
-        name: optimizer_of(ddp, groups[name], config, overrides[name])
-        for name, ddp in job.ddps.items()
-    }
-    name, ddp = next(iter(job.ddps.items()))
-    for _ in range(_most_modules_on_a_rank(job) - len(job.ddps)):
-        empty = without_parameters(ddp, groups[name])
-        optimizer_of(empty, groups[name], config, overrides[name])
-    return mimo_optimizer(optimizers, job.infra.module_to_grid_map, groups, config)
-
-
-def _most_modules_on_a_rank(job: Job) -> int:
     ranks = [rank for grid in job.grids.values() for rank in grid.ranks]
-    return max(ranks.count(grid.rank_offset) for grid in job.grids.values())
+    return build_mimo_optimizer(
+        job.ddps,
+        job.infra.module_to_grid_map,
+        job.infra.pg_collections,
+        config,
+        overrides,
+        count=max(ranks.count(grid.rank_offset) for grid in job.grids.values()),
+    )
 
 
 def _facts(
