@@ -34,38 +34,34 @@ class _Enabled:
 
     def __init__(self, setup: ModuleType) -> None:
         self.coordinator: MultiModuleCoordinator | None = None
-        self._output = getattr(setup, _OUTPUT)
-        self._changes = Changes()
-        self._changes.on_close(self.close_coordinator)
-        self._changes.set(setup, _COMMUNICATOR, self._no_communicator)
-        self._changes.set(setup, _HOOKS, self._attach)
-        self._changes.set(setup, _OUTPUT, self._hand_out)
+        self.changes = Changes()
+        self.changes.on_close(self._close_coordinator)
+        output = getattr(setup, _OUTPUT)
+        # Bridge makes one before its optimizer; the coordinator's is made at the end.
+        self.changes.set(setup, _COMMUNICATOR, lambda *_, **__: None)
+        self.changes.set(setup, _HOOKS, self._attach)
+        self.changes.set(setup, _OUTPUT, lambda **made: output(**made | self._made(made["model"])))
 
-    def close(self) -> None:
-        self._changes.close()
-
-    def close_coordinator(self) -> None:
+    def _close_coordinator(self) -> None:
         if self.coordinator is not None:
             self.coordinator.close()
             self.coordinator = None
 
-    def _no_communicator(self, *_: Any, **__: Any) -> None:
-        """Bridge makes one before its optimizer; the coordinator's is made at the end."""
-
     def _attach(self, model: Any, optimizer: Any, infra: Any, pairs: Any) -> None:
         """In the place of setting Bridge's hooks, with the same arguments."""
-        self.close_coordinator()
+        self._close_coordinator()
         coordinator = MultiModuleCoordinator(infra, model)
         coordinator.attach(get_model_config(model), optimizer)
         self.coordinator = coordinator
 
-    def _hand_out(self, **made: Any) -> Any:
-        """What the set-up returns, with the coordinator's communicator and process groups."""
+    def _made(self, model: Any) -> dict[str, Any]:
+        """What the set-up returns of the coordinator's."""
         assert self.coordinator is not None
-        config = get_model_config(made["model"])
-        made["multimodule_communicator"] = self.coordinator.build_pipeline_communicator(config)
-        made["multimodule_pg_collection"] = self.coordinator.schedule_pg_collection
-        return self._output(**made)
+        communicator = self.coordinator.build_pipeline_communicator(get_model_config(model))
+        return {
+            "multimodule_communicator": communicator,
+            "multimodule_pg_collection": self.coordinator.schedule_pg_collection,
+        }
 
 
 _enabled: list[_Enabled] = []
@@ -116,7 +112,7 @@ def disable() -> None:
     own or the coordinator's. A second time does nothing.
     """
     while _enabled:
-        _enabled.pop().close()
+        _enabled.pop().changes.close()
 
 
 def _bridge_setup() -> ModuleType:

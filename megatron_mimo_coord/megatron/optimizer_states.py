@@ -27,7 +27,7 @@ Settings = dict[str, Any]
 """Of a module's optimizers, what is no tensor: groups, numbers of updates, the loss scale."""
 
 _NO_SETTINGS: Settings = {"groups": [], "steps": {}, "grad_scaler": {}}
-_SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # a resumed training may have others
+_SCHEDULE = ("start_wd", "end_wd", "max_lr", "min_lr")  # a resumed training may have others
 _LAYOUT = ("is_expert_parallel",)  # where experts are on several ranks
 
 

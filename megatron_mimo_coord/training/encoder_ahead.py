@@ -9,6 +9,7 @@ same stream, and sent in the next step. So all ranks launch in the same order as
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,14 +80,16 @@ class EncoderAhead:
         source = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         communicator = arguments["p2p_communicator"]
         if most and not arguments["forward_only"] and self._can_run_ahead(communicator):
-            self._encode = lambda: self._run_ahead(
-                most,
-                source,
+            number = arguments["num_microbatches"]
+            run = partial(
+                run_encoders,
                 forward_step_func,
+                source,
                 arguments["model"][0],
                 communicator.config,
-                arguments["num_microbatches"],
+                num_microbatches=number,
             )
+            self._encode = lambda: self._run_ahead(most, source, lambda at: run(at % number))
 
         def forward_step(source: Any, *rest: Any) -> Any:
             encoded = self._next(source)
@@ -116,17 +119,13 @@ class EncoderAhead:
         for module in self._modules.values():
             yield from module.parameters()
 
-    def _run_ahead(self, most: int, source: Any, *step: Any) -> None:
-        forward_step_func, model, config, num_microbatches = step
+    def _run_ahead(self, most: int, source: Any, run: Callable[[int], Any]) -> None:
         self._versions = [param._version for param in self._parameters()]
         _, queue = self._waiting.setdefault(id(source), (source, deque()))
         while len(queue) < most:
-            number = len(queue) % num_microbatches
             try:
                 with self._texts.later() as read:
-                    outputs = run_encoders(
-                        forward_step_func, source, model, config, number, num_microbatches
-                    )
+                    outputs = run(len(queue))
             except StopIteration:  # there is no later step
                 break
             assigned = filter(self._assignments.next, self._modules)
