@@ -8,13 +8,12 @@ import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from attrs import astuple, frozen
 
-from megatron_mimo_coord.bridges.sample_check import refuse_left_out
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.world.gather import all_gather_text
 
@@ -49,18 +48,11 @@ class Statement:
             assigned[0][0] + 1 if assigned else 0,
             hash(tuple((n, given.digest) for n, given, _ in assigned)),
             hash(tuple((given.costs, given.owners) for _, given, _ in assigned)),
-            sum(_expected(given) not in (None, rows) for _, given, rows in assigned),
+            sum(given.tokens_here not in (None, rows) for _, given, rows in assigned),
         )
 
 
 WIDTH = len(Statement.__attrs_attrs__)
-
-
-def _expected(assignment: ImageAssignment) -> int | None:
-    """Tokens that this rank is to make; None if it does not hold the encoder."""
-    if assignment.dp_rank is None:
-        return None
-    return assignment.tokens_of_ranks[assignment.dp_rank]
 
 
 class Agreement:
@@ -84,7 +76,7 @@ class Agreement:
         self._holders = holders
         self._made: Mapping[str, Sequence[Made]] = {}
         self._first = 0
-        self._unread: deque[tuple[dist.Work | None, torch.Tensor, torch.Tensor]] = deque()
+        self._unread: deque[tuple[dist.Work, torch.Tensor, torch.Tensor]] = deque()
 
     def send(self, made: Mapping[str, Sequence[Made]], first: int) -> None:
         """Tell the other ranks; reads what has come meanwhile. Collective.
@@ -96,14 +88,16 @@ class Agreement:
         Raises:
             RuntimeError: of earlier microbatches, some ranks assigned images and some did not.
         """
-        while len(self._unread) == MAX_UNREAD or (self._unread and _is_here(self._unread[0][0])):
+        unread = self._unread
+        while unread and (len(unread) == MAX_UNREAD or unread[0][0].is_completed()):
             self._read_next()
         self._made, self._first = made, first
         said = [astuple(Statement.of(made[name], first)) for name in self._holders]
         row = torch.tensor(said, dtype=torch.int64, device="cpu")
         rows = row.new_empty((len(self._ranks) * len(row), WIDTH))
         work = dist.all_gather_into_tensor(rows, row, group=self._group, async_op=True)
-        self._unread.append((work, rows, row))
+        assert work is not None, "this rank is in the group"
+        unread.append((work, rows, row))
 
     def check(self) -> None:
         """Wait for what all ranks say. Collective if they do not agree.
@@ -118,14 +112,12 @@ class Agreement:
     def finish(self) -> None:
         """Wait for what is under way, whatever it says."""
         for work, _, _ in self._unread:
-            if work is not None:
-                work.wait()
+            work.wait()
         self._unread.clear()
 
     def _read_next(self) -> None:
         work, rows, _ = self._unread.popleft()
-        if work is not None:
-            work.wait()
+        work.wait()
         everyone = [Statement(*row) for row in rows.tolist()]
         for place, (name, holders) in enumerate(self._holders.items()):
             said = dict(zip(self._ranks, everyone[place :: len(self._holders)], strict=True))
@@ -153,7 +145,9 @@ class Agreement:
                 if (one is None) is not (theirs[number] is None):
                     with_one, without = (other, rank) if one is None else (rank, other)
                     refuse_left_out(name, self._first + number, with_one, without)
-            for other, theirs in (*holders, *shown.items()) if one else ():
+            if one is None:
+                continue
+            for other, theirs in (*holders, *shown.items()):
                 difference = _difference(one, theirs[number] or one, rank, other)
                 if difference:
                     raise RuntimeError(
@@ -163,7 +157,7 @@ class Agreement:
                         f"samplers draw the same"
                     )
             for other, theirs in holders:
-                made, expected = theirs[number]["made"] if theirs[number] else (0, 0)
+                made, expected = theirs[number]["made"]
                 if made != expected:
                     raise RuntimeError(
                         f"{at}the {name} encoder returned {made} tokens on rank {other}, but "
@@ -183,7 +177,7 @@ def _shown(assignment: ImageAssignment | None, rows: int) -> dict[str, Any] | No
         return None
     ids = assignment.sample_ids or (None,) * len(assignment.tokens)
     samples = zip(assignment.tokens, ids, assignment.costs, strict=True)
-    made = (rows, _expected(assignment))
+    made = (rows, assignment.tokens_here)
     return {"samples": [list(map(repr, sample)) for sample in samples], "made": made}
 
 
@@ -202,5 +196,49 @@ def _difference(
     return ""
 
 
-def _is_here(work: dist.Work | None) -> bool:
-    return work is None or work.is_completed()
+def refuse_other_samples(
+    encoder: str,
+    microbatch: int,
+    one: tuple[int, Sequence[int]],
+    other: tuple[int, Sequence[int]],
+) -> None:
+    """Compare what two ranks were given, each as (rank, digest of each sample).
+
+    Raises:
+        RuntimeError: they differ; names the ranks, the microbatch and the first sample.
+
+    Example:
+        >>> refuse_other_samples("vision", 2, (0, [11, 12]), (3, [11, 13]))
+        Traceback (most recent call last):
+        RuntimeError: microbatch 2: ranks 0 and 3 were given different samples for vision, the \
+first that differs is sample 1 of 2 (in its id or in the tokens of its images): read the same \
+samples in the same order on both
+    """
+    (rank, digests), (other_rank, other_digests) = one, other
+    if tuple(digests) == tuple(other_digests):
+        return
+    if not digests or not other_digests:
+        with_one, without = (rank, other_rank) if digests else (other_rank, rank)
+        refuse_left_out(encoder, microbatch, with_one, without)
+    if len(digests) != len(other_digests):
+        what = f"{len(digests)} and {len(other_digests)} of them"
+    else:
+        pairs = zip(digests, other_digests, strict=True)
+        first = next(sample for sample, (here, there) in enumerate(pairs) if here != there)
+        what = (
+            f"the first that differs is sample {first} of {len(digests)} (in its id or in the "
+            f"tokens of its images)"
+        )
+    raise RuntimeError(
+        f"microbatch {microbatch}: ranks {rank} and {other_rank} were given different samples for "
+        f"{encoder}, {what}: read the same samples in the same order on both"
+    )
+
+
+def refuse_left_out(encoder: str, microbatch: int, with_one: int, without: int) -> NoReturn:
+    """Of two ranks that hold an encoder, one was given an assignment and the other was not."""
+    raise RuntimeError(
+        f"microbatch {microbatch}: images of {encoder} were assigned on rank {with_one}, but not "
+        f"on rank {without}: call assign_images once a microbatch, in the same order, on every "
+        f"rank that holds {encoder}"
+    )

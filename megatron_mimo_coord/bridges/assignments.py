@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 from attrs import define, field
 
+from megatron_mimo_coord.bridges.agreement import refuse_other_samples
 from megatron_mimo_coord.bridges.headers import Header
-from megatron_mimo_coord.bridges.sample_check import refuse_other_samples
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 

@@ -19,8 +19,10 @@ from megatron_mimo_coord.megatron.mimo_model import (
 )
 
 
-class ColocatedForward:
-    """Carries tokens from encoders to the language model within a forward.
+def carry_in_forward(
+    model: MimoModel, bridges: SharedBridges, assignments: PendingAssignments, changes: Changes
+) -> None:
+    """Have tokens carried from encoders to the language model within a forward.
 
     Args:
         model: the model.
@@ -28,44 +30,31 @@ class ColocatedForward:
         assignments: the model's.
         changes: where is recorded what is changed in the model.
     """
+    input_ids: torch.Tensor | None = None
 
-    def __init__(
-        self,
-        model: MimoModel,
-        bridges: SharedBridges,
-        assignments: PendingAssignments,
-        changes: Changes,
-    ) -> None:
-        self._model = model
-        self._bridges = bridges
-        self._assignments = assignments
-        self._input_ids: torch.Tensor | None = None
-        changes.on_close(
-            model.register_forward_pre_hook(self._remember_text, with_kwargs=True).remove
-        )
-        carry_between_modules(model, self._carry, changes)
+    def remember_text(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal input_ids
+        input_ids = input_ids_of(args, kwargs)
 
-    def _remember_text(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self._input_ids = input_ids_of(args, kwargs)
-
-    def _carry(self, embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def carry(embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tokens [token, hidden] of each modality, from the encoder's layout to the language's."""
-        microbatch = self._assignments.count(self)
+        microbatch = assignments.count(carry)
         made, outputs = [], {}
-        for name in self._bridges.encoders:
+        for name in bridges.encoders:
             output = embeddings.get(name)
-            made.append(empty_output(self._model, name) if output is None else output)
+            made.append(empty_output(model, name) if output is None else output)
             given = made[-1].detach().requires_grad_(made[-1].requires_grad)
-            outputs[name] = [Output(given, self._assignments.take(name), self._input_ids)]
-        if self._bridges.stays(outputs):
-            self._bridges.say(outputs, microbatch)
-            tokens = [each.to(self._bridges.dtype) for each in made]
+            outputs[name] = [Output(given, assignments.take(name), input_ids)]
+        if bridges.stays(outputs):
+            bridges.say(outputs, microbatch)
+            tokens = [each.to(bridges.dtype) for each in made]
         else:
-            delivered = self._bridges.deliver(outputs, microbatch)
-            tokens = _Joined.apply(delivered, self._bridges.encoders, *made)
-        return embeddings | dict(zip(self._bridges.encoders, tokens, strict=True))
+            delivered = bridges.deliver(outputs, microbatch)
+            tokens = _Joined.apply(delivered, bridges.encoders, *made)
+        return embeddings | dict(zip(bridges.encoders, tokens, strict=True))
+
+    changes.on_close(model.register_forward_pre_hook(remember_text, with_kwargs=True).remove)
+    carry_between_modules(model, carry, changes)
 
 
 class _Joined(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """The schedule's ``p2p_communicator``: Megatron's, with links that never stop the device."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 from typing import Any
 
@@ -16,9 +15,9 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 
 from megatron_mimo_coord.bridges.agreement import Agreement
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
-from megatron_mimo_coord.bridges.colocated import ColocatedForward
+from megatron_mimo_coord.bridges.colocated import carry_in_forward
 from megatron_mimo_coord.bridges.headers import HostMessages
-from megatron_mimo_coord.bridges.incoming import Incoming
+from megatron_mimo_coord.bridges.incoming import Incoming, sequence_peers
 from megatron_mimo_coord.bridges.outgoing import Outgoing
 from megatron_mimo_coord.bridges.routes import Lanes, bridge_ends
 from megatron_mimo_coord.bridges.shared_bridges import SharedBridges, Waiting
@@ -61,6 +60,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             is no gradient to send.
         before_forward: called before anything is received.
         shared_bridges: those of encoders that share ranks with the language model.
+        waiting: what came over them, for the language model's first stage.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self.after_backward: Callable[[], None] = lambda: None
         self.before_forward: Callable[[], None] = lambda: None
         self.shared_bridges: SharedBridges | None = None
-        self._waiting: list[Waiting] = []
+        self.waiting: list[Waiting] = []
         self._assignments = assignments
         self._extra_groups = ExtraGroups.shared(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
@@ -164,21 +164,10 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         """Give the groups of the links back; ``MegatronMIMOInfra.destroy`` does it as well."""
         self._extra_groups.destroy()
 
-    # -- encoders that run before the language model -----------------------------------------------
-
-    @contextmanager
-    def fed_by(self, waiting: list[Waiting]) -> Iterator[None]:
-        """Inside, the language model's first stage is given what waits there."""
-        self._waiting = waiting
-        try:
-            yield
-        finally:
-            self._waiting = []
-
     @property
     def _arriving(self) -> list[Incoming | Waiting]:
         """What brings this stage something of each module before it."""
-        return [*self._incoming, *self._waiting]
+        return [*self._incoming, *self.waiting]
 
     # -- what the schedule calls -------------------------------------------------------------------
 
@@ -236,11 +225,6 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         }
 
 
-def sequence_peers(grid: HyperCommGrid) -> dist.ProcessGroup | None:
-    """Ranks that read other positions of the same samples as this one, if there are any."""
-    return grid.get_pg("cp") if ModuleGrid.of("", grid).dim("cp") > 1 else None
-
-
 def build_communicator(
     infra: Infra,
     grids: Mapping[str, ModuleGrid],
@@ -280,17 +264,10 @@ def build_communicator(
         assignments,
     )
     if encoders_first or colocated:
-        bridges = communicator.shared_bridges = SharedBridges(
-            model,
-            grids,
-            dist.get_rank(),
-            ExtraGroups.shared(infra.module_to_grid_map[LANGUAGE]),
-            sequence_peers(infra.module_to_grid_map[LANGUAGE]),
-            assignments,
-            fit,
-        )
+        bridges = SharedBridges(infra, model, grids, assignments, fit)
+        communicator.shared_bridges = bridges
         if encoders_first or carries_between_modules(model):
             assignments.open(bridges.encoders)
         if not encoders_first:
-            ColocatedForward(model, bridges, assignments, changes)
+            carry_in_forward(model, bridges, assignments, changes)
     return communicator

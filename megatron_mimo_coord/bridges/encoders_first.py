@@ -38,13 +38,11 @@ class _Encoded:
     Args:
         number: of the microbatch.
         encoders: those that it runs through.
-        is_kept: whether the encoders' activations are.
-        edges: what finds its edges; if nothing is kept, it runs the encoders once more.
+        edges: what finds its edges; if no activation is kept, it runs the encoders once more.
     """
 
     number: int
     encoders: Sequence[str]
-    is_kept: bool
     edges: Callable[[], Edges]
 
 
@@ -53,8 +51,7 @@ class _Step:
     """A step that is under way.
 
     Args:
-        num_microbatches: its microbatches.
-        keep: of how many the encoders' activations are kept.
+        first_kept: the first microbatch of which the encoders' activations are kept.
 
     Attributes:
         outputs: of each encoder, what it made of each microbatch, until that is on its way.
@@ -63,14 +60,11 @@ class _Step:
         taken: all assignments of the step.
     """
 
-    num_microbatches: int
-    keep: int
-    outputs: dict[str, list[Output]] = field(init=False, factory=lambda: defaultdict(list))
-    encoded: list[_Encoded] = field(init=False, factory=list)
-    assigned: dict[str, deque[ImageAssignment]] = field(
-        init=False, factory=lambda: defaultdict(deque)
-    )
-    taken: list[ImageAssignment] = field(init=False, factory=list)
+    first_kept: int
+    outputs: dict[str, list[Output]] = field(factory=lambda: defaultdict(list))
+    encoded: list[_Encoded] = field(factory=list)
+    assigned: dict[str, deque[ImageAssignment]] = field(factory=lambda: defaultdict(deque))
+    taken: list[ImageAssignment] = field(factory=list)
 
 
 class _Batches:
@@ -161,8 +155,7 @@ class EncodersFirst:
         batches = None if source is None else _Batches(source)  # as on a stage that reads nothing
         if keep is None or forward_only:  # where nothing goes backward, nothing runs again
             keep = num_microbatches
-        step = _Step(num_microbatches, keep)
-        self._step = step
+        self._step = step = _Step(num_microbatches - keep)
         try:
             with self._turns.of_encoders():
                 for number in range(num_microbatches):
@@ -179,7 +172,8 @@ class EncodersFirst:
             delivered = bridges.deliver(step.outputs)
             step.outputs.clear()
             waiting = [Waiting(n, delivered.tokens.pop(n)) for n in list(delivered.tokens)]
-            with self._turns.of_language(), communicator.fed_by(waiting):
+            communicator.waiting = waiting
+            with self._turns.of_language():
                 losses = run_pipeline(
                     forward_step_func=forward_step_func,
                     data_iterator=batches and batches.again(),
@@ -193,7 +187,7 @@ class EncodersFirst:
                 self._backward(step, delivered.give_back(gradients))
             return losses
         finally:
-            self._step = None
+            self._step, communicator.waiting = None, []
             self._assignments.end_pass(step.taken)
 
     # -- images that are assigned ------------------------------------------------------------------
@@ -215,7 +209,7 @@ class EncodersFirst:
     def _remember_call(self, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._turns.encoders:
             self._call = args, kwargs
-            is_run_again = self._step is not None and self._step.keep < self._step.num_microbatches
+            is_run_again = self._step is not None and self._step.first_kept > 0
             submodules = self._model.modality_submodules
             self._second_forward = remember_forward(submodules) if is_run_again else None
 
@@ -238,12 +232,11 @@ class EncodersFirst:
         edges = _edges(outputs)
         if forward_only or not edges:
             return
-        if number >= step.num_microbatches - step.keep:
-            step.encoded.append(_Encoded(number, list(edges), True, lambda: edges))
-        else:
+        again = None
+        if number < step.first_kept:
             assert self._second_forward is not None, "remembered where not all is kept"
             again = partial(self._again, call, self._second_forward)
-            step.encoded.append(_Encoded(number, list(edges), False, again))
+        step.encoded.append(_Encoded(number, list(edges), again or (lambda: edges)))
 
     def _again(
         self, call: tuple[Any, Any], second_forward: Callable[[], AbstractContextManager[None]]
@@ -258,7 +251,7 @@ class EncodersFirst:
         Ranks that meet in an encoder's backward have images of it in the same microbatches, but
         not of others.
         """
-        encoded = sorted(step.encoded, key=lambda each: not each.is_kept)
+        encoded = sorted(step.encoded, key=lambda each: each.number < step.first_kept)
         step.encoded.clear()
         last = {name: each.number for each in encoded for name in each.encoders}
         with self._turns.of_encoders():

@@ -89,7 +89,7 @@ class HostMessages:
         self._group = group
         self._tag = tag
         self._own: deque[list[int]] = deque()  # from this rank to itself
-        self._under_way: list[tuple[dist.Work | None, torch.Tensor]] = []
+        self._under_way: list[tuple[dist.Work, torch.Tensor]] = []
 
     def send(self, rank: int, numbers: Sequence[int]) -> None:
         """Send to a global rank; does not wait for it."""
@@ -102,6 +102,7 @@ class HostMessages:
             if part:
                 message = torch.tensor(part, dtype=torch.int64, device="cpu")
                 work = dist.isend(message, dst=rank, group=self._group, tag=self._tag)
+                assert work is not None, "this rank is in the group"
                 self._under_way.append((work, message))
 
     def receive(self, rank: int) -> list[int]:
@@ -116,8 +117,7 @@ class HostMessages:
     def finish(self) -> None:
         """Wait until everything that was sent has been taken."""
         for work, _ in self._under_way:
-            if work is not None:
-                work.wait()
+            work.wait()
         self._under_way.clear()
 
     def _receive(self, rank: int, length: int) -> list[int]:

@@ -7,15 +7,22 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from attrs import define, evolve, field
+from megatron.core.hyper_comm_grid import HyperCommGrid
 
+from megatron_mimo_coord.bridges.agreement import refuse_other_samples
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.bridges.links import Link, Ops, Part, Receipt, Whole
 from megatron_mimo_coord.bridges.routes import takers
-from megatron_mimo_coord.bridges.sample_check import refuse_other_samples
+from megatron_mimo_coord.layout import ModuleGrid
 
 Arrival = tuple[Receipt, Whole]
 """What is to be received of an output, and the parts of it whose gradient somebody wants."""
+
+
+def sequence_peers(grid: HyperCommGrid) -> dist.ProcessGroup | None:
+    """Ranks that read other positions of the same samples as this one, if there are any."""
+    return grid.get_pg("cp") if ModuleGrid.of("", grid).dim("cp") > 1 else None
 
 
 @define(eq=False, kw_only=True)

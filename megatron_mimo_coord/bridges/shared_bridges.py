@@ -17,15 +17,15 @@ import torch.distributed as dist
 from attrs import frozen
 from megatron.core.models.mimo import MimoModel
 
-from megatron_mimo_coord.bridges.agreement import Agreement
+from megatron_mimo_coord.bridges.agreement import Agreement, refuse_left_out
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import HostMessages
-from megatron_mimo_coord.bridges.incoming import TargetEnd
+from megatron_mimo_coord.bridges.incoming import TargetEnd, sequence_peers
 from megatron_mimo_coord.bridges.links import Link, Ops, Whole
 from megatron_mimo_coord.bridges.outgoing import SourceEnd
 from megatron_mimo_coord.bridges.routes import bridge_ends, in_turn
-from megatron_mimo_coord.bridges.sample_check import refuse_left_out
 from megatron_mimo_coord.bridges.text_fit import TextFit
+from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.world.groups import ExtraGroups
@@ -76,11 +76,9 @@ class SharedBridges:
     """The ways of all encoders to the language model and back. Collective to build.
 
     Args:
+        infra: grids and process groups; every rank holds the language model.
         model: the model.
-        grids: where each module lies; every rank holds the language model.
-        rank: this one.
-        groups: where to get more groups.
-        sequence_peers: ranks that read other positions of the same samples, if there are any.
+        grids: where each module lies.
         assignments: the model's.
         fit: compares texts with tokens.
 
@@ -91,15 +89,15 @@ class SharedBridges:
 
     def __init__(
         self,
+        infra: Infra,
         model: MimoModel,
         grids: Mapping[str, ModuleGrid],
-        rank: int,
-        groups: ExtraGroups,
-        sequence_peers: dist.ProcessGroup | None,
         assignments: PendingAssignments,
         fit: TextFit,
     ) -> None:
-        ranks = grids[LANGUAGE].ranks
+        rank, ranks = dist.get_rank(), grids[LANGUAGE].ranks
+        groups = ExtraGroups.shared(infra.module_to_grid_map[LANGUAGE])
+        peers = sequence_peers(infra.module_to_grid_map[LANGUAGE])
         hosts, devices = groups.hosts(ranks), groups.devices(ranks)
         assert hosts is not None and devices is not None, "every rank holds the language model"
         self._rank, self._devices = rank, devices
@@ -123,13 +121,13 @@ class SharedBridges:
                 self._sources[name] = SourceEnd(here=sources, there=targets, **way)
             if grids[LANGUAGE].coordinate(rank, "pp") == 0:
                 self._targets[name] = TargetEnd(
-                    here=targets, there=sources, sequence_peers=sequence_peers, **way
+                    here=targets, there=sources, sequence_peers=peers, **way
                 )
         ends: list[Link] = [*self._sources.values(), *self._targets.values()]
         self._are_within = (
             len(ends) == 2 * len(self.encoders)
             and all(end.is_within for end in ends)
-            and sequence_peers is None
+            and peers is None
         )
         holders = {name: [r for r in ranks if r in grids[name].ranks] for name in self.encoders}
         self._agreement = Agreement(hosts, holders, assignments.remark)

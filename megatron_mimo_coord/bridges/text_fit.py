@@ -125,11 +125,7 @@ class TextFit:
         """
         if sum(counts) == tokens:
             return list(counts)
-        if text is None:
-            place = self._report.dp_rank(name)
-            self._report.tell(other_tokens(name, microbatch, counts, tokens, place, is_part=True))
-        else:
-            self._misfit(name, text, tokens, microbatch, is_part=True)
+        self._misfit(name, counts, text, tokens, microbatch, is_part=True)
         return _cut_off(counts, tokens)
 
     def unknown(
@@ -169,7 +165,7 @@ class TextFit:
         number = int((input_ids == self._model.special_token_ids[name]).sum())
         if number == len(tokens):
             return tokens
-        self._misfit(name, input_ids, len(tokens), microbatch)
+        self._misfit(name, (), input_ids, len(tokens), microbatch)
         if number < len(tokens):
             return tokens[:number]
         return torch.cat([tokens, tokens.new_zeros((number - len(tokens), *tokens.shape[1:]))])
@@ -177,13 +173,16 @@ class TextFit:
     def _misfit(
         self,
         name: str,
-        text: torch.Tensor,
+        counts: Sequence[int],
+        text: torch.Tensor | None,
         tokens: int,
         microbatch: int,
         is_part: bool = False,
     ) -> None:
-        is_its = text == self._model.special_token_ids[name]
-        counts, cut = is_its.sum(1).tolist(), is_its[:, -1].nonzero().flatten().tolist()
+        cut: list[int] = []
+        if text is not None:
+            is_its = text == self._model.special_token_ids[name]
+            counts, cut = is_its.sum(1).tolist(), is_its[:, -1].nonzero().flatten().tolist()
         place = self._report.dp_rank(name)
         self._report.tell(other_tokens(name, microbatch, counts, tokens, place, cut, is_part))
 

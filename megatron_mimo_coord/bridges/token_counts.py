@@ -151,23 +151,16 @@ class TokenCounts:
         return False
 
     def _part_of(self, name: str, counts: torch.Tensor, tokens: int) -> slice:
-        """Which samples are an encoder's: those that have so many tokens of it."""
-        parts = self._parts(name, len(counts))
-        for part in parts if len(parts) > 1 else []:  # a choice waits for the device
-            if counts[part].sum() == tokens:
-                return part
-        return parts[-1]
-
-    def _parts(self, name: str, rows: int) -> list[slice]:
-        """Where an encoder's samples may be among those of ``input_ids``, likeliest first."""
-        size, place = self._places[name]
+        """Which of the samples of ``input_ids`` are an encoder's, which has so many tokens."""
+        rows, (size, place) = len(counts), self._places[name]
         fewest, place_of_fewest = min(self._places.values())
         expected = _part(rows, size // fewest, place - place_of_fewest * (size // fewest))
         of_whole = _part(rows, size, place)
         is_whole = rows == self.micro_batch_size
         if of_whole == expected or not (is_whole or self.micro_batch_size is None):
-            return [expected]
-        return [of_whole, expected] if is_whole else [expected, of_whole]
+            return expected
+        likely, other = (of_whole, expected) if is_whole else (expected, of_whole)
+        return likely if counts[likely].sum() == tokens else other  # this waits for the device
 
     def _look(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember how samples are packed.

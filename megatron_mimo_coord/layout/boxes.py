@@ -73,21 +73,19 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
     if not shape:
         yield Box((), ())
         return
-    row = math.prod(shape[1:])
+    row, rest = math.prod(shape[1:]), shape[1:]
     first, last = -(-start // row), stop // row  # the whole rows
-    if first > last:  # a part of one row
-        yield from _inside(shape, last, start - last * row, stop - last * row)
-        return
-    if start < first * row:
-        yield from _inside(shape, first - 1, start - (first - 1) * row, row)
+    begin = min(first * row, stop)
+    if start < begin:
+        yield from _inside(start // row, rest, start, begin)
     if first < last:
-        rest = shape[1:]
         yield Box((first, *(0 for _ in rest)), (last - first, *rest))
-    if last * row < stop:
-        yield from _inside(shape, last, 0, stop - last * row)
+    if begin <= last * row < stop:
+        yield from _inside(last, rest, last * row, stop)
 
 
-def _inside(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
-    """A range inside one row."""
-    for box in boxes_of_range(shape[1:], start, stop):
+def _inside(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """A range inside one row of this shape."""
+    before = row * math.prod(shape)
+    for box in boxes_of_range(shape, start - before, stop - before):
         yield Box((row, *box.offset), (1, *box.size))

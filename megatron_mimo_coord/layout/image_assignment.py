@@ -72,9 +72,9 @@ class ImageAssignment:
         return self._by_rank(self.costs)
 
     @cached_property
-    def tokens_of_ranks(self) -> tuple[int, ...]:
-        """Tokens that the encoder makes on each data-parallel rank."""
-        return self._by_rank(self.tokens)
+    def tokens_here(self) -> int | None:
+        """Tokens that this rank's encoder is to make; None on a rank that does not hold it."""
+        return None if self.dp_rank is None else self._by_rank(self.tokens)[self.dp_rank]
 
     def _by_rank[N: float](self, values: Sequence[Sequence[N]]) -> tuple[N, ...]:
         """Numbers of images, added up for each data-parallel rank."""
@@ -310,19 +310,17 @@ class _Deal:
         self.loads = loads = list(carried)
         heap = sorted((load, rank) for rank, load in enumerate(carried))
         for cost, images in groupby(range(len(costs)), costs.__getitem__):
-            for image in [image for image in images if not self._stays(image, level)]:
+            away = []
+            for image in images:
+                if loads[homes[image]] + cost <= level:
+                    loads[homes[image]] += cost
+                else:
+                    away.append(image)
+            for image in away:
                 while heap[0][0] < loads[rank := heap[0][1]]:  # loads only grow: bring up to date
                     heapreplace(heap, (loads[rank], rank))
                 loads[rank] += cost
                 self.owners[image] = rank
-
-    def _stays(self, image: int, level: float) -> bool:
-        """Whether an image stays in its slice, and if so count it there."""
-        home = self.homes[image]
-        load = self.loads[home] + self.costs[image]
-        if load <= level:
-            self.loads[home] = load
-        return load <= level
 
     @property
     def largest(self) -> float:

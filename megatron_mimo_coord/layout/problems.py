@@ -6,6 +6,7 @@ Everything works on intervals of ranks, so that a million ranks cost no more tha
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import combinations
 from typing import Any, Self
 
 from megatron_mimo_coord.layout.fields import is_count, shown
@@ -16,6 +17,7 @@ from megatron_mimo_coord.layout.grids import (
     default_topology,
     overlap,
     ranks_taken,
+    sharing,
     span,
 )
 from megatron_mimo_coord.layout.parallelism import SIZE_FIELDS, ModuleParallelism
@@ -144,11 +146,11 @@ launch fewer ranks
         for grid in grids.values()
         for dim in grid.unknown_dims
     ]
-    problems += _sharing_problems(list(grids.values()))
-    problems += _topology_problems(grids, topology)
-    for name, grid in grids.items():
-        if name != LANGUAGE and LANGUAGE in grids:
-            problems += _bridge_problems(grid, grids[LANGUAGE])
+    problems += _sharing_problems(grids)
+    if LANGUAGE in grids:
+        problems += _topology_problems(grids, topology)
+        for name, grid in grids.items():
+            problems += _bridge_problems(grid, grids[LANGUAGE]) if name != LANGUAGE else ()
     return list(dict.fromkeys(problems))
 
 
@@ -218,43 +220,32 @@ def idle_ranks(ranks_of: Mapping[str, range], world_size: int) -> list[range]:
     return [ranks for ranks in idle if ranks]
 
 
-def _sharing_problems(grids: list[ModuleGrid]) -> Iterator[Problem]:
+def _sharing_problems(grids: Mapping[str, ModuleGrid]) -> Iterator[Problem]:
     """Encoders lie on the language model's ranks, with PP 1 and in any way; or none of them does.
 
     Elsewhere encoders share all their ranks, with the same PP, or none.
     """
-    language = next((grid for grid in grids if grid.name == LANGUAGE), None)
-    encoders = [grid for grid in grids if grid is not language]
-    if language is not None:
-        touching = [each for each in encoders if overlap(each.ranks, language.ranks)]
-        apart = [each for each in encoders if each not in touching]
-        yield from _shared_with_language_problems(language, touching, apart)
-        encoders = apart
-    ordered = sorted(encoders, key=lambda grid: (grid.rank_offset, grid.size))
-    for index, left in enumerate(ordered):
-        for right in ordered[index + 1 :]:
-            if not overlap(left.ranks, right.ranks):
-                break
-            if left.ranks != right.ranks:
-                yield Problem(
-                    f"modules {left} and {right} overlap in part; two encoders on ranks of their "
-                    f"own must share all or none of them: change a rank_offset or a size",
-                    *((each.name, "rank_offset") for each in (left, right)),
-                )
-            elif left.dim("pp") != right.dim("pp"):
-                yield Problem(
-                    f"modules {left} and {right} share their ranks with different PP; a rank "
-                    f"has one place in the pipeline: give them the same "
-                    f"pipeline_model_parallel_size",
-                    *((each.name, "pipeline_model_parallel_size") for each in (left, right)),
-                )
-
-
-def _shared_with_language_problems(
-    language: ModuleGrid, touching: Sequence[ModuleGrid], apart: Sequence[ModuleGrid]
-) -> Iterator[Problem]:
-    """Of encoders on ranks of the language model, beside others that are not."""
-    for grid in touching:
+    shared = sharing(grids) if LANGUAGE in grids else []
+    encoders = [grid for name, grid in grids.items() if name not in (LANGUAGE, *shared)]
+    encoders.sort(key=lambda grid: (grid.rank_offset, grid.size))
+    for left, right in combinations(encoders, 2):
+        if not overlap(left.ranks, right.ranks):
+            continue
+        if left.ranks != right.ranks:
+            yield Problem(
+                f"modules {left} and {right} overlap in part; two encoders on ranks of their "
+                f"own must share all or none of them: change a rank_offset or a size",
+                *((each.name, "rank_offset") for each in (left, right)),
+            )
+        elif left.dim("pp") != right.dim("pp"):
+            yield Problem(
+                f"modules {left} and {right} share their ranks with different PP; a rank "
+                f"has one place in the pipeline: give them the same "
+                f"pipeline_model_parallel_size",
+                *((each.name, "pipeline_model_parallel_size") for each in (left, right)),
+            )
+    for grid in map(grids.__getitem__, shared):
+        language = grids[LANGUAGE]
         offsets = ((grid.name, "rank_offset"), (LANGUAGE, "rank_offset"))
         if overlap(grid.ranks, language.ranks) != grid.ranks:
             yield Problem(
@@ -262,11 +253,11 @@ def _shared_with_language_problems(
                 f"language model with all of its own or with none: change a rank_offset or a size",
                 *offsets,
             )
-        elif apart:
+        elif encoders:
             yield Problem(
-                f"modules {grid} and {language} share their ranks, but {apart[0]} has ranks of its "
-                f"own; Megatron's MimoModel has the language model share ranks with every encoder "
-                f"or with none: change a rank_offset",
+                f"modules {grid} and {language} share their ranks, but {encoders[0]} has ranks of "
+                f"its own; Megatron's MimoModel has the language model share ranks with every "
+                f"encoder or with none: change a rank_offset",
                 *offsets,
             )
         if grid.dim("pp") > 1:
@@ -280,8 +271,6 @@ def _shared_with_language_problems(
 
 
 def _topology_problems(grids: Mapping[str, ModuleGrid], topology: Any) -> Iterator[Problem]:
-    if LANGUAGE not in grids:
-        return
     expected = default_topology(grids)
     cure = (
         f"Megatron's MimoModel sends every encoder to {LANGUAGE!r} and {LANGUAGE!r} nowhere: use "

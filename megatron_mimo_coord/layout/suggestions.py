@@ -50,7 +50,11 @@ def suggestions(
     """
     ways: list[Change] = []
     for sizes in _changes(modules, world_size) if modules else ():
-        change = {name: new for name, new in sizes.items() if not _has(modules[name], new)}
+        change = {
+            name: new
+            for name, new in sizes.items()
+            if any(getattr(modules[name], field) != size for field, size in new.items())
+        }
         try:
             changed = {name: _changed(modules[name], change.get(name, {})) for name in modules}
         except ValueError:  # the experts do not divide it
@@ -71,10 +75,6 @@ def in_words(change: Change) -> str:
     )
 
 
-def _has(module: ModuleParallelism, sizes: Mapping[str, int]) -> bool:
-    return all(getattr(module, field) == size for field, size in sizes.items())
-
-
 def _changed(module: ModuleParallelism, sizes: Mapping[str, int]) -> ModuleParallelism:
     """A module with other sizes; an expert TP that was the same as TP stays the same as TP."""
     if module.expert_tensor_parallel_size == module.tensor_model_parallel_size:
@@ -85,17 +85,19 @@ def _changed(module: ModuleParallelism, sizes: Mapping[str, int]) -> ModuleParal
 
 def _changes(modules: Mapping[str, ModuleParallelism], world_size: int) -> Iterator[Change]:
     """What could make the layout fit, if nothing speaks against it."""
-    taken = sum(module.size for module in modules.values())
+    more_ranks = world_size - sum(module.size for module in modules.values())
     for name in modules:
-        yield from _one(name, modules[name], DP, world_size - taken)
-    together = ranks_taken(pack(modules).values())
-    yield from _in_proportion(modules, Fraction(world_size, together))
+        yield from _one(name, modules[name], DP, more_ranks)
+    times = Fraction(world_size, ranks_taken(pack(modules).values()))
+    sizes = {name: module.data_parallel_size * times for name, module in modules.items()}
+    if times != 1 and all(size.denominator == 1 for size in sizes.values()):
+        yield {name: {DP: int(size)} for name, size in sizes.items()}
     for name in modules:
         for field in (TP, PP):
-            yield from _one(name, modules[name], field, world_size - taken)
+            yield from _one(name, modules[name], field, more_ranks)
     for name in modules:
         if name != LANGUAGE and LANGUAGE in modules:
-            yield from _encoder_and_language(name, modules, world_size - taken)
+            yield from _encoder_and_language(name, modules, more_ranks)
 
 
 def _one(name: str, module: ModuleParallelism, field: str, more_ranks: int) -> Iterator[Change]:
@@ -108,13 +110,6 @@ def _one(name: str, module: ModuleParallelism, field: str, more_ranks: int) -> I
     # TP divides attention heads and PP layers: a small multiple or part may do so too.
     if field == DP or (high % low == 0 and high // low <= MOST_TIMES):
         yield {name: {field: size + more}}
-
-
-def _in_proportion(modules: Mapping[str, ModuleParallelism], times: Fraction) -> Iterator[Change]:
-    """Another DP of all modules."""
-    sizes = {name: module.data_parallel_size * times for name, module in modules.items()}
-    if times != 1 and all(size.denominator == 1 for size in sizes.values()):
-        yield {name: {DP: int(size)} for name, size in sizes.items()}
 
 
 def _encoder_and_language(
