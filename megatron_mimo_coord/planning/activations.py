@@ -89,15 +89,17 @@ def layer_bytes(sizes: ModuleSizes, tp: int, expert_tp: int, layer: int) -> dict
         512.0
     """
     width = sizes.bytes_per_number
-    whole = sizes.hidden_size / _sequence_shards(sizes, tp)  # hidden states between layers
+    whole = _between_layers(sizes, tp)
     masks = 2 * MASK * whole if sizes.hidden_dropout else 0.0
     norms = 2 * width * whole
     if sizes.qk_layernorm:
         norms += width * (sizes.query_size + sizes.key_size) / tp
+    # Unfused attention copies keys and values to heads.
+    keys = sizes.key_size if sizes.has_flash_attention else sizes.query_size
     attention = {
         NORM: norms,
         QKV_INPUT: width * whole,
-        QKV: width * _queries_keys_values(sizes) / tp,
+        QKV: width * (sizes.query_size + 2 * keys) / tp,
         CORE: _core_attention(sizes) / tp,
         PROJECTION_INPUT: width * sizes.query_size / tp,
         MASKS: masks,
@@ -109,15 +111,9 @@ def layer_bytes(sizes: ModuleSizes, tp: int, expert_tp: int, layer: int) -> dict
     return {**attention, MLP: hidden, ACTIVATED: activated}
 
 
-def _sequence_shards(sizes: ModuleSizes, tp: int) -> int:
-    """Ranks that share the tokens between the tensor-parallel parts of a layer."""
-    return tp if sizes.sequence_parallel else 1
-
-
-def _queries_keys_values(sizes: ModuleSizes) -> int:
-    """Numbers of a token that attention works on; unfused, it copies keys and values to heads."""
-    keys = sizes.key_size if sizes.has_flash_attention else sizes.query_size
-    return sizes.query_size + 2 * keys
+def _between_layers(sizes: ModuleSizes, tp: int) -> float:
+    """Numbers of a token on a rank between the tensor-parallel parts of a layer."""
+    return sizes.hidden_size / (tp if sizes.sequence_parallel else 1)
 
 
 def _core_attention(sizes: ModuleSizes) -> float:
@@ -173,7 +169,7 @@ def _recomputed(sizes: ModuleSizes, tp: int, layers: list[dict[str, float]]) -> 
         dropped = {part for module in sizes.recompute_modules for part in DROPPED[module]}
         back = [sum(layer.get(part, 0.0) for part in dropped) for layer in layers]
         return sum(full) - sum(back), backward + max(back)
-    inputs = sizes.bytes_per_number * sizes.hidden_size / _sequence_shards(sizes, tp)
+    inputs = sizes.bytes_per_number * _between_layers(sizes, tp)
     length = sizes.recompute_num_layers or 1
     if sizes.recompute_method == "block":
         return inputs * min(length, len(layers)) + sum(full[length:]), backward + max(full)
@@ -185,14 +181,14 @@ def _embedding(sizes: ModuleSizes, tp: int) -> float:
     """What a token leaves before the first layer."""
     if not sizes.is_language:
         return sizes.bytes_per_number * (sizes.patch_size or 0)
-    masks = MASK * sizes.hidden_size / _sequence_shards(sizes, tp)
-    return 16 + (masks if sizes.hidden_dropout else 0)  # its number and its position
+    masks = MASK * _between_layers(sizes, tp) if sizes.hidden_dropout else 0.0
+    return 16 + masks  # its number and its position
 
 
 def _output(sizes: ModuleSizes, tp: int) -> tuple[float, float]:
     """(what a token leaves behind the last layer, what the loss needs besides)."""
     width = sizes.bytes_per_number
-    norm = width * sizes.hidden_size / _sequence_shards(sizes, tp)
+    norm = width * _between_layers(sizes, tp)
     if sizes.vocab_size is not None:
         words = sizes.vocab_size / tp
         return 2 * norm + 4 * words + TARGETS, width * words

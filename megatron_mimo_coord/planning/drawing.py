@@ -1,7 +1,6 @@
 """Pictures of a layout: which ranks hold which module, pipeline stage and replica."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 
 from attrs import frozen
 
@@ -20,14 +19,13 @@ class Block:
     Args:
         name: the module, and those on its ranks.
         stages: title of each column.
-        replicas: title of each row.
-        cells: of each stage in each replica, by row: its ranks, and a line for each encoder there.
+        rows: title of each replica, and for each stage its ranks, with a line for each encoder
+            there.
     """
 
     name: str
     stages: list[str]
-    replicas: list[str]
-    cells: list[list[str]]
+    rows: list[list[str]]
 
     @classmethod
     def of(cls, grid: ModuleGrid, guests: Sequence[ModuleGrid] = ()) -> "Block":
@@ -36,39 +34,33 @@ class Block:
         Example:
             >>> from megatron_mimo_coord.layout import DIM_NAMES
             >>> language = ModuleGrid("language", (2, 1, 2, 2), DIM_NAMES)
-            >>> Block.of(language, [ModuleGrid("vision", (1, 1, 4, 1), DIM_NAMES)]).cells
-            [['0-1\\nvision dp 0-1', '4-5'], ['2-3\\nvision dp 2-3', '6-7']]
+            >>> Block.of(language, [ModuleGrid("vision", (1, 1, 4, 1), DIM_NAMES)]).rows
+            [['dp 0', '0-1\\nvision dp 0-1', '4-5'], ['dp 1', '2-3\\nvision dp 2-3', '6-7']]
         """
         stages, replicas = _shown(grid.dim("pp")), _shown(grid.data_parallel_size)
         return cls(
             name=", ".join(each.name for each in (grid, *guests)),
             stages=[GAP if stage is None else f"stage {stage}" for stage in stages],
-            replicas=[GAP if replica is None else f"dp {replica}" for replica in replicas],
-            cells=[
-                [_cell(grid, guests, stage, replica) for stage in stages] for replica in replicas
+            rows=[
+                [
+                    GAP if replica is None else f"dp {replica}",
+                    *(_cell(grid, guests, stage, replica) for stage in stages),
+                ]
+                for replica in replicas
             ],
         )
 
-    @classmethod
-    def of_layout(cls, grids: Mapping[str, ModuleGrid]) -> "list[Block]":
-        """A block for each module, encoders before the language model; one for all on its ranks."""
-        shared = sharing(grids)
-        apart = [cls.of(grid) for name, grid in grids.items() if name not in (LANGUAGE, *shared)]
-        return [*apart, cls.of(grids[LANGUAGE], [grids[name] for name in shared])]
-
     @property
     def height(self) -> int:
-        """Lines of a cell."""
-        return max(cell.count("\n") + 1 for row in self.cells for cell in row)
+        """Lines of a row."""
+        return max(cell.count("\n") + 1 for row in self.rows for cell in row)
 
-    @property
-    def rows(self) -> list[list[str]]:
-        """The lines of each replica, its title first."""
-        return [
-            list(line)
-            for title, cells in zip(self.replicas, self.cells, strict=True)
-            for line in zip_longest([title], *(cell.split("\n") for cell in cells), fillvalue="")
-        ]
+
+def blocks(grids: Mapping[str, ModuleGrid]) -> list[Block]:
+    """A block for each module, encoders before the language model; one for all on its ranks."""
+    shared = sharing(grids)
+    apart = [Block.of(grid) for name, grid in grids.items() if name not in (LANGUAGE, *shared)]
+    return [*apart, Block.of(grids[LANGUAGE], [grids[name] for name in shared])]
 
 
 def _shown(count: int) -> list[int | None]:
@@ -105,14 +97,13 @@ def to_svg(grids: Mapping[str, ModuleGrid]) -> str:
         if name != LANGUAGE
     }
     parts, colors, left = [], module_colors(grids), SPACE
-    blocks = Block.of_layout(grids)
-    for block in blocks:
+    for block in (every := blocks(grids)):
         names = block.name.split(", ")
         title = ", ".join(bridges.get(name, name) for name in reversed(names))
         parts.append(text(title, left, LINE / 2, "start", colors[names[0]][1]))
         parts += _drawn(block, left, colors[names[0]][0])
         left += SPACE + max(LABELS + CELL * len(block.stages), LETTER * len(title))
-    height = LINE * (2 + max(block.height * len(block.replicas) for block in blocks))
+    height = LINE * (2 + max(block.height * len(block.rows) for block in every))
     return picture(f"Ranks of {', '.join(grids)}", 0, left - SPACE, height, parts)
 
 
@@ -121,7 +112,7 @@ def _drawn(block: Block, left: int, fill: str) -> Iterator[str]:
     height = LINE * block.height
     for column, stage in enumerate(block.stages):
         yield text(stage, left + LABELS + CELL * (column + 0.5), LINE * 1.5)
-    for row, (replica, cells) in enumerate(zip(block.replicas, block.cells, strict=True)):
+    for row, (replica, *cells) in enumerate(block.rows):
         top = 2 * LINE + height * row
         yield text(replica, left, top + height / 2, "start")
         for column, cell in enumerate(cells):

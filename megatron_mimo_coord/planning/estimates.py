@@ -24,7 +24,8 @@ copy and both moments twice, all in fp32."""
 
 
 ASSUMPTIONS = (
-    "a backward pass takes two forward passes; every shape computes at the same rate",
+    "a backward pass takes two forward passes; every shape computes at the same rate, and TP "
+    "divides norms, dropout and residuals too, which ranks repeat without sequence_parallel",
     "tensor-parallel ranks wait for four sums of hidden states a layer and two of a vocabulary, "
     "experts' ranks for their tokens to come and go; nothing overlaps",
     'assign_images deals images out, which vary by images_per_sample_deviation; "in slices" is the '

@@ -20,7 +20,7 @@ from megatron_mimo_coord.layout.problems import Problem, idle_ranks
 from megatron_mimo_coord.layout.suggestions import in_words, suggestions
 from megatron_mimo_coord.layout.toml_file import DESCRIPTION, LayoutFile
 from megatron_mimo_coord.layout.toml_tables import as_problem
-from megatron_mimo_coord.planning.drawing import Block, to_svg
+from megatron_mimo_coord.planning.drawing import blocks, to_svg
 from megatron_mimo_coord.planning.terminal import (
     STDOUT,
     Parser,
@@ -71,10 +71,13 @@ def look(options: argparse.Namespace) -> None:
         return
     if options.json:
         for name, grid in grids.items():
-            summary["modules"][name]["stages"] = stage_ranks(grid)
+            length = grid.size // grid.dim("pp")
+            stages = [[first, first + length - 1] for first in grid.ranks[::length]]
+            summary["modules"][name]["stages"] = stages
         print_json({**summary, "problems": []})
     else:
-        show(summary, grids)
+        ranks = [table([["", *each.stages], *each.rows], each.name) for each in blocks(grids)]
+        print_parts([headline(summary)], table(module_rows(summary)), beside(ranks))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -175,19 +178,3 @@ def end_with(
             f"of them, or launch another number"
         )
     end("\n".join([f"{options.layout} cannot run:", *lines]))
-
-
-# -- a layout that can -----------------------------------------------------------------------------
-
-
-def stage_ranks(grid: ModuleGrid) -> list[list[int]]:
-    """First and last rank of each pipeline stage."""
-    length = grid.size // grid.dim("pp")
-    return [[first, first + length - 1] for first in grid.ranks[::length]]
-
-
-def show(summary: dict[str, Any], grids: dict[str, ModuleGrid]) -> None:
-    """Numbers and a picture in the terminal."""
-    blocks = Block.of_layout(grids)
-    ranks = [table([["", *block.stages], *block.rows], block.name) for block in blocks]
-    print_parts([headline(summary)], table(module_rows(summary)), beside(ranks))

@@ -1,4 +1,4 @@
-"""Which single change of a model's sizes would open layouts that they shut out."""
+"""Which single change of a model's sizes, or of the batch, would open layouts they shut out."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,30 +9,57 @@ from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning.candidates import ALIKE
 from megatron_mimo_coord.planning.choices import Request, divisors
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.search import propose
+from megatron_mimo_coord.planning.search import Proposal, propose
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
+OTHER_BATCH = 0.1
+"""Part by which a batch may differ from another that is named instead."""
 
-def openings(request: Request, seconds: float | None) -> Iterator[str]:
-    """Changes that make more TP possible and the best step shorter, each as a sentence.
+WORTH_A_BATCH = 0.05
+"""More samples a second by which another batch is named: it changes how a model learns."""
+
+
+def openings(request: Request, best: Proposal | None, *, per_gpu: bool = False) -> Iterator[str]:
+    """Changes of one size, or of the batch, with which the best layout is better: a sentence each.
 
     Args:
         request: what a layout is sought for.
-        seconds: of the best step as the model is; None if no layout fits.
+        best: the best layout as the request is; None if none fits.
+        per_gpu: what is best, as :func:`propose` takes it.
     """
+
+    def better(margin: float, **changed: Any) -> Proposal | None:
+        """The best with something changed, if it takes a smaller part of what a sample takes."""
+        found = next(iter(propose(evolve(request, **changed), 1, per_gpu=per_gpu)), None)
+        if not found or not best:
+            return found
+        now, then = (
+            (each.allocated if per_gpu else 1) / each.samples_per_second for each in (best, found)
+        )
+        return found if then < now * (1 - margin) else None
+
     for name, sizes in request.sizes.items():
         for tp in reversed(divisors(request.gpus_per_node)):
             if change := one_change(name, sizes, tp):
                 changed = {**request.sizes, name: evolve(sizes, **change)}
-                best = next(iter(propose(evolve(request, sizes=changed), 1)), None)
-                if best and (seconds is None or best.timeline.seconds < seconds * (1 - ALIKE)):
+                if found := better(ALIKE, sizes=changed):
                     field, value = next(iter(change.items()))
-                    before = "no layout fits" if seconds is None else f"{seconds:.4g} s"
+                    before = f"{best.timeline.seconds:.4g} s" if best else "no layout fits"
                     yield (
                         f"{name} with {field} {value} instead of {getattr(sizes, field)} could "
-                        f"have TP {tp}: {best.timeline.seconds:.4g} s a step instead of {before}"
+                        f"have TP {tp}: {found.timeline.seconds:.4g} s a step instead of {before}"
                     )
                 break  # a smaller TP divides that too
+    batch, micro = request.global_batch_size, request.micro_batch_size or 1
+    whole = max(1, round(batch / request.gpus)) * request.gpus
+    if whole == batch or abs(whole - batch) > OTHER_BATCH * batch or whole % micro:
+        return
+    if found := better(WORTH_A_BATCH, global_batch_size=whole):
+        before = f"{best.samples_per_second:.4g}" if best else "no layout that fits"
+        yield (
+            f"with {whole} samples a step, which {request.gpus} GPUs divide, instead of {batch}: "
+            f"{found.samples_per_second:.4g} samples/s instead of {before}"
+        )
 
 
 def one_change(name: str, sizes: ModuleSizes, tp: int) -> Mapping[str, Any]:

@@ -70,7 +70,8 @@ def plan(options: argparse.Namespace) -> None:
         proposals = [cheapest(request, inputs.layout.modules, **how)]
     else:
         proposals = propose(request, options.count, per_gpu=options.per_gpu)
-        opened += openings(request, proposals[0].timeline.seconds if proposals else None)
+        best = proposals[0] if proposals else None
+        opened += openings(request, best, per_gpu=options.per_gpu)
     if not proposals:
         nearest, reasons = closest(request)
         head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"

@@ -149,6 +149,12 @@ class Proposal:
         language = evolve(self.modules[LANGUAGE], rank_offset=None)
         return language, self.micro_batch_size, self.is_shared, self.allocated
 
+    def is_like(self, faster: "Proposal") -> bool:
+        """Whether this is another's layout, or differs in nothing that makes a step longer."""
+        longest = (1 + ALIKE) * faster.timeline.seconds
+        is_as_long = self.timeline.seconds <= longest
+        return self.modules == faster.modules or (self.kind == faster.kind and is_as_long)
+
     def ranks_idle(self, module: str) -> float:
         """Share of a step in which a rank of a module computes nothing, for this or another."""
         stages = self.timeline.stages
@@ -216,13 +222,6 @@ def _apart(found: Sequence[Proposal], count: int) -> list[Proposal]:
     """The first of some layouts, without those that are like a faster one."""
     kept: list[Proposal] = []
     for proposal in found:
-        if len(kept) < count and not any(_is_like(proposal, faster) for faster in kept):
+        if len(kept) < count and not any(map(proposal.is_like, kept)):
             kept.append(proposal)
     return kept
-
-
-def _is_like(proposal: Proposal, faster: Proposal) -> bool:
-    """Whether two layouts are one, or differ in nothing that makes a step longer."""
-    longest = (1 + ALIKE) * faster.timeline.seconds
-    is_as_long = proposal.timeline.seconds <= longest
-    return proposal.modules == faster.modules or (proposal.kind == faster.kind and is_as_long)

@@ -142,7 +142,7 @@ def table(rows: Sequence[Sequence[str]], title: str = "", numbers: bool = False)
     """The lines of a table, as wide as it is: a number cut off is no use.
 
     Args:
-        rows: text of each cell; the first row are titles, of several lines perhaps.
+        rows: text of each cell, of several lines perhaps; the first row are titles.
         title: above the table.
         numbers: whether cells but the first are set to the right.
 
@@ -153,10 +153,10 @@ def table(rows: Sequence[Sequence[str]], title: str = "", numbers: bool = False)
          ──────────────────
           vision       1.5
     """
-    titles = [cell.split("\n") for cell in rows[0]]
+    titles, *below = ([cell.split("\n") for cell in row] for row in rows)
     height = max(map(len, titles))
     above = zip(*([""] * (height - len(lines)) + lines for lines in titles), strict=True)
-    cells = [*above, *rows[1:]]
+    cells = [*above, *(line for row in below for line in zip_longest(*row, fillvalue=""))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligns = [str.rjust if numbers and index else str.ljust for index in range(len(widths))]
     lines = [

@@ -350,6 +350,26 @@ def test_one_change_that_would_open_layouts_is_told(ask):
     assert line in ask(odd, *options, "--count", "1", costs=costs)[1]
 
 
+def test_a_batch_that_more_layouts_divide_is_told(ask):
+    """Of 17 samples no replicas but 17 read as many each."""
+    options = ("--gpus", "8", "--gpus-per-node", "4", "--costs", "costs.toml", "--json")
+
+    def best(batch: int, *more: str) -> tuple[list[str], float]:
+        asked = (*options, "--global-batch-size", str(batch), "--count", "1", *more)
+        found = json.loads(ask(MODEL, *asked, costs=COSTS)[1])
+        return found["openings"], found["proposals"][0]["samples_per_second"]
+
+    (line,), before = best(17)
+    openings, rate = best(16)
+    assert (openings, rate > 1.05 * before) == ([], True)
+    assert line == (
+        f"with 16 samples a step, which 8 GPUs divide, instead of 17: {rate:.4g} samples/s instead "
+        f"of {before:.4g}"
+    )
+    assert best(17, "--micro-batch-size", "17")[0] == [], "16 would not be a multiple"
+    assert best(12)[0] == [], "16 would be another training"
+
+
 def test_the_answer_says_what_a_slower_gpu_changes(ask):
     layout = "global_batch_size = 12\nmicro_batch_size = 12\n[vision]\n[language]\n"
     free = ("--node-latency", "1e-9", "--node-bandwidth", "1e9", "--memory-bandwidth", "1e9")
