@@ -28,6 +28,7 @@ from megatron_mimo_coord.bridges.token_counts import TokenCounts
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.finalize import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
+from megatron_mimo_coord.gradients.norms import grad_norms, num_parameters
 from megatron_mimo_coord.gradients.num_tokens import holds_a_distinct_count
 from megatron_mimo_coord.infra import (
     GridsAndGroups,
@@ -543,9 +544,8 @@ class MultiModuleCoordinator:
             {'vision': 0.0, 'language': 0.0}
         """
         self._step.check_norms()
-        return self._gradients.counted.norms(
-            self._schedule.scaled(torch.ones((), device=world_device()))
-        )
+        scale = self._schedule.scaled(torch.ones((), device=world_device()))
+        return grad_norms(self._grids, self._modules, scale)
 
     @_while_open
     def num_trainable_parameters(self) -> dict[str, int]:
@@ -553,7 +553,7 @@ class MultiModuleCoordinator:
 
         Collective, the same on every rank; ask once, outside the loop.
         """
-        return self._gradients.counted.counts()
+        return num_parameters(self._grids, self._modules)
 
     @_while_open
     def record_timeline(

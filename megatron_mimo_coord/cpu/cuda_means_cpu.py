@@ -164,11 +164,15 @@ _averaging_groups: list[str] = [""]
 
 
 @contextlib.contextmanager
-def _averaging(group: Any) -> Iterator[None]:
+def _as_sum(op: Any, group: Any) -> Iterator[tuple[Any, int]]:
+    """Gloo cannot average: what to launch instead, and what to divide by first."""
+    if op != dist.ReduceOp.AVG or dist.get_rank(group) < 0:
+        yield op, 1
+        return
     world: Any = dist.group.WORLD
     _averaging_groups.append((group or world).group_name)
     try:
-        yield
+        yield dist.ReduceOp.SUM, dist.get_world_size(group)
     finally:
         _averaging_groups.pop()
 
@@ -179,16 +183,13 @@ def averaging_group() -> str:
 
 
 def _averaging_all_reduce(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """Gloo cannot average: divide first, then sum."""
-
     def averaging(
         tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
-        if op == dist.ReduceOp.AVG and dist.get_rank(group) >= 0:
-            with _averaging(group):
-                tensor.div_(dist.get_world_size(group))
-                return all_reduce(tensor, group=group, async_op=async_op)
-        return all_reduce(tensor, op=op, group=group, async_op=async_op)
+        with _as_sum(op, group) as (op, size):
+            if size > 1:
+                tensor.div_(size)
+            return all_reduce(tensor, op=op, group=group, async_op=async_op)
 
     return averaging
 
@@ -201,11 +202,9 @@ def _averaging_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        if op == dist.ReduceOp.AVG and dist.get_rank(group) >= 0:
-            with _averaging(group):
-                input = input / dist.get_world_size(group)
-                return reduce_scatter(output, input, group=group, async_op=async_op)
-        return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
+        with _as_sum(op, group) as (op, size):
+            input = input / size if size > 1 else input
+            return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
 
     return averaging
 

@@ -9,7 +9,6 @@ finalize, module after module, which launches the reductions that do not overlap
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from megatron_mimo_coord.checks.modules import remarks
 from megatron_mimo_coord.gradients.launch_order import OrderedLaunches
 from megatron_mimo_coord.gradients.loss_check import LossCheck
 from megatron_mimo_coord.gradients.module import ModuleGradients
-from megatron_mimo_coord.gradients.norms import CountedGradients
 from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.profiler_ranges import named_range
@@ -70,7 +68,7 @@ class Gradients:
         changes: Changes,
     ) -> None:
         language = job.grids[LANGUAGE]
-        self._job, self._schedule = job, schedule
+        self._schedule = schedule
         self.modules = {name: _collect(job, name, changes) for name in job.ddps}
         mixtures = [weigh_like_the_loss(ddp, job.per_token, changes) for ddp in job.ddps.values()]
         self.has_mixtures = any(mixtures)
@@ -107,11 +105,6 @@ class Gradients:
         last_first = encoders if language else encoders[::-1]
         together = [[module.ddp for module in some] for some in (last_first, language) if some]
         self._launches = [OrderedLaunches(ddps, changes) for ddps in together]
-
-    @cached_property
-    def counted(self) -> CountedGradients:
-        """Those that no other rank counts in a norm."""
-        return CountedGradients(self._job.grids, self.modules.values())
 
     def zero_grad_buffer(self) -> None:
         """Set the gradients of every module to zero, before a step.

@@ -26,6 +26,11 @@ class Misfit:
     sentence: Callable[[], str]
     is_so: torch.Tensor | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether it is so; waits for the device where only that knows."""
+        return self.is_so is None or bool(self.is_so)
+
 
 def _known(order: tuple[int, ...], sentence: str) -> Misfit:
     return Misfit(order, lambda: sentence)

@@ -7,6 +7,7 @@ what was reduced: with the distributed optimizer that is this rank's shard of ea
 """
 
 from copy import copy
+from functools import cached_property
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -47,6 +48,11 @@ class ModuleGradients:
         ddp.scale_in_reduction(factor, changes)
         self._everything = ddp.reduced(everything=True)
         self._shards = ddp.reduced(everything=False)
+
+    @cached_property
+    def counted(self) -> list[torch.Tensor]:
+        """The parts of the gradients that no other rank counts in a norm."""
+        return list(self.ddp.disjoint_parts(self.pg_collection))
 
     def finalize(self, force_all_reduce: bool) -> None:
         """Megatron's own finalize, of this module alone and without the 1/N."""

@@ -6,7 +6,7 @@ parameters that several tensor-parallel ranks or pipeline stages hold, one copy 
 Megatron's own norm.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -15,33 +15,29 @@ from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.world.device import world_device
 
 
-class CountedGradients:
-    """The parts of the gradients of this rank's modules that no other rank counts.
+def grad_norms(
+    names: Iterable[str], modules: Mapping[str, ModuleGradients], scale: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """L2 norm of each module's gradients / ``scale``. Collective; no host sync.
 
     Args:
         names: all modules of the job, in one order on every rank.
         modules: those on this rank.
+        scale: a tensor without dims.
     """
+    index = {name: each for each, name in enumerate(names)}
+    squares = torch.zeros(len(index), dtype=torch.float64, device=world_device())
+    for name, module in modules.items():
+        if module.counted:
+            norms = torch.stack(torch._foreach_norm(module.counted, 2, dtype=torch.float32)) / scale
+            squares[index[name]] = norms.double().square().sum()
+    dist.all_reduce(squares)
+    return dict(zip(index, squares.sqrt().float().unbind(), strict=True))
 
-    def __init__(self, names: Iterable[str], modules: Iterable[ModuleGradients]) -> None:
-        self._names = list(names)
-        self._counted = {
-            module.name: list(module.ddp.disjoint_parts(module.pg_collection)) for module in modules
-        }
 
-    def norms(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """L2 norm of each module's gradients / ``scale``. Collective; no host sync."""
-        squares = torch.zeros(len(self._names), dtype=torch.float64, device=world_device())
-        for name, grads in self._counted.items():
-            if grads:
-                norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)) / scale
-                squares[self._names.index(name)] = norms.double().square().sum()
-        dist.all_reduce(squares)
-        return dict(zip(self._names, squares.sqrt().float().unbind(), strict=True))
-
-    def counts(self) -> dict[str, int]:
-        """Trainable parameters of each module. Collective."""
-        here = {name: sum(grad.numel() for grad in grads) for name, grads in self._counted.items()}
-        counts = torch.tensor([here.get(name, 0) for name in self._names], device=world_device())
-        dist.all_reduce(counts)
-        return dict(zip(self._names, counts.tolist(), strict=True))
+def num_parameters(names: Iterable[str], modules: Mapping[str, ModuleGradients]) -> dict[str, int]:
+    """Trainable parameters of each module, by the same arguments. Collective."""
+    here = {name: sum(grad.numel() for grad in each.counted) for name, each in modules.items()}
+    counts = torch.tensor([here.get(name, 0) for name in names], device=world_device())
+    dist.all_reduce(counts)
+    return dict(zip(names, counts.tolist(), strict=True))

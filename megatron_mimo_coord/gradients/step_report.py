@@ -80,7 +80,7 @@ class StepReport:
         """
         if torch.is_grad_enabled():
             self.add(misfit)
-        elif misfit.is_so is None or misfit.is_so:
+        elif misfit.holds:
             raise RuntimeError(misfit.sentence())
 
     def dp_rank(self, encoder: str) -> int:
@@ -138,10 +138,9 @@ class StepReport:
         numbers = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         if self._of_loss is not None:
             numbers[:NUMBERS], self._of_loss = self._of_loss, None
-        numbers[NUMBERS] = sum(each.is_so is None for each in self._misfits)
+        numbers[NUMBERS] = 0
         for each in self._misfits:
-            if each.is_so is not None:
-                numbers[NUMBERS] += each.is_so
+            numbers[NUMBERS] += 1 if each.is_so is None else each.is_so
         if self._rows is not None:
             for name in self._readers:
                 samples = self._rows * self.data_parallel_sizes[name]
@@ -213,7 +212,7 @@ class StepReport:
 
 def _told(misfits: Sequence[Misfit]) -> str:
     """The first of all ranks' misfits, one with a text that was cut before others. Collective."""
-    mine = [(each.order, each.sentence()) for each in misfits if each.is_so is None or each.is_so]
+    mine = [(each.order, each.sentence()) for each in misfits if each.holds]
     texts = all_gather_text(json.dumps(mine), device=world_device())
     _, told = min(each for text in texts for each in json.loads(text))
     return told
