@@ -46,15 +46,9 @@ def scale_of(
 
 
 def weigh_like_the_loss(module: torch.nn.Module, per_token: bool, changes: Changes) -> bool:
-    """Have routers multiply by their tokens if the loss will be divided by tokens, and only then.
+    """Have routers multiply by their tokens if the one loss will be divided by its tokens.
 
-    Args:
-        module: whose routers.
-        per_token: whether the one loss is divided by its tokens, whatever the module's DDP does.
-        changes: where is recorded what is set.
-
-    Returns:
-        Whether there are routers.
+    And only then, whatever the module's DDP does. Returns whether there are routers.
     """
     routers = [router for router in module.modules() if isinstance(router, Router)]
     for router in routers:
@@ -72,11 +66,7 @@ _Z_LOSS = "z_loss"
 
 
 def recorded_depths(modules: Iterable[torch.nn.Module]) -> list[int]:
-    """Of each auxiliary loss, layers of the deepest mixture that records it; 0 if none does.
-
-    Args:
-        modules: those on this rank.
-    """
+    """Of each auxiliary loss, layers of the deepest mixture that records it; 0 if none does."""
     depths = dict.fromkeys((*_RECORDED.values(), _Z_LOSS), 0)
     for router in (each for module in modules for each in module.modules()):
         if isinstance(router, TopKRouter):

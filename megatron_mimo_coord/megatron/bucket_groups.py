@@ -22,13 +22,7 @@ class Launch(Protocol):
 
 
 class BucketGroup:
-    """Buckets that one launch reduces, and whose parameters another gathers.
-
-    Args:
-        group: Megatron's.
-        settings: of the DDP that they belong to.
-        replicas: the process group of their replicas.
-    """
+    """Buckets that one launch reduces, and whose parameters another gathers."""
 
     def __init__(
         self, group: Any, settings: DistributedDataParallelConfig, replicas: dist.ProcessGroup

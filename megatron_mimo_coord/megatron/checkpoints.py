@@ -85,9 +85,7 @@ class ShardedWeights:
     """The weights and buffers of a model's modules on this rank.
 
     Args:
-        model: the model.
-        pg_collections: process groups of the modules on this rank.
-        language: name of the language model among them.
+        model, pg_collections: the modules on this rank, and their process groups.
         stacked: whether equal layers are one tensor, as Megatron's trainers may have them.
 
     Attributes:

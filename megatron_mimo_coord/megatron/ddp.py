@@ -122,11 +122,7 @@ class ModuleDdp:
         return bool(self.ddp.force_all_reduce)
 
     def disjoint_parts(self, pg_collection: ProcessGroupCollection) -> Iterator[torch.Tensor]:
-        """The reduced gradients dealt out to all ranks of the module, each element to one of them.
-
-        Args:
-            pg_collection: the module's process groups.
-        """
+        """The reduced gradients dealt out to the module's ranks, each element to one of them."""
         expert_tp = getattr(pg_collection, "expt_tp", None)
 
         def counts(param: torch.nn.Parameter) -> bool:

@@ -25,12 +25,7 @@ from megatron_mimo_coord.megatron.changes import Changes
 
 
 def meets_replicas(module: torch.nn.Module, own_ranks: Set[int]) -> bool:
-    """Whether a forward of a module may launch a collective with ranks of other replicas.
-
-    Args:
-        module: whose submodules are looked at.
-        own_ranks: the ranks of its replica.
-    """
+    """Whether a forward of a module may launch a collective with ranks of other replicas."""
     return any(
         set(dist.get_process_group_ranks(group)) - own_ranks
         for each in module.modules()
@@ -92,12 +87,7 @@ def _names_in_forward(kind: type) -> Set[str]:
 
 
 def run_empty_batches(module: torch.nn.Module, changes: Changes) -> None:
-    """Have Megatron's layers run a batch without samples: they launch what they always launch.
-
-    Args:
-        module: whose layers.
-        changes: where is recorded what is set.
-    """
+    """Have Megatron's layers run a batch without samples: they launch what they always launch."""
     for each in module.modules():
         if isinstance(each, Attention):
             changes.set(each, "forward", _with_a_sample(each.forward))

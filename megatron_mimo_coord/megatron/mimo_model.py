@@ -138,23 +138,16 @@ def read_texts_by(
     """Have others read in a text what of an encoder's output is for whom, and whether it has any.
 
     Args:
-        model: the model.
+        model, changes: whose methods they take the place of, and where that is recorded.
         attach_split_sizes: called with an output, the text and the encoder's name.
         has_encoder_tokens: called with the text and the name of an encoder that was not fed.
-        changes: where is recorded what is set.
     """
     changes.set(model, "_attach_modality_split_sizes", attach_split_sizes)
     changes.set(model, "_has_encoder_tokens", has_encoder_tokens)
 
 
 def expect_no_tokens_of(model: MimoModel, encoders: Container[str], changes: Changes) -> None:
-    """Have a forward not look into a text for tokens of encoders that it leaves out.
-
-    Args:
-        model: the model.
-        encoders: those that this forward leaves out.
-        changes: where is recorded what is set.
-    """
+    """Have a forward not look into a text for tokens of encoders that it leaves out."""
     has_tokens = model._has_encoder_tokens
     changes.set(
         model,

@@ -91,12 +91,7 @@ def _restored(before: Any, saved: torch.Tensor) -> Any:
 
 
 class _Modules:
-    """The states of the modules on this rank.
-
-    Args:
-        states: of each module, the last one's in place; the language model is the last.
-        grids: of all modules.
-    """
+    """The states of the modules on this rank, of which the last, the language model's, rest."""
 
     def __init__(self, states: Mapping[str, _States], grids: Grids) -> None:
         self._states = dict(states)
@@ -160,13 +155,7 @@ _of_process: list[_Modules] = []  # one, as there is one tracker
 
 @told_of_missing_names()
 def initialize_module_states(seed: int, groups: Groups, grids: Grids) -> None:
-    """Seed the states of each module for this rank's place in it.
-
-    Args:
-        seed: of the job.
-        groups: process groups of the modules on this rank, the language model's last.
-        grids: of all modules.
-    """
+    """Seed the states of each module for this rank's place in it; the language model's are last."""
     _forget()
     states = {}
     for name, each in groups.items():
@@ -190,11 +179,7 @@ def _forget() -> None:
 def draw_by_module(modules: Mapping[str, Any], grids: Grids, changes: Changes) -> None:
     """Have each module draw from its own states while it runs.
 
-    Args:
-        modules: the DDPs of those on this rank; ``MimoModel`` calls their ``forward``, which has no
-            hooks, and that calls the module inside.
-        grids: of all modules.
-        changes: where is recorded what is hooked to them.
+    ``MimoModel`` calls the ``forward`` of a DDP, which has no hooks, and that the module inside.
     """
     for each in _of_process:
         if each.are_of(grids):

@@ -51,15 +51,7 @@ class _Kept:
 
 
 class OptimizerStates:
-    """What an optimizer keeps on this rank, module by module.
-
-    State that the first update would make is made.
-
-    Args:
-        optimizer: the ``MimoOptimizer``; None for nothing.
-        ddps: the modules on this rank.
-        weights: where their weights lie.
-    """
+    """What an optimizer keeps on this rank, or would keep after its first update."""
 
     def __init__(
         self,
@@ -272,14 +264,7 @@ def _kept(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[_Kept]:
 def _tensors(
     param: torch.nn.Parameter, main: torch.Tensor, kept: Mapping[str, Any], elements: int
 ) -> dict[str, torch.Tensor]:
-    """Of what is kept, the tensors with a number for each element; and the fp32 copy, if it is one.
-
-    Args:
-        param: the model's parameter.
-        main: what the optimizer updates.
-        kept: what it keeps for that, by name.
-        elements: how many there are here.
-    """
+    """Of what is kept, what has a number for each element; and what is updated, if it is a copy."""
     tensors = {
         name: value
         for name, value in kept.items()

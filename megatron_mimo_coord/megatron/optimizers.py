@@ -95,13 +95,7 @@ def _wait(found_inf: bool) -> None:
 def overrides_of_module(
     name: str, config: OptimizerConfig, given: Mapping[str | ParamKey, ParamGroupOverride]
 ) -> dict[ParamKey, ParamGroupOverride]:
-    """Which of a module's parameters have other settings than ``config``: Megatron's, and given.
-
-    Args:
-        name: the module.
-        config: the settings of all.
-        given: for the name of a module or a key, ``max_lr`` and the like.
-    """
+    """Which of a module's parameters have other settings than ``config``: Megatron's, and given."""
     standard = get_standard_config_overrides(config)
     exempt = [key for key, override in standard.items() if "wd_mult" in override]
     decays = ParamWithNamePredicate(
@@ -145,11 +139,9 @@ def build_mimo_optimizer(
     """Megatron's optimizers of all modules, as one. Collective over the world.
 
     Args:
-        ddps: the modules on this rank.
+        ddps, pg_collections: the modules on this rank, and their process groups.
         grids: of all modules.
-        pg_collections: the process groups of those on this rank.
-        config: settings of all.
-        overrides: of each module, which of its parameters have others.
+        config, overrides: settings of all, and of some parameters of each module.
         count: how many every rank builds, be it of modules without parameters.
     """
 

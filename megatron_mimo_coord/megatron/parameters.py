@@ -59,12 +59,7 @@ def gradients_of_own_copies(ddp: DistributedDataParallel) -> dict[str, Any]:
 def layers_on_other_ranks(
     ddp: DistributedDataParallel, groups: ProcessGroupCollection
 ) -> Iterator[str]:
-    """Tensor-parallel layers that are shared out over other ranks than those of their module.
-
-    Args:
-        ddp: the module.
-        groups: its own.
-    """
+    """Tensor-parallel layers that are shared out over other ranks than those of their module."""
     own = [
         dist.get_process_group_ranks(group)
         for group in (groups.tp, getattr(groups, "expt_tp", None))

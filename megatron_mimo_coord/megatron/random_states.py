@@ -81,10 +81,6 @@ def drop_whole_embeddings_alike(module: torch.nn.Module, changes: Changes) -> No
 
     With sequence parallelism Megatron drops as if each had its own part. But ``MimoModel`` shares
     out what it has put together, and in backward each rank gets the gradient of the whole.
-
-    Args:
-        module: whose embeddings.
-        changes: where is recorded what is set.
     """
     for each in module.modules():
         if isinstance(each, LanguageModelEmbedding) and each.config.sequence_parallel:

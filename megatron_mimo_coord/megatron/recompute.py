@@ -17,12 +17,7 @@ INPUT = "hidden_states"
 
 
 def keep_gradients_of_recomputed_blocks(module: torch.nn.Module, changes: Changes) -> None:
-    """Have the input of each block that recomputes, and trains, need a gradient.
-
-    Args:
-        module: whose blocks.
-        changes: where is recorded what is hooked to them.
-    """
+    """Have the input of each block that recomputes, and trains, need a gradient."""
     for block in module.modules():
         recomputes = getattr(getattr(block, "config", None), "recompute_granularity", None)
         layers = getattr(block, "layers", None)

@@ -41,12 +41,7 @@ def check_sequence_lengths(config: ModelParallelConfig) -> None:
 
 
 def hand_over_no_views(model: torch.nn.Module, changes: Changes) -> None:
-    """Have a model's outputs be no views, which the schedule could not free. Nothing is copied.
-
-    Args:
-        model: the ``MimoModel``, which returns outputs and loss mask, or outputs alone.
-        changes: where is recorded that its outputs are watched.
-    """
+    """Have a model's outputs be no views, which the schedule could not free. Nothing is copied."""
 
     def without_views(_: torch.nn.Module, __: Any, returned: Any) -> Any:
         if isinstance(returned, tuple):
@@ -73,8 +68,7 @@ class Schedule:
     """What the schedule calls.
 
     Args:
-        wrapped: what it runs: the model, or a chain of ``.module`` that ends in it.
-        model: the model.
+        wrapped, model: what it runs: the model, or a chain of ``.module`` that ends in it.
         changes: where is recorded what is set.
 
     Attributes:
@@ -169,16 +163,7 @@ def run_encoders(
     microbatch: int,
     num_microbatches: int,
 ) -> Any:
-    """One forward step in which encoders run, as Megatron's schedule does it; what they return.
-
-    Args:
-        forward_step_func: the trainer's.
-        data_iterator: what it reads.
-        model: what the schedule runs.
-        config: of the schedule.
-        microbatch: its number in the step.
-        num_microbatches: of the step.
-    """
+    """One forward step in which encoders run, as Megatron's schedule does it; what they return."""
     outputs: Any = None
 
     def encode(data_iterator: Any, model: Any, *_: Any) -> Any:

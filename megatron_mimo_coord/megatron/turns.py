@@ -55,14 +55,8 @@ class _EncodersRole(RankRole):
 class Turns:
     """Which modules a model runs.
 
-    Args:
-        model: the model.
-        must: whether it runs only when it is somebody's turn.
-        changes: where is recorded that its forward is watched.
-
     Attributes:
-        encoders: whether it is the encoders' turn.
-        language: whether it is the language model's.
+        encoders, language: whose turn it is; a model that must not run without one does not.
     """
 
     def __init__(self, model: MimoModel, must: bool, changes: Changes) -> None:

@@ -96,13 +96,7 @@ class Manifest:
 
 
 def damages(manifest: Manifest, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint.
-
-    Args:
-        manifest: of the checkpoint.
-        rank: this rank, which reads its share of the files.
-        world_size: ranks that share them.
-    """
+    """What is wrong with the files of a checkpoint, of which each rank reads its share."""
     found = []
     files: dict[str, Any] = manifest.content["files"]
     for name in sorted(files)[rank::world_size]:
@@ -165,10 +159,7 @@ def claim(folder: Path) -> bool:
 def unfinished_path(folder: Path, step: int, attempt: int) -> Path:
     """Where the ranks write the checkpoint of a step.
 
-    Args:
-        folder: of the checkpoints.
-        step: of the checkpoint.
-        attempt: a number that no other attempt has: ranks that outlive their job may still write.
+    No other attempt has this one's number: ranks that outlive their job may still write.
     """
     path = checkpoint_path(folder, step)
     return path.with_name(f"{path.name}.{attempt:x}{_UNFINISHED}")
@@ -200,9 +191,6 @@ def finish(path: Path, content: dict[str, Any], keep: int) -> Path:
         path: where the ranks have written, each file already on disk.
         content: what the manifest says, its files included.
         keep: how many whole checkpoints stay.
-
-    Returns:
-        The whole checkpoint.
     """
     document = {"content": content, "sha256": _digest(content)}
     write_durably(path / MANIFEST, json.dumps(document))

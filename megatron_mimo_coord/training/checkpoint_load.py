@@ -64,8 +64,7 @@ class CheckpointLoad:
     """Goes into the model, the optimizer and the random states of one rank.
 
     Args:
-        job: the modules, and which of them are here.
-        layout: where every module lies, in words.
+        job, layout: the modules, which of them are here, and where all lie, in words.
         optimizer: the ``MimoOptimizer``, None for the weights alone.
         strict: what may differ, as in ``Rules``.
         names: parts of names here, and what stands for each in the checkpoint.

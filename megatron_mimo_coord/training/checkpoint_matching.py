@@ -75,15 +75,7 @@ class Matches:
         index: Index,
         rules: Rules,
     ) -> "Matches":
-        """Compare a rank's chunks with what a checkpoint has.
-
-        Args:
-            weights: chunks of weights.
-            states: chunks of what the optimizer keeps.
-            frozen_keys: of weights that are not trained.
-            index: of the checkpoint.
-            rules: what may differ.
-        """
+        """Compare a rank's chunks with what a checkpoint has."""
         found = cls()
         kept = _kept(index)
         for chunk in weights:

@@ -41,11 +41,7 @@ Entry = dict[str, Any]
 
 
 class ChunkFile:
-    """One rank's file.
-
-    Args:
-        path: of the file, which must not exist.
-    """
+    """One rank's file."""
 
     def __init__(self, path: Path) -> None:
         self._name = path.name

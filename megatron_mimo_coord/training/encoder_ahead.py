@@ -32,13 +32,7 @@ class _Encoded:
 
 
 class EncoderAhead:
-    """Runs the forward step of this rank's encoders ahead of the schedule.
-
-    Args:
-        modules: the modules on this rank.
-        assignments: the model's.
-        texts: what this rank reads in a step.
-    """
+    """Runs the forward step of this rank's encoders ahead of the schedule."""
 
     def __init__(
         self,
@@ -68,14 +62,9 @@ class EncoderAhead:
     def step(
         self, most: int, forward_step_func: Callable[..., Any], data_iterator: Any, **arguments: Any
     ) -> Iterator[Callable[..., Any]]:
-        """Inside, the schedule runs; :meth:`encode` is called before the last backward.
+        """Inside, the schedule runs, with what is yielded as its forward step.
 
-        Args:
-            most: how many microbatches the encoders may be ahead at the end.
-            forward_step_func, data_iterator, arguments: what the schedule is given.
-
-        Yields:
-            The forward step for the schedule.
+        :meth:`encode`, called before the last backward, encodes ``most`` microbatches at most.
         """
         source = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         communicator = arguments["p2p_communicator"]

@@ -28,11 +28,6 @@ Overrides = Mapping[str | ParamKey, ParamGroupOverride]
 def build_optimizer(job: Job, config: OptimizerConfig, given: Overrides) -> MimoOptimizer:
     """Megatron's optimizer of all modules. Collective over the world.
 
-    Args:
-        job: the modules, their grids, and which of them are here.
-        config: settings of every module's optimizer.
-        given: other settings of some modules or parameters.
-
     Raises:
         ValueError: on every rank, if the config does not fit a module's DDP, or settings do not
             fit each other.
