@@ -44,7 +44,10 @@ def config_of(name: str, module: torch.nn.Module) -> ModelParallelConfig:
 
 
 def configs_inside(module: torch.nn.Module) -> list[ModelParallelConfig]:
-    """Of all Megatron modules that are in no other; none where a module is none of Megatron's."""
+    """Of all Megatron modules that are in no other; none where a module is none of Megatron's.
+
+    What is inside one may have copies of its config that depend on the layout.
+    """
     return list(_outermost(module, True))
 
 

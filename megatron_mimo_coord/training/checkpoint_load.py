@@ -138,7 +138,7 @@ class CheckpointLoad:
             chunks = [evolve(chunk, key=weights.names[chunk.key]) for chunk in chunks]
         self._states = OptimizerStates(self._optimizer, self._job.ddps, weights)
         kept, frozen = self._states.chunks(), weights.frozen_keys()
-        self._matches = Matches.find(chunks, kept, frozen, self._index, self._rules)
+        self._matches = Matches(chunks, kept, frozen, self._index, self._rules)
         return [*copy_problems(self._job, weights), *self._matches.problems]
 
     def tell_differences(self, headline: str) -> None:

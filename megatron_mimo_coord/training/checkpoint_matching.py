@@ -46,9 +46,8 @@ class Rules:
         return key
 
 
-@frozen
 class Matches:
-    """What one rank finds in a checkpoint.
+    """What one rank finds in a checkpoint for its chunks of weights, and of what optimizers keep.
 
     Attributes:
         fills: chunks of this rank, under the key of what is to be copied into each.
@@ -59,70 +58,63 @@ class Matches:
         problems: what does not fit.
     """
 
-    fills: list[Chunk] = field(factory=list, init=False)
-    begins: list[Chunk] = field(factory=list, init=False)
-    missing: set[str] = field(factory=set, init=False)
-    fresh: set[str] = field(factory=set, init=False)
-    known: set[str] = field(factory=set, init=False)
-    problems: list[str] = field(factory=list, init=False)
-
-    @classmethod
-    def find(
-        cls,
+    def __init__(
+        self,
         weights: list[Chunk],
         states: list[Chunk],
         frozen_keys: Set[str],
         index: Index,
         rules: Rules,
-    ) -> "Matches":
-        """Compare a rank's chunks with what a checkpoint has."""
-        found = cls()
-        kept = _kept(index)
+    ) -> None:
+        self._index, self._rules, self._kept = index, rules, _kept(index)
+        self.fills: list[Chunk] = []
+        self.begins: list[Chunk] = []
+        self.missing: set[str] = set()
+        self.known: set[str] = set()
+        self.problems: list[str] = []
         for chunk in weights:
-            found._add_weight(chunk, index, rules, is_frozen=chunk.key in frozen_keys)
-            if chunk.key in frozen_keys and not rules.strict:
-                key = rules.name_there(chunk.key)
-                found.known.update(f"{_STATE}{name}.{key}" for name in kept.get(key, ()))
-        found.fresh.update(
+            self._add_weight(chunk, is_frozen=chunk.key in frozen_keys)
+        self.fresh = {
             chunk.weight
             for chunk in states
             if rules.name_there(chunk.key) not in index.tensors and not _is_master(chunk)
-        )
+        }
         for chunk in states:
-            found._add_state(chunk, index, rules, kept)
-        return found
+            self._add_state(chunk)
 
-    def _add_weight(self, chunk: Chunk, index: Index, rules: Rules, is_frozen: bool) -> None:
-        key = rules.name_there(chunk.key)
+    def _add_weight(self, chunk: Chunk, is_frozen: bool) -> None:
+        rules, tensors, key = self._rules, self._index.tensors, self._rules.name_there(chunk.key)
         self.known.add(key)
-        if key not in index.tensors:
+        if is_frozen and not rules.strict:
+            self.known.update(f"{_STATE}{name}.{key}" for name in self._kept.get(key, ()))
+        if key not in tensors:
             self.missing.add(chunk.key)
             if not rules.may_lack(is_frozen):
                 self.problems.append(f"the checkpoint has no {key}")
             return
-        is_wider = chunk.dtype == "float32" != index.tensors[key]["dtype"]
-        if is_wider and not rules.strict and _MASTER + key in index.tensors:
+        is_wider = chunk.dtype == "float32" != tensors[key]["dtype"]
+        if is_wider and not rules.strict and _MASTER + key in tensors:
             key = _MASTER + key
             self.known.add(key)
-        self._fill(chunk, key, index, rules)
+        self._fill(chunk, key)
 
-    def _add_state(
-        self, chunk: Chunk, index: Index, rules: Rules, kept: Mapping[str, set[str]]
-    ) -> None:
+    def _add_state(self, chunk: Chunk) -> None:
+        rules, tensors = self._rules, self._index.tensors
         key, weight = rules.name_there(chunk.key), rules.name_there(chunk.weight)
         self.known.add(key)
         if chunk.weight in self.fresh and not _is_master(chunk):
             self.begins.append(chunk)
-            others = kept.get(weight, set()) - {"fp32_param"}
-            if key not in index.tensors and (rules.strict or (rules.strict is None and others)):
+            others = self._kept.get(weight, set()) - {"fp32_param"}
+            if key not in tensors and (rules.strict or (rules.strict is None and others)):
                 self.problems.append(f"the checkpoint has no {key}")
-        elif key in index.tensors:
-            self._fill(chunk, key, index, rules)
-        elif weight in index.tensors:  # else the copy stays, as the weight does
-            self._fill(chunk, weight, index, rules)
+        elif key in tensors:
+            self._fill(chunk, key)
+        elif weight in tensors:  # else the copy stays, as the weight does
+            self._fill(chunk, weight)
 
-    def _fill(self, chunk: Chunk, key: str, index: Index, rules: Rules) -> None:
-        self.problems.extend(_misfits(chunk, key, index.tensors[key], bool(rules.strict)))
+    def _fill(self, chunk: Chunk, key: str) -> None:
+        found, strict = self._index.tensors[key], bool(self._rules.strict)
+        self.problems.extend(_misfits(chunk, key, found, strict))
         self.fills.append(evolve(chunk, key=key))
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
+
+from megatron_mimo_coord.megatron.module_configs import configs_inside
 
 _SIZES = (
     "num_layers",
@@ -29,7 +30,7 @@ _SIZES = (
 def model_sizes(module: torch.nn.Module) -> list[dict[str, Any]]:
     """Those of each part of a module that has a config of its own. JSON."""
     found: list[dict[str, Any]] = []
-    for config in _configs(module):
+    for config in configs_inside(module):
         sizes = {name: getattr(config, name, None) for name in _SIZES}
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if sizes not in found:
@@ -56,13 +57,3 @@ def size_problems(
                 f"{size} of module {name!r} is {alike.get(size)} in the checkpoint, "
                 f"{sizes.get(size)} here"
             )
-
-
-def _configs(module: torch.nn.Module) -> Iterator[TransformerConfig]:
-    """The outermost ones: what is inside may have copies that depend on the layout."""
-    config = getattr(module, "config", None)
-    if isinstance(config, TransformerConfig):
-        yield config
-        return
-    for child in module.children():
-        yield from _configs(child)
