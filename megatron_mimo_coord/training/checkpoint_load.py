@@ -32,7 +32,6 @@ from megatron_mimo_coord.world.gather import all_gather_text
 
 logger = logging.getLogger(__name__)
 
-_EXTRA = "extra."
 _MODULE = re.compile(r"(?:^|\.)(language_model|modality_submodules\.([^.]+))\.")
 _WRAPPERS = re.compile(r"((?:^|\.)(?:language_model|modality_submodules\.[^.]+)\.)(?:module\.)+")
 
@@ -146,7 +145,7 @@ class CheckpointLoad:
 
         Collective.
         """
-        keys = [key for key in sorted(self._index.tensors) if not key.startswith(_EXTRA)]
+        keys = sorted(self._index.tensors)
         if self._optimizer is None:
             keys = [key for key in keys if not key.startswith("optimizer.")]
         known = [key in self._matches.known for key in keys]
@@ -194,7 +193,7 @@ class CheckpointLoad:
         elif content["has_rank_states"]:
             ranks = range(world_size)
             loaded.rank_states = [self._rank_file(path, rank)[RANK_STATE] for rank in ranks]
-        loaded.extra.update(self._extra())
+        loaded.extra.update(decode(content["extra"]))
         return RankFacts({}, {})
 
     def fill_weights(self) -> RankFacts:
@@ -220,13 +219,6 @@ class CheckpointLoad:
     def has_trainable_only(self) -> bool:
         """Whether the checkpoint has only what was trained."""
         return self._rules.without_frozen
-
-    def _extra(self) -> dict[str, Any]:
-        """What the trainer had given to save."""
-        content, tensors = self._manifest.content, self._index.tensors
-        count = sum(key.startswith(_EXTRA) for key in tensors)
-        found = [self._index.tensor(f"{_EXTRA}{number}") for number in range(count)]
-        return dict(decode(content["extra"], found))
 
     # -- what others wrote -------------------------------------------------------------------------
 

@@ -231,14 +231,6 @@ class Index:
                 source = self._elements(chunk.key, entry)[box.slices_of(both)]
                 target[chunk.box.slices_of(both)].copy_(source)
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """A whole tensor, on the CPU."""
-        found = self.tensors[key]
-        shape = tuple(found["shape"])
-        whole = torch.empty(shape, dtype=getattr(torch, found["dtype"]), device="cpu")
-        self.fill(Chunk(key, shape, Box([0] * len(shape), shape), whole))
-        return whole
-
     def object(self, key: str) -> Any:
         """What :meth:`ChunkFile.write_object` wrote; PyTorch refuses all but plain data."""
         entry = self.objects[key]

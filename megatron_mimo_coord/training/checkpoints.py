@@ -19,8 +19,7 @@ from megatron_mimo_coord.checks.copies import copy_problems, differing_buffers, 
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.layout.boxes import Box
-from megatron_mimo_coord.megatron.checkpoints import Chunk, ShardedWeights
+from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates, optimizer_problems
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
@@ -195,8 +194,6 @@ class Checkpoints:
         left_out = weights.frozen_keys() if given.trainable_only else ()
         chunks = [chunk for chunk in weights.chunks() if chunk.key not in left_out]
         chunks += states.chunks()
-        if self._job.rank == 0:
-            chunks += [_extra_chunk(index, tensor) for index, tensor in enumerate(given.tensors)]
         return Share(
             chunks=[chunk for chunk in chunks if chunk.writes],
             objects={key: value for key, value, writes in weights.objects() if writes},
@@ -335,27 +332,24 @@ class Checkpoints:
 
 @frozen
 class _Given:
-    """What a trainer has asked to save: ``extra`` and ``rank_state`` in JSON, tensors apart."""
+    """What a trainer has asked to save: ``extra`` and ``rank_state`` in JSON."""
 
     optimizer: Any
     trainable_only: bool
     extra: dict[str, Any]
     rank_state: Any
-    tensors: list[torch.Tensor]
 
     @classmethod
     def encoded(cls, optimizer: Any, only: bool, extra: Any, rank_state: Any) -> "_Given":
         """Made of what it gave.
 
         Raises:
-            ValueError: JSON and tensors cannot say something of it; names it.
+            ValueError: JSON cannot say something of it; names it.
         """
         for name, each in (("extra", extra), ("rank_state", rank_state)):
             if not isinstance(each, Mapping | None):
                 raise ValueError(f"{name} is a {type(each).__name__}: give a dict with string keys")
-        tensors: list[torch.Tensor] = []
-        said, own = encode(extra, tensors), encode(rank_state, where="rank_state")
-        return cls(optimizer, only, said, own, tensors)
+        return cls(optimizer, only, encode(extra), encode(rank_state, where="rank_state"))
 
     def facts(self, saving: CheckpointSave) -> dict[str, str]:
         """What all ranks must give alike, in words."""
@@ -365,8 +359,7 @@ class _Given:
             "with an optimizer": str(self.optimizer is not None),
             "with rank_state": str(self.rank_state is not None),
             "trainable_only": str(self.trainable_only),
-            **{f"extra[{name!r}]": json.dumps(value) for name, value in self.extra.items()},
-            "tensors in extra": str([_fingerprint(tensor) for tensor in self.tensors]),
+            **{f"extra[{name!r}]": _shortened(value) for name, value in self.extra.items()},
         }
 
 
@@ -380,11 +373,9 @@ def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
         raise ValueError(f"{headline}: {type(error).__name__}: {error}") from error
 
 
-def _extra_chunk(index: int, tensor: torch.Tensor) -> Chunk:
-    shape = tuple(tensor.shape)
-    return Chunk(f"extra.{index}", shape, Box([0] * len(shape), shape), tensor)
-
-
-def _fingerprint(tensor: torch.Tensor) -> str:
-    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:16]}"
+def _shortened(value: Any, most: int = 80) -> str:
+    """What is the same only for the same value."""
+    text = json.dumps(value)
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"

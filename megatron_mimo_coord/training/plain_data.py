@@ -1,4 +1,4 @@
-"""Nested Python data as JSON and tensors, and back as it was. Nothing is pickled."""
+"""Nested Python data and tensors as JSON, and back as they were. Nothing is pickled."""
 
 import base64
 from collections import Counter
@@ -7,21 +7,17 @@ from typing import Any
 
 import torch
 
-_BYTES, _ARRAY = "$bytes", "$array"
-_TENSOR, _SCALAR, _TUPLE, _COUNTER = "$tensor", "$scalar", "$tuple", "$counter"
+_BYTES, _TENSOR, _TUPLE, _COUNTER = "$bytes", "$tensor", "$tuple", "$counter"
 _MAX_DEPTH = 100
 
 
-def encode(
-    value: Any, tensors: list[torch.Tensor] | None = None, where: str = "extra", depth: int = 0
-) -> Any:
+def encode(value: Any, where: str = "extra", depth: int = 0) -> Any:
     """What JSON can say of a value.
 
     Args:
         value: mappings with string keys, which come back as dicts, lists, tuples, strings, bytes,
             numbers, booleans, None, tensors, and a ``Counter`` of integers, which learning-rate
             schedulers keep.
-        tensors: where tensors with dims are put; JSON then has their number, else their elements.
         where: the value's name, for the error.
         depth: how many values it is inside of.
 
@@ -30,7 +26,7 @@ def encode(
 
     Example:
         >>> encode({"betas": (0.9, 0.95), "scale": torch.tensor(2.0)})
-        {'betas': {'$tuple': [0.9, 0.95]}, 'scale': {'$scalar': ['float32', 2.0]}}
+        {'betas': {'$tuple': [0.9, 0.95]}, 'scale': {'$tensor': ['float32', [], 'AAAAQA==']}}
         >>> encode({"sampler": {3: "odd"}})
         Traceback (most recent call last):
         ValueError: extra['sampler'] has the key 3: use strings that do not begin with $
@@ -42,29 +38,21 @@ def encode(
     if type(value) is bytes:
         return {_BYTES: base64.b64encode(value).decode()}
     if type(value) in (list, tuple):
-        items = [encode(item, tensors, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+        items = [encode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         return items if type(value) is list else {_TUPLE: items}
     if isinstance(value, Counter) and all(type(key) is int for key in value):
-        return {_COUNTER: encode(list(value.items()), tensors, where, depth + 1)}
+        return {_COUNTER: encode(list(value.items()), where, depth + 1)}
     if isinstance(value, Mapping):
         for key in value:
             if type(key) is not str or key.startswith("$"):
                 raise ValueError(
                     f"{where} has the key {key!r}: use strings that do not begin with $"
                 )
-        return {
-            key: encode(item, tensors, f"{where}[{key!r}]", depth + 1)
-            for key, item in value.items()
-        }
+        return {key: encode(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, torch.Tensor) and _is_plain(value):
         dtype = str(value.dtype).removeprefix("torch.")
-        if value.ndim == 0:
-            return {_SCALAR: [dtype, value.item()]}
-        if tensors is not None:
-            tensors.append(value)
-            return {_TENSOR: len(tensors) - 1}
         elements = value.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
-        return {_ARRAY: [dtype, list(value.shape), base64.b64encode(elements.tobytes()).decode()]}
+        return {_TENSOR: [dtype, list(value.shape), base64.b64encode(elements.tobytes()).decode()]}
     raise ValueError(
         f"{where} is a {type(value).__name__}: a checkpoint takes dicts, lists, tuples, strings, "
         f"bytes, numbers, booleans, None and dense real tensors, because nothing in it is pickled"
@@ -77,7 +65,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return is_dense and not tensor.is_quantized and not tensor.dtype.is_complex
 
 
-def decode(value: Any, tensors: list[torch.Tensor] | None = None) -> Any:
+def decode(value: Any) -> Any:
     """The value that :func:`encode` was given.
 
     Example:
@@ -85,23 +73,20 @@ def decode(value: Any, tensors: list[torch.Tensor] | None = None) -> Any:
         {'betas': (0.9, 0.95)}
     """
     if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
+        return [decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     if _BYTES in value:
         return base64.b64decode(value[_BYTES])
     if _TUPLE in value:
-        return tuple(decode(item, tensors) for item in value[_TUPLE])
+        return tuple(decode(item) for item in value[_TUPLE])
     if _COUNTER in value:
         return Counter({key: decode(item) for key, item in map(decode, value[_COUNTER])})
-    if _SCALAR in value:
-        dtype, number = value[_SCALAR]
-        return torch.tensor(number, dtype=getattr(torch, dtype), device="cpu")
-    if _ARRAY in value:
-        dtype, shape, text = value[_ARRAY]
-        elements = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8, device="cpu")
-        return elements.view(getattr(torch, dtype)).view(shape)
     if _TENSOR in value:
-        assert tensors is not None, "who encoded tensors decodes them"
-        return tensors[value[_TENSOR]]
-    return {key: decode(item, tensors) for key, item in value.items()}
+        dtype, shape, text = value[_TENSOR]
+        data = bytearray(base64.b64decode(text))
+        elements = torch.empty(len(data), dtype=torch.uint8, device="cpu")
+        if data:
+            elements.copy_(torch.frombuffer(data, dtype=torch.uint8))
+        return elements.view(getattr(torch, dtype)).view(shape)
+    return {key: decode(item) for key, item in value.items()}
