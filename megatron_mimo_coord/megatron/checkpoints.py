@@ -40,6 +40,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.utils import sharded_state_dict_default
 
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.boxes import Box, boxes_of_range
 
 _LAYER = re.compile(r"(?<=\.)(layers\.\d+)(?=\.)")
@@ -98,11 +99,10 @@ class ShardedWeights:
         self,
         model: MimoModel,
         pg_collections: Mapping[str, ProcessGroupCollection | None],
-        language: str,
         stacked: bool = False,
     ) -> None:
         self._model = model
-        sharded, self.names = _sharded_state_dict(model, pg_collections, language, stacked)
+        sharded, self.names = _sharded_state_dict(model, pg_collections, stacked)
         self._of_param = {
             id(each.data): each
             for each in nested_values(sharded)
@@ -115,18 +115,7 @@ class ShardedWeights:
 
     def chunks(self) -> list[Chunk]:
         """All tensors of this rank."""
-        tensors = [x for x in nested_values(self._sharded) if isinstance(x, ShardedTensor)]
-        return [
-            Chunk(
-                key=each.key,
-                shape=tuple(each.global_shape),
-                box=Box(each.global_offset, (*(1 for _ in range(_added(each))), *each.local_shape)),
-                data=each.data.detach(),
-                writes=is_main_replica(each.replica_id),
-                padded_for=_padded_for(each),
-            )
-            for each in tensors
-        ]
+        return [_chunk(x) for x in nested_values(self._sharded) if isinstance(x, ShardedTensor)]
 
     def objects(self) -> Iterator[tuple[str, Any, bool]]:
         """(key, object, whether this rank writes it) of what modules keep beside tensors.
@@ -175,24 +164,19 @@ class ShardedWeights:
         """
         stop = start + max((tensor.numel() for tensor in tensors.values()), default=0)
         for shard, begin in self._shards(param):
-            writes = is_main_replica(shard.replica_id)
+            weight = _chunk(shard)
             if alone:
                 writes = isinstance(shard.replica_id, int) or not any(shard.replica_id[:-1])
+                weight = evolve(weight, writes=writes)
             first, last = max(start, begin), min(stop, begin + shard.data.numel())
             added, at = tuple(shard.global_offset[: _added(shard)]), first - start
             for box in boxes_of_range(tuple(shard.local_shape), first - begin, last - begin):
                 starts = zip(shard.global_offset[len(added) :], box.offset, strict=True)
                 whole = Box((*added, *map(sum, starts)), (*(1 for _ in added), *box.size))
                 for name, tensor in tensors.items():
-                    yield Chunk(
-                        key=f"optimizer.state.{name}.{shard.key}",
-                        shape=tuple(shard.global_shape),
-                        box=whole,
-                        data=tensor.detach().view(-1)[at : at + box.volume],
-                        writes=writes,
-                        padded_for=_padded_for(shard),
-                        weight=shard.key,
-                    )
+                    data = tensor.detach().view(-1)[at : at + box.volume]
+                    key = f"optimizer.state.{name}.{shard.key}"
+                    yield evolve(weight, key=key, box=whole, data=data, weight=shard.key)
                 at += box.volume
 
     def _shards(self, param: torch.nn.Parameter) -> Iterator[tuple[ShardedTensor, int]]:
@@ -231,9 +215,15 @@ def _added(tensor: ShardedTensor) -> int:
     return int(tensor.prepend_axis_num)
 
 
-def _padded_for(tensor: ShardedTensor) -> int:
-    """TP, of what Megatron pads to a multiple of it."""
-    return int(tensor.axis_fragmentations[0]) if tensor.allow_shape_mismatch else 0
+def _chunk(shard: ShardedTensor) -> Chunk:
+    return Chunk(
+        key=shard.key,
+        shape=tuple(shard.global_shape),
+        box=Box(shard.global_offset, (*(1 for _ in range(_added(shard))), *shard.local_shape)),
+        data=shard.data.detach(),
+        writes=is_main_replica(shard.replica_id),
+        padded_for=int(shard.axis_fragmentations[0]) if shard.allow_shape_mismatch else 0,
+    )
 
 
 def declare_format(folder: Path) -> str:
@@ -245,13 +235,12 @@ def declare_format(folder: Path) -> str:
 def _sharded_state_dict(
     model: MimoModel,
     pg_collections: Mapping[str, ProcessGroupCollection | None],
-    language: str,
     stacked: bool,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What Megatron says of every weight, by the keys of ``model.state_dict()``; names of keys."""
     here = {name: f"modality_submodules.{name}" for name in model.modality_submodules}
     if model.language_model is not None:
-        here[language] = "language_model"
+        here[LANGUAGE] = "language_model"
     sharded: dict[str, Any] = {}
     names: dict[str, str] = {}
     for name, path in here.items():

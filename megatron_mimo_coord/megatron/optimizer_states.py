@@ -84,7 +84,10 @@ class OptimizerStates:
         """Of each module."""
         return {
             name: {
-                "groups": [_settings(group) for group in self._groups(name)],
+                "groups": [
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in self._groups(name)
+                ],
                 "steps": {key: float(state["step"]) for key, state in self._counted(name)},
                 "grad_scaler": {
                     key: float(value)
@@ -192,10 +195,6 @@ def _identifier_keys() -> tuple[str, ...]:
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
     return tuple(param_group_identifier_keys)
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _identity(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,8 +121,7 @@ class CheckpointLoad:
         return RankFacts(path, {}, _shortened(problems))
 
     def _sharded(self, stacked: bool = False) -> ShardedWeights:
-        groups = self._job.infra.pg_collections
-        return ShardedWeights(self._job.model, groups, LANGUAGE, stacked)
+        return ShardedWeights(self._job.model, self._job.infra.pg_collections, stacked)
 
     def _match(self, weights: ShardedWeights, prefix: str = "") -> list[str]:
         """Find what there is for the weights, and for what the optimizer keeps.

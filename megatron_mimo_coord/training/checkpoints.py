@@ -18,7 +18,6 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron_mimo_coord.checks.copies import copy_problems, differing_buffers, differing_copies
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
-from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates, optimizer_problems
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
@@ -134,7 +133,7 @@ class Checkpoints:
         found: list[ShardedWeights] = []
 
         def read() -> RankFacts:
-            found.append(ShardedWeights(self._job.model, self._job.infra.pg_collections, LANGUAGE))
+            found.append(ShardedWeights(self._job.model, self._job.infra.pg_collections))
             return RankFacts({}, {}, [*copy_problems(self._job, found[0])])
 
         _agree(read, headline)
@@ -157,8 +156,10 @@ class Checkpoints:
             problems += optimizer_problems(given.optimizer, list(self._job.ddps))
         facts = given.facts(saving)
         saving.holds = (dict(facts), given.rank_state, self._optimizer_steps.num_changes)
-        last = self._last
-        if last is not None and last.is_whole and self._watches(given.optimizer):
+        last, watched = self._last, self._optimizer_steps.optimizers
+        # Whether every step that changes what is saved is known.
+        is_watched = bool(watched) if given.optimizer is None else given.optimizer in watched
+        if last is not None and last.is_whole and is_watched:
             saving.is_over = saving.is_whole = last.holds == saving.holds
         options = {"keep": saving.keep, "background": background, "saved": saving.is_whole}
         facts |= {name: str(option) for name, option in options.items()}
@@ -181,11 +182,6 @@ class Checkpoints:
                 if not problems:
                     folders.begin(saving.parent, saving.step, attempt)
         return RankFacts(facts, {}, problems, flags=attempt)
-
-    def _watches(self, optimizer: Any) -> bool:
-        """Whether every step that changes what is saved is known."""
-        known = self._optimizer_steps.optimizers
-        return bool(known) if optimizer is None else optimizer in known
 
     def _share(self, weights: ShardedWeights, given: "_Given") -> Share:
         """What this rank writes."""
