@@ -5,20 +5,14 @@ it was ready as often as in the first batch, on its handles, and with the distri
 its shards. Without these no gradient can be reduced in one order, and ranks wait for ever.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_mimo_coord.megatron.changes import Changes
-
-
-class Launch(Protocol):
-    """Stands in for the launch of a reduction, which DDP calls from backward and at the end."""
-
-    def __call__(self, force_all_reduce: bool | None = False) -> None:
-        """Launch it, or see to it that it is launched before the step is over."""
 
 
 class BucketGroup:
@@ -34,8 +28,8 @@ class BucketGroup:
 
     # -- reductions --------------------------------------------------------------------------------
 
-    def route_reduction(self, launch: Launch, changes: Changes) -> None:
-        """Have ``launch`` called where DDP would launch the reduction."""
+    def route_reduction(self, launch: Callable[..., None], changes: Changes) -> None:
+        """Have ``launch(force_all_reduce=False)`` called where DDP would launch the reduction."""
         changes.set(self._group, "start_grad_sync", launch)
 
     def reduce(self, force_all_reduce: bool | None) -> None:

@@ -69,6 +69,7 @@ class CheckpointLoad:
         names: parts of names here, and what stands for each in the checkpoint.
 
     Attributes:
+        manifest: of this package's checkpoint, once it is prepared.
         loaded: what was found, complete once all is filled.
     """
 
@@ -88,7 +89,7 @@ class CheckpointLoad:
 
     def prepare(self, manifest: Manifest) -> RankFacts:
         """Compare what the checkpoint holds with what there is here."""
-        self._manifest, content = manifest, manifest.content
+        self.manifest, content = manifest, manifest.content
         self.loaded = LoadedCheckpoint(content["step"], {})
         path = {"checkpoint": str(manifest.path.absolute())}
         if content["format"] != FORMAT:
@@ -170,16 +171,16 @@ class CheckpointLoad:
 
     def verify_files(self) -> RankFacts:
         """Read this rank's share of the files, and compare them with their digests."""
-        found = folders.damages(self._manifest, self._job.rank, dist.get_world_size())
+        found = folders.damages(self.manifest, self._job.rank, dist.get_world_size())
         if found:
-            steps = folders.checkpoint_steps(self._manifest.path.parent)[:-1]
+            steps = folders.checkpoint_steps(self.manifest.path.parent)[:-1]
             advice = f"; to go on from step {steps[-1]}, delete this one" if steps else ""
             found = [f"{problem}{advice}" for problem in found]
         return RankFacts({}, {}, found)
 
     def fill(self) -> RankFacts:
         """Overwrite model, optimizer and random states."""
-        content, path = self._manifest.content, self._manifest.path
+        content, path = self.manifest.content, self.manifest.path
         self.fill_weights()
         self._states.load_filled(
             decode(content["optimizer"]), self._matches.fresh, self._rules.name_there
@@ -213,11 +214,6 @@ class CheckpointLoad:
 
     def _rank_file(self, path: Path, rank: int) -> Any:
         return decode(json.loads((path / random_states_name(rank)).read_text()))
-
-    @property
-    def has_trainable_only(self) -> bool:
-        """Whether the checkpoint has only what was trained."""
-        return self._rules.without_frozen
 
     # -- what others wrote -------------------------------------------------------------------------
 

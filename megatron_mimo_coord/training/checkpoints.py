@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
 from megatron.core import __version__ as megatron_version
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
@@ -92,8 +91,21 @@ class Checkpoints:
         differing = differing_copies(self._job, weights)
         for remark in differing_buffers(self._job):
             logger.warning("%s", remark)
-        wanted = (optimizer, bool(trainable_only), extra or {}, rank_state)
-        begin = partial(self._begin, saving, weights, differing, wanted, background)
+
+        def begin() -> RankFacts:
+            content = {
+                "trainable_only": bool(trainable_only),
+                "has_rank_states": rank_state is not None,
+                "format": FORMAT,
+                "step": step,
+                "extra": _encoded("extra", extra or {}),
+                "megatron-core": megatron_version,
+                "world_size": dist.get_world_size(),
+                "layout": self._layout,
+            }
+            own = _encoded("rank_state", rank_state)
+            return self._begin(saving, weights, differing, optimizer, content, own, background)
+
         flags = _agree(begin, headline)
         if saving.is_whole:
             return saving
@@ -144,38 +156,29 @@ class Checkpoints:
         saving: CheckpointSave,
         weights: ShardedWeights,
         differing: list[str],
-        wanted: tuple[Any, bool, Any, Any],
+        optimizer: Any,
+        content: dict[str, Any],
+        rank_state: Any,
         background: bool,
     ) -> RankFacts:
         """Compare what the ranks were given; collect it, and make the folder to write into.
 
         Where the checkpoint is there already, and nothing has changed since, it is whole.
         """
-        problems, given = [*saving.problems(), *differing], _Given.encoded(*wanted)
-        if given.optimizer is not None:
-            problems += optimizer_problems(given.optimizer, list(self._job.ddps))
-        facts = given.facts(saving)
-        saving.holds = (dict(facts), given.rank_state, self._optimizer_steps.num_changes)
+        problems = [*saving.problems(), *differing]
+        if optimizer is not None:
+            problems += optimizer_problems(optimizer, list(self._job.ddps))
+        facts = self._remember(saving, optimizer, content, rank_state)
         last, watched = self._last, self._optimizer_steps.optimizers
         # Whether every step that changes what is saved is known.
-        is_watched = bool(watched) if given.optimizer is None else given.optimizer in watched
+        is_watched = bool(watched) if optimizer is None else optimizer in watched
         if last is not None and last.is_whole and is_watched:
             saving.is_over = saving.is_whole = last.holds == saving.holds
         options = {"keep": saving.keep, "background": background, "saved": saving.is_whole}
         facts |= {name: str(option) for name, option in options.items()}
         attempt = secrets.randbits(40)
         if not problems and not saving.is_whole:
-            share = self._share(weights, given)
-            content = {
-                "trainable_only": given.trainable_only,
-                "has_rank_states": given.rank_state is not None,
-                "format": FORMAT,
-                "step": saving.step,
-                "extra": given.extra,
-                "megatron-core": megatron_version,
-                "world_size": dist.get_world_size(),
-                "layout": self._layout,
-            }
+            share = self._share(weights, optimizer, content["trainable_only"], rank_state)
             saving.prepare(share.copied() if background else share, content)
             if self._job.rank == 0:
                 problems += self._folder_problems(saving.parent, saving.step)
@@ -183,17 +186,34 @@ class Checkpoints:
                     folders.begin(saving.parent, saving.step, attempt)
         return RankFacts(facts, {}, problems, flags=attempt)
 
-    def _share(self, weights: ShardedWeights, given: "_Given") -> Share:
+    def _remember(
+        self, saving: CheckpointSave, optimizer: Any, content: Mapping[str, Any], rank_state: Any
+    ) -> dict[str, str]:
+        """Have a checkpoint know what it holds; what of it all ranks must give alike, in words."""
+        facts = {
+            "folder": str(saving.parent),
+            "step": str(saving.step),
+            "with an optimizer": str(optimizer is not None),
+            "with rank_state": str(rank_state is not None),
+            "trainable_only": str(content["trainable_only"]),
+        }
+        facts |= {f"extra[{key!r}]": _shortened(each) for key, each in content["extra"].items()}
+        saving.holds = (facts, rank_state, self._optimizer_steps.num_changes)
+        return dict(facts)
+
+    def _share(
+        self, weights: ShardedWeights, optimizer: Any, trainable_only: bool, rank_state: Any
+    ) -> Share:
         """What this rank writes."""
         ddps = self._job.ddps
-        states = OptimizerStates(given.optimizer, ddps, weights)
-        left_out = weights.frozen_keys() if given.trainable_only else ()
+        states = OptimizerStates(optimizer, ddps, weights)
+        left_out = weights.frozen_keys() if trainable_only else ()
         chunks = [chunk for chunk in weights.chunks() if chunk.key not in left_out]
         chunks += states.chunks()
         return Share(
             chunks=[chunk for chunk in chunks if chunk.writes],
             objects={key: value for key, value, writes in weights.objects() if writes},
-            states={**encode(random_states()), RANK_STATE: given.rank_state},
+            states={**encode(random_states()), RANK_STATE: rank_state},
             sizes={name: model_sizes(ddp.module) for name, ddp in ddps.items()},
             settings=encode(states.settings(), where="optimizer"),
         )
@@ -234,13 +254,10 @@ class Checkpoints:
         self._optimizer_steps.num_changes += 1
         if optimizer is None:
             self._reload_optimizers()
-        loaded = loading.loaded
         self._last = CheckpointSave(folder, found, is_over=True, is_whole=True)
-        only = loading.has_trainable_only
-        given = _Given.encoded(optimizer, only, loaded.extra, loaded.rank_state)
-        facts = given.facts(self._last)
-        self._last.holds = (facts, given.rank_state, self._optimizer_steps.num_changes)
-        return loaded
+        own = encode(loading.loaded.rank_state, where="rank_state")
+        self._remember(self._last, optimizer, loading.manifest.content, own)
+        return loading.loaded
 
     def load_module(
         self,
@@ -326,37 +343,15 @@ class Checkpoints:
         return []
 
 
-@frozen
-class _Given:
-    """What a trainer has asked to save: ``extra`` and ``rank_state`` in JSON."""
+def _encoded(name: str, given: Any) -> Any:
+    """What JSON says of a mapping, or of None.
 
-    optimizer: Any
-    trainable_only: bool
-    extra: dict[str, Any]
-    rank_state: Any
-
-    @classmethod
-    def encoded(cls, optimizer: Any, only: bool, extra: Any, rank_state: Any) -> "_Given":
-        """Made of what it gave.
-
-        Raises:
-            ValueError: JSON cannot say something of it; names it.
-        """
-        for name, each in (("extra", extra), ("rank_state", rank_state)):
-            if not isinstance(each, Mapping | None):
-                raise ValueError(f"{name} is a {type(each).__name__}: give a dict with string keys")
-        return cls(optimizer, only, encode(extra), encode(rank_state, where="rank_state"))
-
-    def facts(self, saving: CheckpointSave) -> dict[str, str]:
-        """What all ranks must give alike, in words."""
-        return {
-            "folder": str(saving.parent),
-            "step": str(saving.step),
-            "with an optimizer": str(self.optimizer is not None),
-            "with rank_state": str(self.rank_state is not None),
-            "trainable_only": str(self.trainable_only),
-            **{f"extra[{name!r}]": _shortened(value) for name, value in self.extra.items()},
-        }
+    Raises:
+        ValueError: it is none, or JSON cannot say something of it; names it.
+    """
+    if not isinstance(given, Mapping | None):
+        raise ValueError(f"{name} is a {type(given).__name__}: give a dict with string keys")
+    return encode(given, where=name)
 
 
 def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
