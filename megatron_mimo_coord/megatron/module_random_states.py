@@ -55,8 +55,8 @@ class _States:
         """Have everybody draw from them."""
         tracker = get_cuda_rng_tracker()
         graph_safe = random.is_graph_safe_cuda_rng_tracker(tracker)
-        torch.set_rng_state(self.host)
         random._set_cuda_rng_state(self.device, graph_safe=graph_safe)
+        torch.set_rng_state(self.host)  # last, as it is the device's too where there is no GPU
         tracker.set_states(self.tracked)
 
     def tensors(self) -> dict[str, torch.Tensor]:
