@@ -208,6 +208,7 @@ def keep_everything(folder: Path) -> None:
         "ordered": OrderedDict(b=1, a=2),
         "order": torch.randperm(5, generator=torch.Generator().manual_seed(1)),
         "scale": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.empty(0, 3, dtype=torch.bfloat16),
     }
     with training(Case(modules=FAN_IN), weight_decay=0.1) as one:
         assert one.coordinator.load_checkpoint(folder / "nothing", one.optimizer) == (0, {})
@@ -229,6 +230,7 @@ def keep_everything(folder: Path) -> None:
         assert list(found["ordered"]) == ["b", "a"]
         assert torch.equal(found["order"], extra["order"])
         assert found["scale"].dtype == torch.float64 and found["scale"] == 2.5
+        assert found["empty"].dtype == torch.bfloat16 and found["empty"].shape == (0, 3)
         assert one.optimizer.param_groups[0]["lr"] == 0.25
         assert one.optimizer.param_groups[0]["weight_decay"] in (0.1, 0.0)
         again = partial(one.coordinator.save_checkpoint, folder, step=1)
@@ -390,6 +392,7 @@ def refuse_to_save(folder: Path) -> dict[str, str]:
                 "extra": {"a": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}
             },
             "differs": {"extra": {"rank": rank}},
+            "tensor differs": {"extra": {"order": torch.arange(100) + (rank == 2)}},
             "folder": {"folder": folder / f"of {rank}"},
             "no path": {"folder": folder if rank else None},
             "file": {"folder": folder / "foreign" / "model.safetensors"},
@@ -443,6 +446,8 @@ def test_a_save_that_cannot_be_is_refused_on_every_rank(tmp_path):
         assert "extra['sampler'] is a object: a checkpoint takes dicts" in said["object"]
         assert "extra has the key 1: use strings" in said["key"]
         assert "extra['rank']: rank 0 has 0, rank 1 has 1, rank 2 has 2" in said["differs"]
+        assert "extra['order']: rank 2 has {" in said["tensor differs"]
+        assert len(said["tensor differs"]) < 500
         assert "extra is a list: give a dict" in said["list"]
         assert "more than 100 levels deep, or inside itself" in said["inside itself"]
         assert "extra['a'] is a Tensor: a checkpoint takes" in said["sparse"]
