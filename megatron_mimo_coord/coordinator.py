@@ -69,7 +69,6 @@ from megatron_mimo_coord.training.encoder_ahead import EncoderAhead
 from megatron_mimo_coord.training.evaluation import evaluation_mode
 from megatron_mimo_coord.training.optimizer import build_optimizer
 from megatron_mimo_coord.world.device import world_device
-from megatron_mimo_coord.world.groups import ExtraGroups
 
 logger = logging.getLogger(__name__)
 
@@ -152,24 +151,10 @@ class MultiModuleCoordinator:
         self._gradients = Gradients(
             job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
         )
-        self._fit = TextFit(
-            job.model,
-            job.ddps,
-            self._pending_assignments,
-            self._gradients.report,
-            self._changes,
-        )
+        self._fit = TextFit(job, self._pending_assignments, self._gradients.report, self._changes)
         if LANGUAGE in job.ddps:
             cut_rotary_positions(job.model, job.groups[LANGUAGE].cp, self._changes)
-        self._token_counts = TokenCounts(
-            job.model,
-            job.grids,
-            job.infra.topology,
-            job.rank,
-            self._pending_assignments,
-            self._fit,
-            self._changes,
-        )
+        self._token_counts = TokenCounts(job, self._pending_assignments, self._fit, self._changes)
         self._modules, self._step = self._gradients.modules, self._gradients.step
         self._ahead = EncoderAhead(
             job.ddps, self._pending_assignments, self._gradients.report.texts
@@ -181,14 +166,7 @@ class MultiModuleCoordinator:
             self._ahead.problems,
         )
         run_with_replicas(
-            job.model,
-            job.ddps,
-            job.grids,
-            job.meeting,
-            lambda: not turns.language,
-            self._gradients.report.tell,
-            ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE]),
-            self._changes,
+            job, lambda: not turns.language, self._gradients.report.tell, self._changes
         )
         self._encoders_first = EncodersFirst(
             job.model,
@@ -382,13 +360,7 @@ class MultiModuleCoordinator:
         check_sequence_lengths(config)
         self._token_counts.may_vary = True
         communicator = build_communicator(
-            self._job.infra,
-            self._grids,
-            self._job.model,
-            config,
-            self._pending_assignments,
-            self._fit,
-            self._changes,
+            self._job, config, self._pending_assignments, self._fit, self._changes
         )
         communicator.after_backward = self._after_backward
         communicator.before_forward = self._turns.check

@@ -9,7 +9,7 @@ microbatch has begun, calls are for later ones.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -51,10 +51,13 @@ class _Pending:
 
 
 class PendingAssignments:
-    """A model's.
+    """A model's: a trainer puts them in, the bridge takes one out a microbatch.
 
-    An encoder that no bridge on this rank asks for is dropped; a rank that holds the encoder must
-    not run then.
+    What is put in for an encoder that no bridge on this rank asks for is dropped; a rank that holds
+    the encoder must not run then.
+
+    Attributes:
+        microbatch: number in its pass of the microbatch that the model runs, or has run last.
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,7 @@ class PendingAssignments:
         self._taken: set[str] = set()
         self._compared: set[str] = set()
         self._not_taken: ImageAssignment | None = None
-        self._counts: dict[Hashable, int] = {}
+        self.microbatch = -1
 
     def watch(self, model: torch.nn.Module, changes: Changes) -> None:
         """Look at each microbatch that a model runs."""
@@ -79,13 +82,7 @@ class PendingAssignments:
 
     def begin_pass(self) -> None:
         """The schedule begins: microbatches are counted from 0."""
-        self._counts.clear()
-
-    def count(self, where: Hashable) -> int:
-        """Number of the microbatch in the pass that has got there, of which it is told once."""
-        number = self._counts.get(where, 0)
-        self._counts[where] = number + 1
-        return number
+        self.microbatch = -1
 
     def end_pass(self, gone: Sequence[ImageAssignment]) -> None:
         """What is assigned from now on is of another step.
@@ -114,6 +111,7 @@ class PendingAssignments:
                 f"their samples: build the schedule's p2p_communicator with "
                 f"coordinator.build_pipeline_communicator(config) before assign_images is called"
             )
+        self.microbatch += 1
         for each in self._pending.values():
             each.may_be_given = False
 

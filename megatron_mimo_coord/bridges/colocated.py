@@ -38,7 +38,7 @@ def carry_in_forward(
 
     def carry(embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tokens [token, hidden] of each modality, from the encoder's layout to the language's."""
-        microbatch = assignments.count(carry)
+        microbatch = assignments.microbatch
         made, outputs = [], {}
         for name in bridges.encoders:
             output = embeddings.get(name)

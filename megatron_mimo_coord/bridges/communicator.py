@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.models.mimo import MimoModel
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator,
 )
@@ -22,7 +21,8 @@ from megatron_mimo_coord.bridges.outgoing import Outgoing
 from megatron_mimo_coord.bridges.routes import Lanes, bridge_ends
 from megatron_mimo_coord.bridges.shared_bridges import SharedBridges, Waiting
 from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.infra import Infra, default_output_ndim
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.infra import default_output_ndim
 from megatron_mimo_coord.layout import (
     LANGUAGE,
     ModuleGrid,
@@ -226,9 +226,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
 
 
 def build_communicator(
-    infra: Infra,
-    grids: Mapping[str, ModuleGrid],
-    model: MimoModel,
+    job: Job,
     config: ModelParallelConfig,
     assignments: PendingAssignments,
     fit: TextFit,
@@ -237,9 +235,7 @@ def build_communicator(
     """The communicator of a layout, disjoint or colocated. Collective.
 
     Args:
-        infra: grids and process groups.
-        grids: where each module lies.
-        model: whose colocated bridges carry varying numbers of tokens from now on.
+        job: whose model's colocated bridges carry varying numbers of tokens from now on.
         config: the language model's config.
         assignments: the model's.
         fit: compares texts with tokens.
@@ -248,6 +244,7 @@ def build_communicator(
     Raises:
         ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
     """
+    model, grids, infra = job.model, job.grids, job.infra
     colocated, encoders_first = is_colocated(grids.values()), runs_encoders_first(grids)
     has_stages = any(grid.dim("pp") > 1 for grid in grids.values())
     if config.pipeline_dtype is None and (has_stages or not colocated):
@@ -264,7 +261,7 @@ def build_communicator(
         assignments,
     )
     if encoders_first or colocated:
-        bridges = SharedBridges(infra, model, grids, assignments, fit)
+        bridges = SharedBridges(job, assignments, fit)
         communicator.shared_bridges = bridges
         if encoders_first or carries_between_modules(model):
             assignments.open(bridges.encoders)

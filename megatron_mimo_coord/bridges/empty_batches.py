@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.mimo import MimoModel
 
+from megatron_mimo_coord.bridges.routes import bridge_ends
+from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.misfits import Misfit, unknown_inputs
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.empty_batches import run_empty_batches
 from megatron_mimo_coord.megatron.mimo_model import (
@@ -27,36 +28,27 @@ from megatron_mimo_coord.world.groups import ExtraGroups
 
 
 def run_with_replicas(
-    model: MimoModel,
-    modules: Mapping[str, torch.nn.Module],
-    grids: Mapping[str, ModuleGrid],
-    meeting: Mapping[str, bool],
-    encoders_run: Callable[[], bool],
-    tell: Callable[[Misfit], None],
-    groups: ExtraGroups,
-    changes: Changes,
+    job: Job, encoders_run: Callable[[], bool], tell: Callable[[Misfit], None], changes: Changes
 ) -> None:
     """Feed encoders that would be fed nothing while their replicas run. Collective over the world.
 
     Args:
-        model: the model.
-        modules: those on this rank.
-        grids: of all modules.
-        meeting: of each module, whether its replicas meet in its forward.
+        job: knows which modules' replicas meet in their forward.
         encoders_run: whether a forward of the model runs encoders.
         tell: told of inputs that cannot be empty; raises in an evaluation.
-        groups: where to get groups of hosts.
         changes: where is recorded what is changed in the model.
     """
+    groups = ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE])
     hosts_of: dict[str, dist.ProcessGroup] = {}
     left_out: set[str] = set()  # of a forward: encoders that no rank runs, as a replica cannot
-    for name in filter(LANGUAGE.__ne__, filter(meeting.get, grids)):
-        for ranks in _replicas(grids[name]):
+    for name in filter(LANGUAGE.__ne__, filter(job.meeting.get, job.grids)):
+        _, lanes = bridge_ends(job.grids[name], job.grids[name])
+        for ranks in zip(*lanes, strict=True):  # that differ in their replica alone
             hosts = groups.hosts(ranks)
             if hosts is not None:
                 hosts_of[name] = hosts
-        if name in modules:
-            run_empty_batches(modules[name], changes)
+        if name in job.ddps:
+            run_empty_batches(job.ddps[name], changes)
 
     def fill(inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of each encoder, of those with none an empty batch if replicas have some."""
@@ -76,18 +68,9 @@ def run_with_replicas(
         return filled
 
     if hosts_of:
-        expect_no_tokens_of(model, left_out, changes)
+        expect_no_tokens_of(job.model, left_out, changes)
         hook = change_modality_inputs(fill)
-        changes.on_close(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-
-def _replicas(grid: ModuleGrid) -> list[list[int]]:
-    """Ranks of the first stage that differ in their replica alone."""
-    lines: dict[int, list[int]] = {}
-    for rank in grid.ranks:
-        if grid.coordinate(rank, "pp") == 0:
-            lines.setdefault(grid.coordinate(rank, "tp"), []).append(rank)
-    return list(lines.values())
+        changes.on_close(job.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 def _described(value: Any) -> dict[str, Any]:

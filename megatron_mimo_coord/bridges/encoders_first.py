@@ -173,6 +173,7 @@ class EncodersFirst:
             step.outputs.clear()
             waiting = [Waiting(n, delivered.tokens.pop(n)) for n in list(delivered.tokens)]
             communicator.waiting = waiting
+            self._assignments.begin_pass()
             with self._turns.of_language():
                 losses = run_pipeline(
                     forward_step_func=forward_step_func,

@@ -1,7 +1,7 @@
 """The end of a bridge that receives activations and sends their gradients back."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 import torch
@@ -12,12 +12,12 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron_mimo_coord.bridges.agreement import refuse_other_samples
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.headers import Header
-from megatron_mimo_coord.bridges.links import Link, Ops, Part, Receipt, Whole
+from megatron_mimo_coord.bridges.links import Link, Ops, Part, Whole
 from megatron_mimo_coord.bridges.routes import takers
 from megatron_mimo_coord.layout import ModuleGrid
 
-Arrival = tuple[Receipt, Whole]
-"""What is to be received of an output, and the parts of it whose gradient somebody wants."""
+Arrival = tuple[Ops, Callable[[], torch.Tensor], Whole]
+"""A receipt of an output, and the parts of it whose gradient somebody wants."""
 
 
 def sequence_peers(grid: HyperCommGrid) -> dist.ProcessGroup | None:
@@ -64,7 +64,7 @@ class TargetEnd(Link):
         """What comes with these headers, to be received."""
         whole = self._whole(headers)
         wanted = tuple(part for part in whole.parts if headers[part.peer].wants_gradient)
-        return self.receipt(whole), evolve(whole, parts=wanted)
+        return *self.receipt(whole), evolve(whole, parts=wanted)
 
     def checked(self, gradient: torch.Tensor | None) -> torch.Tensor:
         """A gradient that there must be."""
@@ -147,7 +147,7 @@ class Incoming(TargetEnd):
         if self.assignments is not None:
             peer, first = next(iter(headers.items()))
             self.assignments.arrived(self.name, self.rank, self.giver(peer), first)
-        (receives, activation), to_return = self.arrival(headers)
+        receives, activation, to_return = self.arrival(headers)
         self.run(sends + receives)
         tensor = activation().requires_grad_()
         if torch.is_grad_enabled():

@@ -104,7 +104,7 @@ class Outgoing(SourceEnd):
     def _forward(self, output: torch.Tensor) -> Ops:
         microbatch, assignment = 0, None
         if self.assignments is not None:
-            microbatch = self.assignments.count(self)
+            microbatch = self.assignments.microbatch
             assignment = self.assignments.take(self.name)
         if assignment is None or self.agreement is None:
             deliveries = in_turn(self.turn, self._sizes(output))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from attrs import frozen
-from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.agreement import Agreement, refuse_left_out
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
@@ -25,8 +24,8 @@ from megatron_mimo_coord.bridges.links import Link, Ops, Whole
 from megatron_mimo_coord.bridges.outgoing import SourceEnd
 from megatron_mimo_coord.bridges.routes import bridge_ends, in_turn
 from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.infra import Infra
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.world.groups import ExtraGroups
 
@@ -76,9 +75,7 @@ class SharedBridges:
     """The ways of all encoders to the language model and back. Collective to build.
 
     Args:
-        infra: grids and process groups; every rank holds the language model.
-        model: the model.
-        grids: where each module lies.
+        job: in which every rank holds the language model.
         assignments: the model's.
         fit: compares texts with tokens.
 
@@ -87,17 +84,10 @@ class SharedBridges:
         dtype: in which tokens travel.
     """
 
-    def __init__(
-        self,
-        infra: Infra,
-        model: MimoModel,
-        grids: Mapping[str, ModuleGrid],
-        assignments: PendingAssignments,
-        fit: TextFit,
-    ) -> None:
-        rank, ranks = dist.get_rank(), grids[LANGUAGE].ranks
-        groups = ExtraGroups.shared(infra.module_to_grid_map[LANGUAGE])
-        peers = sequence_peers(infra.module_to_grid_map[LANGUAGE])
+    def __init__(self, job: Job, assignments: PendingAssignments, fit: TextFit) -> None:
+        model, grids, rank, ranks = job.model, job.grids, job.rank, job.grids[LANGUAGE].ranks
+        groups = ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE])
+        peers = sequence_peers(job.infra.module_to_grid_map[LANGUAGE])
         hosts, devices = groups.hosts(ranks), groups.devices(ranks)
         assert hosts is not None and devices is not None, "every rank holds the language model"
         self._rank, self._devices = rank, devices
@@ -157,16 +147,16 @@ class SharedBridges:
         if is_assigned or len(self._sources) < len(self.encoders):
             self._agreement.check()
         arrivals = [
-            (target, target.arrival(target.hear()))
+            (target, *target.arrival(target.hear()))
             for target in self._targets.values()
             for _ in outputs[target.name]
         ]
         sends = [op for source, tokens, whole in sent for op in source.sends(tokens, whole)]
-        self._run(sends + [op for _, ((ops, _), _) in arrivals for op in ops])
+        self._run(sends + [op for _, ops, _, _ in arrivals for op in ops])
         received: dict[str, list[torch.Tensor]] = {name: [] for name in self._targets}
-        for target, ((_, tensor), _) in arrivals:
+        for target, _, tensor, _ in arrivals:
             received[target.name].append(tensor())
-        back = [(target, to_return) for target, (_, to_return) in arrivals]
+        back = [(target, to_return) for target, _, _, to_return in arrivals]
         wanted = [(source, tokens.requires_grad, whole) for source, tokens, whole in sent]
         return Delivered(received, lambda gradients: self._give_back(back, wanted, gradients))
 

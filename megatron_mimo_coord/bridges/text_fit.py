@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
 from torch.nn.functional import pad
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
+from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.misfits import (
     other_tokens,
     other_width,
@@ -44,25 +44,19 @@ class TextFit:
     """Compares texts with tokens, and looks at what the model puts together.
 
     Args:
-        model: the model.
-        ddps: of the modules on this rank.
+        job: the model, and the modules on this rank.
         assignments: which count microbatches.
         report: told of what does not fit; raises in an evaluation.
         changes: where is recorded what is changed in the model.
     """
 
     def __init__(
-        self,
-        model: MimoModel,
-        ddps: Mapping[str, DistributedDataParallel],
-        assignments: PendingAssignments,
-        report: StepReport,
-        changes: Changes,
+        self, job: Job, assignments: PendingAssignments, report: StepReport, changes: Changes
     ) -> None:
-        self._model = model
+        self._model = model = job.model
         self._assignments = assignments
         self._report = report
-        for name, ddp in ddps.items():
+        for name, ddp in job.ddps.items():
             if name != LANGUAGE and is_last_stage(model, name):
                 hook = partial(self._widen, name)
                 changes.on_close(ddp.module.register_forward_hook(hook).remove)
@@ -86,7 +80,7 @@ class TextFit:
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Have ``MimoModel`` run texts that it would refuse on some ranks alone."""
-        microbatch = self._assignments.count("length")
+        microbatch = self._assignments.microbatch
         text, packing = input_ids_of(args, kwargs), packing_of(args, kwargs)
         if text is None:
             return None
@@ -128,11 +122,10 @@ class TextFit:
         self._misfit(name, counts, text, tokens, microbatch, is_part=True)
         return _cut_off(counts, tokens)
 
-    def unknown(
-        self, name: str, microbatch: int, tokens: int, ranks: int, texts: int, is_packed: bool
-    ) -> list[int]:
+    def unknown(self, name: str, tokens: int, ranks: int, texts: int, is_packed: bool) -> list[int]:
         """Numbers to go on with, where nobody knows how many tokens are for whom."""
         place = self._report.dp_rank(name)
+        microbatch = self._assignments.microbatch
         self._report.tell(unknown_parts(name, microbatch, tokens, ranks, texts, is_packed, place))
         return _cut_off([-(-tokens // ranks)] * ranks, tokens)
 
@@ -143,29 +136,26 @@ class TextFit:
         special_token_ids: Mapping[str, int],
     ) -> torch.Tensor:
         """Stands in for ``MimoModel``'s, which refuses other numbers."""
-        microbatch = self._assignments.count("text")
         put_together = MimoModel.align_embeddings_by_token_positions
         try:
             return put_together(self._model, modality_embeddings, input_ids, special_token_ids)
         except ValueError:
             fitted = {
-                name: self._fitted(name, tokens, input_ids, microbatch)
+                name: self._fitted(name, tokens, input_ids)
                 for name, tokens in modality_embeddings.items()
             }
             if all(fitted[name] is tokens for name, tokens in modality_embeddings.items()):
                 raise
         return put_together(self._model, fitted, input_ids, special_token_ids)
 
-    def _fitted(
-        self, name: str, tokens: torch.Tensor, input_ids: torch.Tensor, microbatch: int
-    ) -> torch.Tensor:
+    def _fitted(self, name: str, tokens: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """As many tokens as the text has."""
         if name not in self._model.special_token_ids:
             return tokens
         number = int((input_ids == self._model.special_token_ids[name]).sum())
         if number == len(tokens):
             return tokens
-        self._misfit(name, (), input_ids, len(tokens), microbatch)
+        self._misfit(name, (), input_ids, len(tokens), self._assignments.microbatch)
         if number < len(tokens):
             return tokens[:number]
         return torch.cat([tokens, tokens.new_zeros((number - len(tokens), *tokens.shape[1:]))])

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, Topology
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import (
     bounds_of,
@@ -48,9 +48,7 @@ class TokenCounts:
     (``gradients/step_report.py``); and so they do where no text says how many tokens are for whom.
 
     Args:
-        model: the model; its forward is watched.
-        grids, topology: where each module lies, and what its output goes to.
-        rank: this one. Where the language model is, too, the text is the language model's.
+        job: whose model is watched. Where the language model is, the text is its own.
         assignments: which say what an assigned image has.
         fit: compares texts with tokens.
         changes: where is recorded what is changed in the model.
@@ -61,15 +59,9 @@ class TokenCounts:
     """
 
     def __init__(
-        self,
-        model: MimoModel,
-        grids: Mapping[str, ModuleGrid],
-        topology: Topology,
-        rank: int,
-        assignments: PendingAssignments,
-        fit: TextFit,
-        changes: Changes,
+        self, job: Job, assignments: PendingAssignments, fit: TextFit, changes: Changes
     ) -> None:
+        model, grids, rank = job.model, job.grids, job.rank
         self._fit = fit
         self._model = model
         self.micro_batch_size: int | None = None
@@ -79,8 +71,7 @@ class TokenCounts:
             if rank in grid.ranks and rank not in grids[LANGUAGE].ranks
         }
         replicas = grids[LANGUAGE].data_parallel_size
-        encoders = [name for name, targets in topology.items() if LANGUAGE in targets]
-        sizes = {name: grids[name].data_parallel_size for name in encoders}
+        sizes = {n: grid.data_parallel_size for n, grid in grids.items() if n != LANGUAGE}
         self._fan_in = {name: size // replicas for name, size in sizes.items() if size > replicas}
         self._fan_out = {name: replicas // size for name, size in sizes.items() if size < replicas}
         self.may_vary = False
@@ -108,16 +99,13 @@ class TokenCounts:
         is_sent = is_last_stage(self._model, encoder_name) and output.ndim == 2
         if encoder_name not in self._places or not is_sent:
             return
-        microbatch = self._assignments.count(encoder_name)
         is_assigned = self._assignments.next(encoder_name) is not None
         if encoder_name in self._fan_out and len(output) and not is_assigned:
-            sizes = self._sizes(encoder_name, input_ids, len(output), microbatch)
+            sizes = self._sizes(encoder_name, input_ids, len(output))
             if sizes:
                 set_split_sizes(output, sizes)
 
-    def _sizes(
-        self, name: str, input_ids: torch.Tensor | None, tokens: int, microbatch: int
-    ) -> list[int]:
+    def _sizes(self, name: str, input_ids: torch.Tensor | None, tokens: int) -> list[int]:
         """Tokens of each sample of an encoder that feeds several ranks, or of each rank."""
         ranks, is_packed, texts = self._fan_out[name], self._packing is not None, 0
         if input_ids is not None:
@@ -126,10 +114,11 @@ class TokenCounts:
             texts = len(counts[part])
             if texts and texts % ranks == 0:
                 text = input_ids if is_packed else input_ids[part]
+                microbatch = self._assignments.microbatch
                 return self._fit.sizes(name, counts[part].tolist(), tokens, microbatch, text)
         if not self.may_vary:
             return []  # of Megatron's own, which cuts evenly
-        return self._fit.unknown(name, microbatch, tokens, ranks, texts, is_packed)
+        return self._fit.unknown(name, tokens, ranks, texts, is_packed)
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
         """On an encoder rank without images: an assignment tells without asking the device."""

@@ -134,6 +134,7 @@ class EncoderAhead:
             )
         _, queue = self._waiting[id(source)]
         encoded = queue.popleft()
+        self._assignments.begin_forward()
         self._texts.put_back(encoded.texts)
         if not queue:
             del self._waiting[id(source)]
