@@ -50,35 +50,23 @@ def model_states(
     width = sizes.bytes_per_number
     if sizes.frozen:
         return width * sum(each.numel for each in parameters), 0, 0
+    bucket_size = None  # only the first stage, whose reductions are waited for, has several
+    if sizes.overlap_grad_reduce and stage == 0:
+        least = max(LEAST_BUCKET, BUCKET_PER_REPLICA * parallelism.data_parallel_size)
+        bucket_size = sizes.bucket_size or least
+    replicas = parallelism.data_parallel_size * parallelism.context_parallel_size
     numel = optimized = 0
-    for is_expert in (False, True):
+    for is_expert, copies in ((False, replicas), (True, parallelism.expert_shape[2])):
         chosen = [each for each in parameters if each.is_expert == is_expert]
-        replicas = _replicas(parallelism, is_expert)
         length = sum(each.numel for each in chosen)
         if sizes.use_distributed_optimizer:
             pad_to = BUSBW_END if sizes.pad_buckets_for_high_nccl_busbw else END
-            bucket_size = _bucket_size(sizes, parallelism, stage)
-            length = padded(chosen, lcm(replicas, pad_to), bucket_size)
+            length = padded(chosen, lcm(copies, pad_to), bucket_size)
         numel += length
-        optimized += length // (replicas if sizes.use_distributed_optimizer else 1)
+        optimized += length // (copies if sizes.use_distributed_optimizer else 1)
     gradient = 4 if sizes.grad_reduce_in_fp32 else width
     state = MOMENTS + (MASTER if width < MASTER else 0)
     return width * numel, gradient * numel, state * optimized
-
-
-def _replicas(parallelism: ModuleParallelism, is_expert: bool) -> int:
-    """Ranks that hold the same parameters."""
-    if is_expert:
-        return parallelism.expert_shape[2]
-    return parallelism.data_parallel_size * parallelism.context_parallel_size
-
-
-def _bucket_size(sizes: ModuleSizes, parallelism: ModuleParallelism, stage: int) -> int | None:
-    """Only the first stage, whose reductions are waited for, has more than one bucket."""
-    if not sizes.overlap_grad_reduce or stage > 0:
-        return None
-    least = max(LEAST_BUCKET, BUCKET_PER_REPLICA * parallelism.data_parallel_size)
-    return sizes.bucket_size or least
 
 
 def padded(parameters: Sequence[Parameter], align: int, bucket_size: int | None = None) -> int:

@@ -15,67 +15,60 @@ def size_problems(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
         >>> print(*size_problems("vision", encoder))
         vision has no tokens_per_image; write how many tokens an image has inside it
     """
+    for field, said in _misfits(name, sizes):
+        yield Problem(f"{name} {said}", (name, field))
+
+
+def _misfits(name: str, sizes: ModuleSizes) -> Iterator[tuple[str, str]]:
+    """Fields, and what the module does wrong there."""
+    inside, outside = sizes.tokens_per_image, sizes.output_tokens
+    packed, pattern = sum(sizes.packed_lengths or ()), sizes.moe_layer_freq
+    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
+    experts, topk = sizes.num_moe_experts, sizes.moe_router_topk
     if name == LANGUAGE:
-        for field, what in (
-            ("vocab_size", "words it knows"),
-            ("seq_length", "tokens a sample has"),
-        ):
-            if getattr(sizes, field) is None:
-                yield Problem(f"{name} has no {field}; write how many {what}", (name, field))
-        if sizes.packed_lengths and sum(sizes.packed_lengths) > sizes.sequence:
-            yield Problem(
-                f"{name} packs {sum(sizes.packed_lengths)} tokens into rows of seq_length "
-                f"{sizes.sequence}; leave out some of packed_lengths, or raise seq_length",
-                (name, "packed_lengths"),
+        if sizes.vocab_size is None:
+            yield "vocab_size", "has no vocab_size; write how many words it knows"
+        if sizes.seq_length is None:
+            yield "seq_length", "has no seq_length; write how many tokens a sample has"
+        if packed > sizes.sequence:
+            yield (
+                "packed_lengths",
+                f"packs {packed} tokens into rows of seq_length {sizes.sequence}; leave out some "
+                f"of packed_lengths, or raise seq_length",
             )
-    else:
-        yield from _of_encoder(name, sizes)
-    if sizes.num_attention_heads % sizes.num_query_groups:
-        yield Problem(
-            f"{name} has {sizes.num_attention_heads} attention heads, which "
-            f"{sizes.num_query_groups} query groups do not divide; change one of the two",
-            (name, "num_query_groups"),
+    elif sizes.vocab_size is not None:
+        yield (
+            "vocab_size",
+            f"has a vocabulary, but only the language model reads words; leave it out, or call the "
+            f"module {LANGUAGE}",
         )
-    experts = sizes.num_moe_experts
-    if experts is not None and sizes.moe_router_topk > experts:
-        yield Problem(
-            f"{name} sends each token to {sizes.moe_router_topk} of {experts} experts; lower "
-            f"moe_router_topk",
-            (name, "moe_router_topk"),
+    elif inside is None:
+        said = "has no tokens_per_image; write how many tokens an image has inside it"
+        yield "tokens_per_image", said
+    elif inside % outside:
+        yield (
+            "output_tokens_per_image",
+            f"makes {outside} tokens out of {inside}, not a whole number of each; choose "
+            f"output_tokens_per_image so that it divides tokens_per_image",
         )
-    pattern = sizes.moe_layer_freq
+    if heads % groups:
+        yield (
+            "num_query_groups",
+            f"has {heads} attention heads, which {groups} query groups do not divide; change one "
+            f"of the two",
+        )
+    if experts is not None and topk > experts:
+        said = f"sends each token to {topk} of {experts} experts; lower moe_router_topk"
+        yield "moe_router_topk", said
     if not isinstance(pattern, int) and len(pattern) != sizes.num_layers:
-        yield Problem(
-            f"moe_layer_freq lists {len(pattern)} layers, but {name} has {sizes.num_layers}; list "
-            f"each layer",
-            (name, "moe_layer_freq"),
+        yield (
+            "moe_layer_freq",
+            f"has {sizes.num_layers} layers, but moe_layer_freq lists {len(pattern)}; list each "
+            f"layer",
         )
     if sizes.recompute_granularity == "full" and sizes.recompute_method is None:
-        yield Problem(
-            f'{name} recomputes whole layers; write recompute_method = "uniform" or "block"',
-            (name, "recompute_granularity"),
-        )
-
-
-def _of_encoder(name: str, sizes: ModuleSizes) -> Iterator[Problem]:
-    if sizes.vocab_size is not None:
-        yield Problem(
-            f"{name} has a vocabulary, but only the language model reads words; leave it out, or "
-            f"call the module {LANGUAGE}",
-            (name, "vocab_size"),
-        )
-    elif sizes.tokens_per_image is None:
-        yield Problem(
-            f"{name} has no tokens_per_image; write how many tokens an image has inside it",
-            (name, "tokens_per_image"),
-        )
-    elif sizes.tokens_per_image % sizes.output_tokens:
-        yield Problem(
-            f"{name} makes {sizes.output_tokens} tokens out of {sizes.tokens_per_image}, not a "
-            f"whole number of each; choose output_tokens_per_image so that it divides "
-            f"tokens_per_image",
-            (name, "output_tokens_per_image"),
-        )
+        said = 'recomputes whole layers; write recompute_method = "uniform" or "block"'
+        yield "recompute_granularity", said
 
 
 def sharding_problems(

@@ -610,7 +610,7 @@ num_attention_heads = "8"
         (MODEL.replace("tokens_per_image = 64", ""), ASKED, "vision has no tokens_per_image"),
         (MODEL.replace("tokens_per_image = 64", "tokens_per_image = 64\nvocab_size = 3"), ASKED, "only the language model reads words"),
         (MODEL + "num_query_groups = 3\n", ASKED, "model.toml:15 [language] num_query_groups: language has 8 attention heads, which 3"),
-        (MODEL + "moe_layer_freq = [1, 0]\n", ASKED, "moe_layer_freq lists 2 layers, but language has 4"),
+        (MODEL + "moe_layer_freq = [1, 0]\n", ASKED, "language has 4 layers, but moe_layer_freq lists 2"),
         (MODEL + 'recompute_granularity = "full"\n', ASKED, 'write recompute_method = "uniform"'),
         (MODEL.replace("num_layers = 4", "num_layers = 4000000"), ASKED, "num_layers must be a positive integer up to 10000, got 4000000"),
         (MODEL.replace("num_layers = 4", "images_per_sample = nan\nnum_layers = 4", 1), ASKED, "images_per_sample must be a number, 0 or more, got nan"),
