@@ -6,7 +6,9 @@ import warnings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import digits  # noqa: F401
-    import vlm  # noqa: F401
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import stock_draws  # noqa: F401
 
     import megatron_mimo_coord.cpu.cuda_means_cpu
     from megatron_mimo_coord import MultiModuleCoordinator  # noqa: F401

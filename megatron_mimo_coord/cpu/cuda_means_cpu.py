@@ -118,7 +118,9 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch.nn.Module, "cuda", lambda module, device=None: module
 
     # Megatron's tracker of random states then keeps states of the CPU generator.
-    yield torch.cuda, "manual_seed", torch.manual_seed
+    # PyTorch's own notes the seed, and a stack, for each kind of device that is not there.
+    for module in (torch, torch.cuda):
+        yield module, "manual_seed", _seed
     yield torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()
     yield torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state)
     for module in (dist, distributed_c10d):
@@ -133,6 +135,10 @@ def replacements() -> Iterator[tuple[Any, str, Any]]:
         yield module, "reduce_scatter", _uneven_reduce_scatter(distributed_c10d.reduce_scatter)
     for what, (owner, name) in gpu_only.places().items():
         yield owner, name, _INSTEAD[what]
+
+
+def _seed(seed: Any) -> torch.Generator:
+    return torch.default_generator.manual_seed(int(seed))
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

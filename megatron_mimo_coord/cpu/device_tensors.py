@@ -107,12 +107,13 @@ class DeviceTensors(CudaMeansCpu):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = unpinned(kwargs)
-        if func in _SPECIAL:
-            return _SPECIAL[func](func, args, kwargs)
+        kwargs = unpinned(kwargs) if kwargs else {}  # nearly always none: every function comes here
+        special = _SPECIAL.get(func)
+        if special is not None:
+            return special(func, args, kwargs)
         self._calls.append((args, kwargs))
         try:
-            if kwargs.get("device") is None:
+            if not kwargs or kwargs.get("device") is None:
                 return func(*args, **kwargs)
             wants_device = _is_device(kwargs["device"])
             if wants_device and func in _FROM_HOST and not _is_device_tensor(args[:1]):

@@ -70,6 +70,7 @@ class Operator:
 
     Args:
         name: its name without overload.
+        is_launch: it is one of ``torch.distributed``.
         is_view: it touches no data.
         is_factory: it is given no tensor.
         has_tensor_options: some of its tensors are given by name only, such as ``out``.
@@ -77,6 +78,7 @@ class Operator:
     """
 
     name: str
+    is_launch: bool
     is_view: bool
     is_factory: bool
     has_tensor_options: bool
@@ -96,6 +98,7 @@ class Operator:
         tensors = [each for each in schema.arguments if "Tensor" in str(each.type)]
         return cls(
             name=func._opname,
+            is_launch=func.namespace == "c10d",
             is_view=bool(returned) and all(returned) and not written,
             is_factory=not tensors,
             has_tensor_options=any(each.kwarg_only for each in tensors),
@@ -128,11 +131,11 @@ class Rehearsal(TorchDispatchMode):
         """Run an operator; what is computed from device tensors becomes one."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
-            if func.namespace == "c10d":
-                return self._launch(func, args, kwargs)
             operator = self._operators.get(func)
             if operator is None:
                 operator = self._operators[func] = Operator.of(func)
+            if operator.is_launch:
+                return self._launch(func, args, kwargs)
             if operator.is_view:
                 return func(*args, **kwargs)
             if operator.is_factory:

@@ -397,7 +397,7 @@ def test_rates_of_modules_follow_megatrons_scheduler(tmp_path):
 def whole_state(case: Case) -> dict[str, Any]:
     """A language model's weights in one process, as in none of the tests' models."""
     with cases.not_rehearsed():
-        module = cases.Oracle(case).model.language_model
+        module = case.build_whole_model().language_model
         state = {
             name: 1.5 * each + 0.25
             for name, each in module.state_dict().items()
