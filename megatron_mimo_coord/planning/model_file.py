@@ -33,11 +33,13 @@ from typing import Any
 
 from attrs import define, fields_dict
 
-from megatron_mimo_coord.layout.problems import language_problems
+from megatron_mimo_coord.layout import ModuleParallelism
+from megatron_mimo_coord.layout.problems import Problem, language_problems
 from megatron_mimo_coord.layout.toml_tables import TomlFile, table_problems
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import size_problems
 
+LAYOUT = fields_dict(ModuleParallelism).keys() - fields_dict(ModuleSizes).keys()
 DESCRIPTION = __doc__
 """What stands in such a file, for the help of a command."""
 
@@ -89,6 +91,14 @@ class ModelFile(TomlFile):
         shared = {name: value for name, value in shared.items() if name not in wrong}
         sizes = {}
         for name, table in modules.items():
+            if isinstance(table, dict) and (
+                of_layout := [each for each in table if each in LAYOUT]
+            ):
+                said = (
+                    f"{name} has {', '.join(of_layout)}, as a layout: write it into --layout FILE"
+                )
+                problems.append(Problem(said, (name, of_layout[0])))
+                table = {field: table[field] for field in table if field not in LAYOUT}
             found = table_problems(name, table, ModuleSizes, "size", example="32", known=shared)
             problems += found
             if not found:

@@ -30,10 +30,10 @@ def _misfits(name: str, sizes: ModuleSizes) -> Iterator[tuple[str, str]]:
             yield "vocab_size", "has no vocab_size; write how many words it knows"
         if sizes.seq_length is None:
             yield "seq_length", "has no seq_length; write how many tokens a sample has"
-        if packed > sizes.sequence:
+        elif packed > sizes.seq_length:
             yield (
                 "packed_lengths",
-                f"packs {packed} tokens into rows of seq_length {sizes.sequence}; leave out some "
+                f"packs {packed} tokens into rows of seq_length {sizes.seq_length}; leave out some "
                 f"of packed_lengths, or raise seq_length",
             )
     elif sizes.vocab_size is not None:

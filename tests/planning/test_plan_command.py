@@ -611,6 +611,12 @@ num_attention_heads = "8"
         (MODEL.replace("tokens_per_image = 64", "tokens_per_image = 64\nvocab_size = 3"), ASKED, "only the language model reads words"),
         (MODEL + "num_query_groups = 3\n", ASKED, "model.toml:15 [language] num_query_groups: language has 8 attention heads, which 3"),
         (MODEL + "moe_layer_freq = [1, 0]\n", ASKED, "language has 4 layers, but moe_layer_freq lists 2"),
+        (
+            MODEL + "tensor_model_parallel_size = 2\ndata_parallel_size = 2\n",
+            ASKED,
+            "model.toml:15 [language] tensor_model_parallel_size: language has "
+            "tensor_model_parallel_size, data_parallel_size, as a layout: write it into --layout FILE",
+        ),
         (MODEL + 'recompute_granularity = "full"\n', ASKED, 'write recompute_method = "uniform"'),
         (MODEL.replace("num_layers = 4", "num_layers = 4000000"), ASKED, "num_layers must be a positive integer up to 10000, got 4000000"),
         (MODEL.replace("num_layers = 4", "images_per_sample = nan\nnum_layers = 4", 1), ASKED, "images_per_sample must be a number, 0 or more, got nan"),
@@ -702,6 +708,8 @@ def test_packed_lengths_shorten_the_attention(ask):
     code, _, complaints = ask(packed.replace("[1024,", "[1025,"), *ASKED)
     assert code == 2
     assert "language packs 32769 tokens into rows of seq_length 32768" in complaints
+    complaints = ask(packed.replace("vocab_size = 1024\n", ""), *ASKED)[2]
+    assert "language has no vocab_size" in complaints and "packs" not in complaints
 
 
 def test_what_encoders_do_not_share_is_an_assumption(ask):
