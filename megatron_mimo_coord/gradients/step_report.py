@@ -52,9 +52,7 @@ class StepReport:
     data_parallel_sizes: Mapping[str, int]
     here: Mapping[str, int]
     loss_check: LossCheck | None = None
-    _rows: int | None = field(
-        default=None, init=False
-    )  # of the last input_ids, if they are samples
+    _rows: int | None = field(default=None, init=False)  # of the last input_ids, if samples
     _is_unread: bool = field(default=False, init=False)
     _of_loss: torch.Tensor | None = field(default=None, init=False)
     _misfits: list[Misfit] = field(factory=list, init=False)
