@@ -85,7 +85,8 @@ def _ddp_problems(
     if not ddp.owns_its_gradients:
         yield (
             f"the gradients of module {name!r} go to the buffers of another DDP: wrap its "
-            f"parameters once, in the DDP of the submodule and not around the MimoModel as well"
+            f"parameters once, in the DDP of the submodule and not around the MimoModel as well; "
+            f"no other module may share them"
         )
     misplaced = ddp.misplaced()
     if misplaced:
