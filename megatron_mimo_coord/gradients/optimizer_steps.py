@@ -105,6 +105,7 @@ class _Decision:
         self._optimizers = {
             name: ModuleOptimizer(each) for name, each in optimizers_here(optimizer).items()
         }
+        self._largest_norm = optimizer.config.grad_norm_skip_threshold
         self._norm: float | None = None
         self._update_loss_scales = [
             update
@@ -124,16 +125,23 @@ class _Decision:
         self._report.check(reported)
         pairs = zip(self._names, norms, strict=True)
         not_finite = [name for name, norm in pairs if math.isinf(norm)]
-        if not_finite and dist.get_rank() == 0:
-            logger.warning(
-                "optimizer step skipped on all ranks: the gradients of %s are not finite; look at "
-                "its inputs, its loss and the learning rate of the steps before",
-                " and ".join(f"module {name!r}" for name in not_finite),
+        norm = math.hypot(*norms)
+        why = ""
+        if not_finite:
+            modules = " and ".join(f"module {name!r}" for name in not_finite)
+            why = (
+                f"the gradients of {modules} are not finite; look at its inputs, its loss and the "
+                f"learning rate of the steps before"
             )
+        elif norm > self._largest_norm:
+            limit = f"grad_norm_skip_threshold={self._largest_norm:g}"
+            why = f"the norm of the gradients is {norm:.4g}, above {limit}"
+        if why and dist.get_rank() == 0:
+            logger.warning("optimizer step skipped on all ranks: %s", why)
         for update in self._update_loss_scales:
             update(bool(not_finite))
-        self._norm = None if not_finite else math.hypot(*norms)
-        return bool(not_finite)
+        self._norm = None if why else norm
+        return bool(why)
 
     @torch.no_grad()
     def grad_norm(self) -> float:

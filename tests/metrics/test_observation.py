@@ -1,5 +1,6 @@
 """What a trainer can see of a step: norms, timers, named ranges, logs."""
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -127,7 +128,9 @@ def test_norms_leave_the_loss_scale_out(whose):
 # -- gradients that are not finite -----------------------------------------------------------------
 
 
-def _not_finite(case: Case, module: str, value: float, here: int, where: str) -> dict[str, Any]:
+def _not_finite(
+    case: Case, module: str, value: float, here: int, where: str, limit: float = inf
+) -> dict[str, Any]:
     """A sound step, one with a bad number in one gradient on one rank, and a sound one again."""
     import logging
 
@@ -143,6 +146,7 @@ def _not_finite(case: Case, module: str, value: float, here: int, where: str) ->
             optimizer="adam",
             lr=0.1,
             clip_grad=1.0,
+            grad_norm_skip_threshold=limit,
             use_distributed_optimizer=bool(case.ddp.get("use_distributed_optimizer")),
         ),
     )
@@ -245,6 +249,18 @@ def test_gradients_whose_squares_overflow_are_finite(case, module, here, where):
         assert done and not kept and not answer["said"]
         assert norm == answers[0]["outcomes"][1][0][1]
         assert norm < 1e31 and (where or norm > 1e29)
+
+
+def test_a_norm_above_megatrons_threshold_skips_the_step_on_all_ranks():
+    case = Case(modules={"vision": parallel(), "language": parallel()})
+    arguments = case, "vision", 1e6, 0, "", 1e5
+    answers = world(2).run("test_observation:_not_finite", *arguments)
+    for answer in answers:
+        (fine, still), (large, kept), (again, stuck) = answer["outcomes"]
+        assert fine[0] and again[0] and not still and not stuck
+        assert large == (False, None, None) and kept
+    [said] = answers[0]["said"]
+    assert "skipped on all ranks: the norm of the gradients is 1e+06, above" in said
 
 
 def _loss_scales(guarded: bool) -> list[float]:
