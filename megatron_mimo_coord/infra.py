@@ -423,12 +423,9 @@ def _create_groups(
         "tp_ep_pp": ["expt_tp", "ep", "pp"],
     }
     groups: dict[str, Any] = {
-        key: grid.create_pg(dims, timeout=timeout, group_desc=f"{name} {key}")
-        for key, dims in dense.items()
-    }
-    groups |= {
-        key: grid.create_pg(dims, view=EXPERT_VIEW, timeout=timeout, group_desc=f"{name} {key}")
-        for key, dims in expert.items()
+        key: grid.create_pg(dims, view=view, timeout=timeout, group_desc=f"{name} {key}")
+        for view, dims_of in ((None, dense), (EXPERT_VIEW, expert))
+        for key, dims in dims_of.items()
     }
     if name == LANGUAGE:
         groups |= _create_embedding_groups(grid, timeout)

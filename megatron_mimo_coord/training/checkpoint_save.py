@@ -39,15 +39,13 @@ class Share:
         chunks: tensors.
         objects: what Megatron keeps as objects, by their keys.
         states: random states, and what this rank's trainer had given.
-        sizes: of each module on this rank.
-        settings: of the optimizer of each module on this rank.
+        modules: ``sizes`` of those on this rank, and ``settings`` of their optimizers.
     """
 
     chunks: list[Chunk]
     objects: dict[str, Any]
     states: dict[str, Any]
-    sizes: dict[str, Any]
-    settings: dict[str, Any]
+    modules: dict[str, Any]
 
     def copied(self) -> "Share":
         """With copies of the tensors in host memory, complete once the GPU has come this far."""
@@ -187,13 +185,7 @@ class CheckpointSave:
         states = folder / random_states_name(rank)
         folders.write_durably(states, json.dumps(share.states))
         files[states.name] = folders.describe_file(states)
-        listed = {
-            "tensors": tensors,
-            "objects": objects,
-            "files": files,
-            "sizes": share.sizes,
-            "settings": share.settings,
-        }
+        listed = {"tensors": tensors, "objects": objects, "files": files, **share.modules}
         folders.write_durably(folder / f"rank-{rank}.json", json.dumps(listed))
 
     def _lists(self) -> list[Path]:

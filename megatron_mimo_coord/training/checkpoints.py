@@ -214,8 +214,10 @@ class Checkpoints:
             chunks=[chunk for chunk in chunks if chunk.writes],
             objects={key: value for key, value, writes in weights.objects() if writes},
             states={**encode(random_states()), RANK_STATE: rank_state},
-            sizes={name: model_sizes(ddp.module) for name, ddp in ddps.items()},
-            settings=encode(states.settings(), where="optimizer"),
+            modules={
+                "sizes": {name: model_sizes(ddp.module) for name, ddp in ddps.items()},
+                "settings": encode(states.settings(), where="optimizer"),
+            },
         )
 
     # -- load --------------------------------------------------------------------------------------
