@@ -23,7 +23,7 @@ from megatron_mimo_coord.bridges.shared_bridges import Output, Tensors, Waiting
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import input_ids_of
-from megatron_mimo_coord.megatron.schedule import run_encoders, run_pipeline
+from megatron_mimo_coord.megatron.schedule import OUT_OF_BATCHES, run_encoders, run_pipeline
 from megatron_mimo_coord.megatron.second_forwards import remember_forward
 from megatron_mimo_coord.megatron.turns import Turns, outputs_of
 
@@ -80,7 +80,10 @@ class _Batches:
 
     def __next__(self) -> Any:
         if not self._is_replayed:
-            self._fetched.append(next(self._source))
+            try:
+                self._fetched.append(next(self._source))
+            except StopIteration as error:
+                raise RuntimeError(OUT_OF_BATCHES) from error
             return self._fetched[-1]
         if not self._fetched:
             raise RuntimeError(

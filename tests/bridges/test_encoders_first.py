@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import cases
@@ -381,3 +382,28 @@ def test_a_deeper_mixture_on_one_stage_is_reported_on_all(language):
     here, reported = zip(*world(2).run(_reported, case), strict=True)
     assert here[0] > 0
     assert reported == pytest.approx([sum(here)] * 2)
+
+
+def _with_too_few_batches(case: cases.Case) -> None:
+    _, model, coordinator = cases.built(case)
+    coordinator.attach(model.config)
+    coordinator.zero_grad_buffer()
+    coordinator.forward_backward_func(
+        forward_step_func=partial(cases._forward_step, case, coordinator),
+        data_iterator=iter([*cases._data(case, 0)][:-1]),
+        model=model,
+        num_microbatches=case.num_microbatches,
+        seq_length=case.sequence,
+        micro_batch_size=case.micro_batch_size,
+        p2p_communicator=coordinator.build_pipeline_communicator(model.config),
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["shared", "own"])
+def test_batches_that_end_within_a_step(offset):
+    stages = 2 - offset
+    language = parallel(pp=stages, rank_offset=offset)
+    case = cases.Case(modules={"vision": parallel(rank_offset=0), "language": language})
+    answers, errors = world(2).try_run(_with_too_few_batches, case)
+    assert not answers
+    assert any("data_iterator ran out within a step" in text for _, text in errors.values())
