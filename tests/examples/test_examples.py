@@ -20,7 +20,8 @@ EXAMPLES = ROOT / "examples"
 
 READ = r"^read (\d+) of (\d+) held-out images right: accuracy ([\d.]+%)$"
 TWO_RANKS = ("--vision-dp", "1", "--language-pp", "1")
-SHAPE = ("--steps", "60", "--loss", "per-token")
+BATCH = ("--global-batch-size", "128", "--micro-batch-size", "128")
+SHAPE = ("--steps", "80", *BATCH, "--lr", "5e-3", "--loss", "per-token")
 
 
 def test_the_digits_model_learns_to_read(tmp_path):
@@ -35,8 +36,8 @@ def test_the_digits_model_learns_to_read(tmp_path):
     )
     code, output = run_job(
         EXAMPLES / "train_digits_vlm.py",
-        *("--layout", str(layout), *SHAPE, "--eval-interval", "30", "--log-losses", str(log)),
-        *("--save", str(saved), "--save-interval", "60"),
+        *("--layout", str(layout), *SHAPE, "--eval-interval", "40", "--log-losses", str(log)),
+        *("--save", str(saved), "--save-interval", "80"),
         ranks=2,
     )
     assert code == 0, output
@@ -46,10 +47,10 @@ def test_the_digits_model_learns_to_read(tmp_path):
     assert found[2] == f"{right / of:.1%}"
     by_digit = re.findall(r"\w+ (\d+)/(\d+)", output[output.index("read ") :])
     assert [sum(map(int, each)) for each in zip(*by_digit, strict=True)] == [right, of]
-    evaluated = dict(re.findall(r"^step (\d+)/60 .*accuracy ([\d.]+%)", output, re.MULTILINE))
-    assert evaluated["60"] == found[2] != next(iter(evaluated.values()))
+    evaluated = dict(re.findall(r"^step (\d+)/80 .*accuracy ([\d.]+%)", output, re.MULTILINE))
+    assert evaluated["80"] == found[2] != next(iter(evaluated.values()))
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert len(losses) == 60 and losses[0] == pytest.approx(math.log(32), rel=0.1)
+    assert len(losses) == 80 and losses[0] == pytest.approx(math.log(32), rel=0.1)
     assert losses[-1] < 1
 
     assert world(1).run(_known, saved) == [right]
@@ -60,7 +61,7 @@ def test_the_digits_model_learns_to_read(tmp_path):
         ranks=3,
     )
     assert code == 0, output
-    assert f"goes on after step 60, from {saved / 'step-00000060'}" in output
+    assert f"goes on after step 80, from {saved / 'step-00000080'}" in output
     assert re.findall(READ, output, re.MULTILINE) == [found]
 
 
