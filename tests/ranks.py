@@ -29,7 +29,7 @@ from time import monotonic, sleep
 from typing import Any
 
 TIMEOUT = timedelta(seconds=60)
-RUNS = 60  # Megatron's distributed optimizer keeps groups alive: a world is replaced now and then
+RUNS = 30  # Megatron's distributed optimizer keeps groups and their threads: a world is replaced
 MAX_WAITING = 10  # ranks that wait for work besides those that have some
 REHEARSE = True  # whether worlds demand what NCCL demands, unless a test says otherwise
 _worlds: dict[tuple[int, bool], "World"] = {}
