@@ -19,7 +19,7 @@ console = Console(highlight=False)
 
 
 def with_progress(steps: Iterable[Progress], total: int) -> Iterator[Progress]:
-    """Pass the steps on; show them in a line that updates, or in plain ones now and then."""
+    """Pass the steps on; show them in a line that updates, or some and the last in plain ones."""
     bar = ProgressBar(
         BarColumn(20), TextColumn("{task.description}"), console=console, disable=not _live()
     )
@@ -30,7 +30,8 @@ def with_progress(steps: Iterable[Progress], total: int) -> Iterator[Progress]:
             accuracy = progress.accuracy if progress.accuracy is not None else accuracy
             line = _line(progress, total, accuracy)
             bar.update(task, completed=progress.step, description=line)
-            if not _live() and progress.step % max(1, total // PLAIN_LINES) == 0:
+            is_due = progress.step % max(1, total // PLAIN_LINES) == 0 or progress.step == total
+            if is_due and not _live():
                 print(line, flush=True)
             yield progress
 

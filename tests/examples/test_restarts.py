@@ -100,6 +100,28 @@ def log_a_skipped_step(path: Path, step: int, done: int) -> str:
     return digits_report._line(progress, 4, None)
 
 
+@pytest.mark.parametrize("total", [150, 400])
+def test_some_steps_are_shown_and_the_last(total):
+    (lines,) = world(1).run(shown, total)
+    numbers = [int(re.match(rf"step (\d+)/{total}  loss", line)[1]) for line in lines]
+    every = total // 20
+    assert numbers == sorted({*range(every, total + 1, every), total})
+
+
+def shown(total: int) -> list[str]:
+    """The lines of a job without a terminal. On a rank."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    import digits_report
+    from digits_trainer import Progress
+
+    steps = [Progress(step + 1, 2.5, 1.0, 100.0, 10.0, None) for step in range(total)]
+    with redirect_stdout(StringIO()) as said:
+        assert len(list(digits_report.with_progress(steps, total))) == total
+    return said.getvalue().splitlines()
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 
