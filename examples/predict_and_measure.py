@@ -5,8 +5,8 @@
 
 Every layout is a training job of its own, timed_job.py: Megatron's schedule and optimizer, the
 coordinator, a small vision-language model. On the first, ``coordinator.record_timeline`` measures
-what each module costs, and ``mimo-plan --measure`` what a sum over two ranks takes. From that
-``mimo-plan --costs`` predicts the others, and they run.
+what each module costs, and ``mimo-plan --measure`` what a sum over two ranks takes, and which part
+of a module TP ranks repeat. From that ``mimo-plan --costs`` predicts the others, and they run.
 
 Layers that sleep take a known time however few cores there are. Layers that compute share the
 cores, and a machine computes for at most as many ranks at once as it has cores: layouts with more
@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import median
@@ -37,6 +38,7 @@ TOLERANCE = 0.1
 MICRO_BATCH_SIZE = 4
 DP, TP, PP = "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SHARED = {"rank_offset": 0}
+REPEATED = "tensor_parallel_replicated_share"
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # costs are measured on the first
     "vision → language": {"vision": {}, "language": {}},
     "the same 2 ranks, DP 2": {"vision": {DP: 2, **SHARED}, "language": {DP: 2, **SHARED}},
@@ -61,6 +63,7 @@ MODEL = """\
 num_layers = 4
 hidden_size = {hidden}
 num_attention_heads = 4
+hidden_dropout = 0
 [vision]
 patch_size = 16
 tokens_per_image = {patches}
@@ -162,15 +165,18 @@ def launch(ranks: int, *command: str) -> str:
 
 
 def measure_links(folder: Path, options: argparse.Namespace) -> None:
-    """Write the model's file, and what links between ranks were measured to do into its costs."""
+    """Write the model's file, and into its costs what links do and what TP ranks repeat."""
     hidden, patches = (256, 64) if options.compute else (16, 4)
     sizes = MODEL.format(hidden=hidden, patches=patches, sequence=2 * patches)
     (folder / "model.toml").write_text(sizes, encoding="utf-8")
-    measured = folder / "links.toml"
-    launch(2, str(MIMO_PLAN), str(folder / "model.toml"), "--measure", str(measured))
-    links = measured.read_text(encoding="utf-8").partition("[cluster]")
-    with (folder / "costs.toml").open("a", encoding="utf-8") as costs:
-        costs.write("\n" + "".join(links[1:]))
+    launch(2, str(MIMO_PLAN), str(folder / "model.toml"), "--measure", str(folder / "layers.toml"))
+    layers = (folder / "layers.toml").read_text(encoding="utf-8")
+    costs = (folder / "costs.toml").read_text(encoding="utf-8")
+    for name in ("vision", "language"):  # TP ranks repeat nothing of layers that sleep
+        share = tomllib.loads(layers)[name][REPEATED] if options.compute else 0
+        costs = costs.replace(f"[{name}]", f"[{name}]\n{REPEATED} = {share}")
+    costs += "\n" + "".join(layers.partition("[cluster]")[1:])
+    (folder / "costs.toml").write_text(costs, encoding="utf-8")
 
 
 def predict(layout: Path, folder: Path, options: argparse.Namespace) -> float:

@@ -102,7 +102,10 @@ class Candidates:
         """
         batch, limits = self.request.global_batch_size, (self.memory_bytes, self.gpus)
         work = batch * sum(
-            min((each.whole * each.gpus / each.stages for each in self.choices[name]), default=0.0)
+            min(
+                (sum(each.work) * each.gpus / each.stages for each in self.choices[name]),
+                default=0.0,
+            )
             for name in self.request.encoders
         )
         for samples in self.request.microbatches:

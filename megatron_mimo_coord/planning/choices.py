@@ -89,10 +89,10 @@ class Choice:
 
     @cached_property
     def work(self) -> list[float]:
-        """Of a sample of the batch on each stage, forward and back; images count as even."""
+        """Of a sample more in a microbatch on each stage, both ways; images count as even."""
         even, layout = self.costs, self.parallelism
-        if even.is_uneven:
-            even = evolve(even, images_per_sample_deviation=0.0)
+        if even.is_uneven or even.waiting_seconds_per_microbatch:
+            even = evolve(even, images_per_sample_deviation=0.0, waiting_seconds_per_microbatch=0.0)
         is_behind = self.name == LANGUAGE and bool(self.request.encoders)
         return [
             even.forward_seconds(layout, stage, 1)
@@ -100,15 +100,13 @@ class Choice:
             for stage in range(self.stages)
         ]
 
-    @cached_property
-    def whole(self) -> float:
-        """Of a sample on all stages together."""
-        return sum(self.work)
+    def whole(self, samples: float) -> float:
+        """Of a microbatch on all stages together."""
+        return samples * sum(self.work) + self.costs.waiting_seconds_per_microbatch
 
-    @cached_property
-    def slowest(self) -> float:
-        """Of a sample on the slowest stage."""
-        return max(self.work)
+    def slowest(self, samples: float) -> float:
+        """Of a microbatch on the slowest stage."""
+        return samples * max(self.work) + self.costs.waiting_seconds_per_microbatch / self.stages
 
     @cached_property
     def reduction(self) -> float:

@@ -25,12 +25,14 @@ class ModuleCosts:
     by layers. A stage of a module with PP stages computes, for each microbatch,
 
         seconds per sample x (micro_batch_size / DP) x (its layers / all layers)
-            / (TP x tensor_parallel_efficiency) / (CP x context_parallel_efficiency)
+            x (r + (1 - r) / TP) / tensor_parallel_efficiency / (CP x context_parallel_efficiency)
             x imbalance x unevenness
 
-    where an efficiency counts only if more than one rank shares the work, the imbalance only if DP
-    is more than 1, and the unevenness is that of images, see :meth:`unevenness`. The efficiency is
-    the textbook's: speed-up divided by ranks.
+    where r is the replicated share, an efficiency counts only if more than one rank shares the
+    work, the imbalance only if DP is more than 1, and the unevenness is that of images, see
+    :meth:`unevenness`. The efficiency is the textbook's, speed-up divided by ranks, of what they
+    share. In each pass comes on top half of what ranks wait for a sample, times the same samples
+    and layers, and half of what they wait for a microbatch, times the same layers.
 
     Args:
         forward_seconds_per_sample: forward pass of one sample of the batch, in seconds.
@@ -44,6 +46,13 @@ class ModuleCosts:
         optimizer_seconds: the optimizer's update of the whole module on one rank, in seconds.
         tensor_parallel_efficiency: speed-up by TP ranks divided by TP, above 0 and at most 1.
         context_parallel_efficiency: the same for CP.
+        tensor_parallel_replicated_share: part of the seconds that every TP rank repeats: norms,
+            dropout and residuals. ``mimo-plan --measure`` times it, an estimate derives it from
+            bytes and operations; 0 with sequence parallelism, which shares them out too.
+        waiting_seconds_per_sample: what a rank waits in the messages of TP and CP for a sample of
+            its replica, forward and back, as long as their bytes take.
+        waiting_seconds_per_microbatch: the same for a microbatch, however few its samples are: what
+            the latency of these messages takes.
         measured_tensor_parallel_size, measured_context_parallel_size: TP and CP at which seconds
             were measured, times which they are here: ``mimo-plan`` takes what so many ranks wait
             for out of them, and adds a layout's own.
@@ -84,6 +93,9 @@ class ModuleCosts:
     optimizer_seconds: float = number(0.0, _MEASURED)
     tensor_parallel_efficiency: float = positive(1.0, _SPEED_UP, most=1)
     context_parallel_efficiency: float = positive(1.0, _SPEED_UP, most=1)
+    tensor_parallel_replicated_share: float = number(0.0, "give a part of the whole", most=1)
+    waiting_seconds_per_sample: float = number(0.0, _MEASURED)
+    waiting_seconds_per_microbatch: float = number(0.0, _MEASURED)
     measured_tensor_parallel_size: int = count(1, "give a number of ranks")
     measured_context_parallel_size: int = count(1, "give a number of ranks")
     measured_seq_length: int | None = count(None, "give a number of tokens")
@@ -171,7 +183,7 @@ class ModuleCosts:
             samples: ``micro_batch_size``, counted over all ranks.
             together: microbatches after which ranks wait for each other.
         """
-        return self.forward_seconds_per_sample * self._work(module, stage, samples, together)
+        return self._seconds(self.forward_seconds_per_sample, 1, module, stage, samples, together)
 
     def backward_seconds(
         self,
@@ -200,7 +212,7 @@ class ModuleCosts:
             seconds *= self.activation_gradient_share
         if self.recompute:
             seconds += self.forward_seconds_per_sample
-        return seconds * self._work(module, stage, samples, together)
+        return self._seconds(seconds, 1 + self.recompute, module, stage, samples, together)
 
     def reduction_seconds(
         self, module: ModuleParallelism, stage: int, cluster: "Cluster", first_rank: int = 0
@@ -227,16 +239,26 @@ class ModuleCosts:
         seconds = self.optimizer_seconds * self.stage_share(pp, stage) / tp
         return seconds / (cp * dp if is_distributed else 1)
 
-    def _work(self, module: ModuleParallelism, stage: int, samples: float, together: int) -> float:
-        """Samples of the whole module on one rank that take as long as a stage takes."""
+    def _seconds(
+        self,
+        whole: float,
+        passes: int,
+        module: ModuleParallelism,
+        stage: int,
+        samples: float,
+        together: int,
+    ) -> float:
+        """Of a stage, for some passes that take a sample so long on the whole module, undivided."""
         tp, cp, dp, pp = module.shape
-        work = samples / dp * self.stage_share(pp, stage)
         if tp > 1:
-            work /= tp * self.tensor_parallel_efficiency
+            repeated = self.tensor_parallel_replicated_share
+            whole *= (repeated + (1 - repeated) / tp) / self.tensor_parallel_efficiency
         if cp > 1:
-            work /= cp * self.context_parallel_efficiency
-        uneven = self.unevenness(dp, samples * together)
-        return work * uneven * (self.imbalance if dp > 1 else 1)
+            whole /= cp * self.context_parallel_efficiency
+        own = samples / dp * self.unevenness(dp, samples * together)
+        own *= self.imbalance if dp > 1 else 1
+        waiting = own * self.waiting_seconds_per_sample + self.waiting_seconds_per_microbatch
+        return self.stage_share(pp, stage) * (own * whole + passes / 2 * waiting)
 
 
 @frozen(kw_only=True)

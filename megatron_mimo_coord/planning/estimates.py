@@ -15,17 +15,22 @@ from megatron_mimo_coord.planning.parameters import (
     stage_layers,
 )
 
-LEAST_COMPUTED = 0.5
-"""Part of measured seconds that ranks computed at least, however slow messages are said to be."""
+MOST_WAITED = 0.5
+"""Part of measured seconds that ranks waited at most: else messages were faster than is said."""
 
 OPTIMIZER_TRAFFIC = 28
 """Bytes that Adam reads and writes for each parameter: its gradient once, the parameter's master
 copy and both moments twice, all in fp32."""
 
+NORM, RESIDUAL = 2, 3
+"""Hidden states that a norm, and dropout with its residual, read and write. A layer has two of
+each, whose bytes are what they take: for Korthikanti et al. (2022, arXiv 2205.05198, table 4), 22B
+on A100s, TP 8 takes 0.44 ms longer forward without sequence parallelism, and 0.5 ms is measured."""
 
 ASSUMPTIONS = (
-    "a backward pass takes two forward passes; every shape computes at the same rate, and TP "
-    "divides norms, dropout and residuals too, which ranks repeat without sequence_parallel",
+    "a backward pass takes two forward passes; every shape computes at the same rate; of that, "
+    "norms, dropout and residuals, which TP ranks repeat without sequence_parallel, have what "
+    "memory takes for their bytes",
     "tensor-parallel ranks wait for four sums of hidden states a layer and two of a vocabulary, "
     "experts' ranks for their tokens to come and go; nothing overlaps",
     'assign_images deals images out, which vary by images_per_sample_deviation; "in slices" is the '
@@ -122,21 +127,20 @@ def _estimated(
     message = hidden
     if sizes.sequence_parallel:
         message /= tp
-    computing, waiting = 3 * forward / tp, tensor_parallel_seconds(sizes, tp, cluster)
-    efficiency = computing / (computing + waiting) if forward else 1.0
-    alone, passing = (computing + waiting) / cp, context_parallel_seconds(sizes, tp, cp, cluster)
-    exchanged = _exchange(sizes, shards, cluster) * efficiency
+    per_sample, per_microbatch = waiting_seconds(sizes, tp, cp, cluster)
     output = sizes.images_per_sample * sizes.output_tokens * language_hidden_size * width
-    recomputed = _recomputed(sizes) / accelerator.flops_per_second
+    repeated = 0.0 if sizes.sequence_parallel else 2 * (NORM + RESIDUAL) * sizes.num_layers * hidden
+    repeated /= accelerator.memory_bytes_per_second
     return ModuleCosts(
-        forward_seconds_per_sample=forward + exchanged,
-        backward_seconds_per_sample=2 * forward + recomputed + exchanged,
+        forward_seconds_per_sample=forward,
+        backward_seconds_per_sample=2 * forward + recomputed_seconds(sizes, accelerator),
         output_bytes_per_sample=0.0 if sizes.is_language else output,
         activation_bytes_per_sample=message,
         gradient_bytes=parameters * (4 if sizes.grad_reduce_in_fp32 else width),
         optimizer_seconds=parameters * OPTIMIZER_TRAFFIC / accelerator.memory_bytes_per_second,
-        tensor_parallel_efficiency=efficiency,
-        context_parallel_efficiency=alone / (alone + passing) if forward else 1.0,
+        tensor_parallel_replicated_share=min(1.0, repeated / forward) if forward else 0.0,
+        waiting_seconds_per_sample=per_sample + _exchange(sizes, shards, cp, cluster),
+        waiting_seconds_per_microbatch=per_microbatch,
         frozen=sizes.frozen,
         recompute=sizes.recompute_granularity == "full",
         images_per_sample=0.0 if sizes.is_language else sizes.images_per_sample,
@@ -146,29 +150,29 @@ def _estimated(
     )
 
 
-def tensor_parallel_seconds(sizes: ModuleSizes, tp: int, cluster: Cluster) -> float:
-    """Seconds in which tensor-parallel ranks sum hidden states for a sample, forward and back.
+def waiting_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds that a rank waits in messages of TP and CP, forward and back: bytes, and latency.
 
-    Behind attention and MLP of each layer forward, and before them backward (Shoeybi et al. 2019,
-    arXiv 1909.08053); a language model's vocabulary adds one behind the embedding, and one backward
-    before the output layer.
+    Tensor-parallel ranks sum hidden states behind attention and MLP of each layer forward, and
+    before them backward (Shoeybi et al. 2019, arXiv 1909.08053); a language model's vocabulary adds
+    one sum behind the embedding, and one backward before the output layer. Context-parallel ranks
+    pass keys and values around: in a ring each sends its part, and then what it received, to the
+    next (Liu et al. 2023, arXiv 2310.01889), and backward the gradients along; gathering sends as
+    much.
+
+    Returns:
+        (for a sample of the rank's replica, for a microbatch of whatever size)
     """
-    hidden = sizes.tokens(1) * sizes.hidden_size * sizes.bytes_per_number
-    sums = 4 * sizes.num_layers + (2 if sizes.is_language else 0)
-    return sums * cluster.reduction_seconds(range(tp), hidden)
-
-
-def context_parallel_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> float:
-    """Seconds in which ranks pass keys and values around for a sample, forward and back.
-
-    In a ring each sends its part, and then what it received, to the next (Liu et al. 2023, arXiv
-    2310.01889); backward the gradients of keys and values go along. Gathering sends as much.
-    """
-    if cp == 1:
-        return 0.0
-    part = sizes.tokens(1) / cp * 2 * sizes.key_size / tp * sizes.bytes_per_number
-    message = cluster.message_seconds((0, tp * cp - 1), part)
-    return 3 * sizes.num_layers * (cp - 1) * message
+    tokens = sizes.tokens(1) / cp * sizes.bytes_per_number
+    if not tokens:
+        return 0.0, 0.0
+    hops = 2 * (tp - 1) * (4 * sizes.num_layers + (2 if sizes.is_language else 0))
+    latency, bandwidth = cluster.latency_and_bandwidth(range(tp))
+    passed = 3 * (cp - 1) * sizes.num_layers
+    far_latency, far_bandwidth = cluster.latency_and_bandwidth((0, tp * cp - 1))
+    sums = hops * tokens * sizes.hidden_size / tp / bandwidth
+    ring = passed * tokens * 2 * sizes.key_size / tp / far_bandwidth
+    return sums + ring, hops * latency + passed * far_latency
 
 
 def scaled(
@@ -176,9 +180,9 @@ def scaled(
 ) -> ModuleCosts:
     """Costs that were measured, for a layout with another TP or CP, or a model of longer sequences.
 
-    What ranks computed is what was measured without what they waited for each other, and grows as
-    the operations do; what they wait for in the layout comes on top. Nothing changes where all is
-    as it was measured.
+    What ranks computed is what was measured without what they waited for each other and what TP
+    ranks repeated, and grows as the operations do; what they wait for in the layout comes on top.
+    Nothing changes where all is as it was measured.
 
     Example:
         >>> sizes = ModuleSizes(num_layers=1, hidden_size=2, num_attention_heads=1, vocab_size=2)
@@ -193,58 +197,61 @@ def scaled(
         (2.25, 3.75)
     """
     seconds = measured.forward_seconds_per_sample + measured.backward_seconds_per_sample
-    before = measured.measured_tensor_parallel_size, measured.measured_context_parallel_size
-    shards = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
+    if not seconds:
+        return measured
     length = measured.measured_seq_length if sizes.is_language else None
     then = sizes
     if length not in (None, sizes.seq_length):
         then = evolve(sizes, seq_length=length, packed_lengths=None)
-    if (before, then) == (shards, sizes) or not seconds:
-        return measured
-    computed = max(seconds - waiting_seconds(then, *before, cluster), LEAST_COMPUTED * seconds)
+    tp, cp = measured.measured_tensor_parallel_size, measured.measured_context_parallel_size
+    per_sample, per_microbatch = waiting_seconds(then, tp, cp, cluster)
+    waited = tp * cp * (per_sample + per_microbatch / (measured.measured_samples or 1))
+    of_links = min(1.0, MOST_WAITED * seconds / waited) if waited else 1.0
+    computed = seconds - of_links * waited
+    computed /= 1 + (tp - 1) * measured.tensor_parallel_replicated_share
     computed *= forward_flops(sizes, sizes.hidden_size) / forward_flops(then, sizes.hidden_size)
-    factor = (computed + waiting_seconds(sizes, *shards, cluster)) / seconds
+    tp, cp, *_ = parallelism.shape
+    per_sample, per_microbatch = waiting_seconds(sizes, tp, cp, cluster)
     return evolve(
         measured,
-        forward_seconds_per_sample=factor * measured.forward_seconds_per_sample,
-        backward_seconds_per_sample=factor * measured.backward_seconds_per_sample,
+        forward_seconds_per_sample=computed * measured.forward_seconds_per_sample / seconds,
+        backward_seconds_per_sample=computed * measured.backward_seconds_per_sample / seconds,
+        waiting_seconds_per_sample=of_links * per_sample,
+        waiting_seconds_per_microbatch=of_links * per_microbatch,
         activation_bytes_per_sample=(
             measured.activation_bytes_per_sample * sizes.sequence / then.sequence
         ),
     )
 
 
-def waiting_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> float:
-    """Seconds that ranks of a layer wait for each other for a sample, added up over them."""
-    passing = context_parallel_seconds(sizes, tp, cp, cluster)
-    return tp * (tensor_parallel_seconds(sizes, tp, cluster) + cp * passing)
-
-
-def _exchange(sizes: ModuleSizes, shards: Shards, cluster: Cluster) -> float:
-    """Seconds in which a sample's tokens go to their experts and back, times TP, one pass.
+def _exchange(sizes: ModuleSizes, shards: Shards, cp: int, cluster: Cluster) -> float:
+    """Seconds in which a rank's tokens of a sample go to their experts and back, in both passes.
 
     Tensor-parallel ranks send a part of the tokens each, ``moe_router_topk`` times; one of EP
     stays.
     """
-    _, expert_tp, ep = shards
+    tp, expert_tp, ep = shards
     layers = sum(map(sizes.has_experts, range(sizes.num_layers)))
     if ep == 1 or not layers:
         return 0.0
     _, bandwidth = cluster.latency_and_bandwidth(range(ep * expert_tp))
     sent = sizes.tokens(1) * sizes.moe_router_topk * sizes.hidden_size * sizes.bytes_per_number
-    return 2 * layers * sent * (1 - 1 / ep) / bandwidth
+    return 4 * layers * sent / tp / cp * (1 - 1 / ep) / bandwidth
 
 
 @cache
-def _recomputed(sizes: ModuleSizes) -> float:
-    """Operations that selective recomputation adds to a sample's backward pass."""
+def recomputed_seconds(sizes: ModuleSizes, accelerator: Accelerator) -> float:
+    """Seconds that selective recomputation adds to a sample's backward pass."""
     if sizes.recompute_granularity != "selective":
         return 0.0
-    added = 0.0
+    added = moved = 0.0
     for layer in range(sizes.num_layers):
         if "core_attn" in sizes.recompute_modules:
             added += _attention_flops(sizes)
+        if "layernorm" in sizes.recompute_modules:
+            moved += 2 * NORM * sizes.hidden_size * sizes.bytes_per_number
         if ("moe" if sizes.has_experts(layer) else "mlp") in sizes.recompute_modules:
             every = layers_parameters(sizes, range(layer, layer + 1), sizes.hidden_size)
             added += sum(each.flops for each in every if each.of_mlp)
-    return sizes.tokens(1) * added
+    seconds = added / accelerator.flops_per_second + moved / accelerator.memory_bytes_per_second
+    return sizes.tokens(1) * seconds

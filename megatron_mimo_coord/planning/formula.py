@@ -22,9 +22,9 @@ def pipeline_seconds(
         microbatches: in a step.
     """
     hop, first = language.hop(samples), samples * language.work[0]
-    once = samples * language.whole + 2 * (language.stages - 1) * hop
+    once = language.whole(samples) + 2 * (language.stages - 1) * hop
     each = max(
-        samples * language.slowest + min(language.stages - 1, 2) * hop,
+        language.slowest(samples) + min(language.stages - 1, 2) * hop,
         first + (hop if language.stages > 1 else 0.0),
     )
     if encoder is None:
@@ -33,11 +33,11 @@ def pipeline_seconds(
     ahead, back = bridge_seconds(encoder, language, samples)
     own_hop = encoder.hop(samples)
     uneven = samples * encoder.costs.unevenness(encoder.replicas, samples)
-    before = uneven * encoder.whole + 2 * (encoder.stages - 1) * own_hop + ahead + back
+    before = encoder.whole(uneven) + 2 * (encoder.stages - 1) * own_hop + ahead + back
     each = max(
         each,
         first + max(ahead, back) + hop,
-        uneven * encoder.slowest + own_hop + max(ahead, back),
+        encoder.slowest(uneven) + own_hop + max(ahead, back),
     )
     step = once + before + (microbatches - 1) * each
     # The language model reduces while the encoder still runs backward, two thirds of its work.
@@ -58,14 +58,14 @@ def turn_seconds(
         microbatches: in a step.
         repeated: whether its forwards run once more before its backwards.
     """
-    work = encoder.whole
+    uneven = samples * encoder.costs.unevenness(encoder.replicas, samples * microbatches)
+    work = encoder.whole(uneven)
     if repeated and encoder.has_backward:
-        work += encoder.costs.forward_seconds(encoder.parallelism, 0, 1)
+        work += encoder.costs.forward_seconds(encoder.parallelism, 0, samples, microbatches)
     exchange = sum(bridge_seconds(encoder, language, samples))
     if encoder.gpus == language.gpus and encoder.replicas == language.replicas:
         exchange = 0.0  # each rank has its own tokens
-    work *= encoder.costs.unevenness(encoder.replicas, samples * microbatches)
-    return microbatches * (samples * work + exchange) + encoder.reduction + encoder.optimizer
+    return microbatches * (work + exchange) + encoder.reduction + encoder.optimizer
 
 
 def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[float, float]:

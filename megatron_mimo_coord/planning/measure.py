@@ -1,7 +1,7 @@
-"""Times a model's own matrix products on the device at hand, for ``mimo-plan --costs``.
+"""Times a model's own layers on the device at hand, for ``mimo-plan --costs``.
 
 The only file of this room that needs torch, and only when it is asked. Started by torchrun, it
-times a sum over all ranks too.
+times sums over all ranks too.
 """
 
 import os
@@ -21,6 +21,7 @@ from megatron_mimo_coord.planning.parameters import layers_parameters
 
 ROUNDS = 5
 SUMMED = 2**22  # numbers in fp32
+SUMS = 16  # in a row, each behind a product
 
 
 def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, int], float]:
@@ -41,8 +42,10 @@ def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, i
 def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
     """A file of costs: forward as it was timed, backward twice as long.
 
-    Attention is timed too, and messages under torchrun. The sequence is that of a sample, or of an
-    image.
+    Timed are matrix products, attention, and norms, dropout and residuals, which TP ranks repeat:
+    their part is the replicated share. The sequence is that of a sample, or of an image. Under
+    torchrun messages are timed as ranks meet them: sums of one sample's hidden states and of many
+    numbers, each behind a product, at which no two ranks arrive together.
 
     Args:
         sizes: of each module.
@@ -50,10 +53,8 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
     import torch
     import torch.distributed as dist
 
-    device, ranks = (
-        "cuda" if torch.cuda.is_available() else "cpu",
-        int(os.getenv("WORLD_SIZE", "1")),
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = int(os.getenv("WORLD_SIZE", "1"))
     if device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +69,9 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
             times.append(time.perf_counter() - begin)
         return median(times[1:])
 
-    def forward(module: ModuleSizes) -> float:
+    def forward(module: ModuleSizes) -> tuple[float, float]:
+        """Seconds of a sample, and the part of them that TP ranks repeat."""
+
         def numbers(*shape: int) -> Any:
             return torch.randn(shape, device=device, dtype=dtypes[module.params_dtype])
 
@@ -84,24 +87,44 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
         took = sum(times * product(*widths) for widths, times in every.items())
         attending = module.num_layers * seconds(lambda: attend(heads, heads, heads))
         took += attending * module.attended / module.sequence
-        return took * module.tokens(1) / module.sequence
+        hidden, of_token = numbers(module.sequence, module.hidden_size), (module.hidden_size,)
+        functions = torch.nn.functional
+        norm = functions.rms_norm if module.normalization == "RMSNorm" else functions.layer_norm
+        drop = partial(functions.dropout, p=module.hidden_dropout)
+        repeated = 2 * module.num_layers * seconds(lambda: hidden + drop(norm(hidden, of_token)))
+        took += repeated
+        share = 0.0 if module.sequence_parallel else repeated / took
+        return took * module.tokens(1) / module.sequence, share
 
     tables = []
     for name, module in sizes.items():
-        took = forward(module)
+        took, repeated = forward(module)
         costs = ModuleCosts(
             forward_seconds_per_sample=took,
             backward_seconds_per_sample=2 * took,
+            tensor_parallel_replicated_share=repeated,
             measured_seq_length=module.seq_length,
         )
         tables.append(table_text(name, costs))
     if ranks > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        summed, hops = torch.ones(SUMMED, device=device), 2 * (ranks - 1)
-        latency = seconds(lambda: dist.all_reduce(summed[:1])) / hops
-        sending = seconds(lambda: dist.all_reduce(summed)) / hops - latency
+        factor, hops = torch.ones((512, 512), device=device), 2 * (ranks - 1)
+        few = sizes[LANGUAGE].sequence * sizes[LANGUAGE].hidden_size
+        many = max(SUMMED, 4 * few)
+
+        def layers(summed: Any) -> None:
+            for _ in range(SUMS):
+                factor @ factor
+                if summed is not None:
+                    dist.all_reduce(summed)
+
+        alone, *summing = (
+            seconds(partial(layers, each)) / SUMS
+            for each in (None, torch.ones(few, device=device), torch.ones(many, device=device))
+        )
         dist.destroy_process_group()
-        rate = 4 * SUMMED / ranks / sending
+        rate = 4 * (many - few) / ranks * hops / (summing[1] - summing[0])
+        latency = max(0.0, (summing[0] - alone) / hops - 4 * few / ranks / rate)
         cluster = Cluster(node_latency_seconds=latency, node_bytes_per_second=rate)
         tables.append(table_text(CLUSTER, cluster))
     return "\n".join(tables)

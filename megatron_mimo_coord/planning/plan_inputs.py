@@ -16,7 +16,13 @@ from megatron_mimo_coord.planning.choices import LEAST_TOKENS, Request
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.costs_file import CLUSTER, CostsFile
 from megatron_mimo_coord.planning.estimates import ASSUMPTIONS as OF_COSTS
-from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs, scaled
+from megatron_mimo_coord.planning.estimates import (
+    Accelerator,
+    estimated_costs,
+    recomputed_seconds,
+    scaled,
+    waiting_seconds,
+)
 from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
 from megatron_mimo_coord.planning.model_file import ModelFile
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
@@ -29,6 +35,7 @@ OTHER_MODEL = 0.1
 """By how much more than this bytes of gradients differ only if the model does."""
 
 SIZES = ("global_batch_size", "micro_batch_size")
+SPEED_UPS = {"tensor_parallel_efficiency", "context_parallel_efficiency"}
 
 
 class Inputs:
@@ -109,12 +116,23 @@ class Inputs:
             told.pop("layers_per_stage", None)  # of other stages
         if "imbalance" in told:  # as it was measured
             estimated = evolve(estimated, images_per_sample_deviation=0.0)
-        if {"tensor_parallel_efficiency", "context_parallel_efficiency"} & told.keys():
-            return evolve(estimated, **told)
-        found = evolve(
-            estimated, **told, tensor_parallel_efficiency=1.0, context_parallel_efficiency=1.0
-        )
-        return scaled(found, sizes, parallelism, cluster)
+        plain = 2 * estimated.forward_seconds_per_sample
+        plain += recomputed_seconds(self.sizes[name], accelerator)
+        if plain:  # it was measured as the model file says
+            told["backward_seconds_per_sample"] *= estimated.backward_seconds_per_sample / plain
+        if not told.keys() & SPEED_UPS:
+            return scaled(evolve(estimated, **told), sizes, parallelism, cluster)
+        tp, cp, *_ = parallelism.shape
+        if "tensor_parallel_efficiency" in told:  # it says what ranks wait for and repeat
+            tp, told = 1, {"tensor_parallel_replicated_share": 0.0, **told}
+        if "context_parallel_efficiency" in told:
+            cp = 1
+        per_sample, per_microbatch = waiting_seconds(sizes, tp, cp, cluster)
+        waiting = {
+            "waiting_seconds_per_sample": per_sample,
+            "waiting_seconds_per_microbatch": per_microbatch,
+        }
+        return evolve(estimated, **{**waiting, **told})
 
     @property
     def ranks(self) -> int:

@@ -89,6 +89,13 @@ def test_what_is_recomputed_is_paid_for():
     twice = 2 * (LAYERS + LOGITS) + attention
     assert selective.backward_seconds_per_sample == pytest.approx(twice / 1e12)
     full = costs(WORDS, parallel(), recompute_granularity="full", recompute_method="uniform")
+    norms = costs(
+        WORDS, parallel(), recompute_granularity="selective", recompute_modules=("layernorm",)
+    )
+    moved = 2 * 32 * 2 * (1 + 1) * 64 * 2  # layers x tokens x norms x (read + written) x bytes
+    assert norms.backward_seconds_per_sample == pytest.approx(
+        2 * (LAYERS + LOGITS) / 1e12 + moved / 1e11
+    )
     language = full.backward_seconds(parallel(), 0, samples=1, receives=True)
     assert language == pytest.approx(3 * (LAYERS + LOGITS) / 1e12)
 
@@ -99,15 +106,29 @@ def test_stages_share_layers_and_the_last_has_the_logits():
     assert shares == pytest.approx([LAYERS / 2, LAYERS / 2 + LOGITS])
 
 
+def both(costs: ModuleCosts, layout: ModuleParallelism, samples: float = 1) -> float:
+    """Seconds of a microbatch, forward and back."""
+    backward = costs.backward_seconds(layout, 0, samples, receives=True)
+    return costs.forward_seconds(layout, 0, samples) + backward
+
+
 def test_tensor_parallel_ranks_wait_for_four_sums_a_layer_and_two_of_the_vocabulary():
     found = costs(WORDS, parallel(tp=2))
-    one_sum = 2 * (1e-3 + 32 * 64 * 2 / 2 / 1e9)  # a ring of two
-    computing = 3 * (LAYERS + LOGITS) / 1e12 / 2
-    step = computing + (4 * 2 + 2) * one_sum
-    assert found.tensor_parallel_efficiency == pytest.approx(computing / step)
-    both = found.forward_seconds(parallel(tp=2), 0, 1)
-    both += found.backward_seconds(parallel(tp=2), 0, 1, receives=True)
-    assert both == pytest.approx(step)
+    # Two norms read and write hidden states, and two residuals read two of them and write one.
+    repeated = 2 * (2 + 3) * 2 * 32 * 64 * 2 / 1e11
+    alone = (LAYERS + LOGITS) / 1e12
+    assert found.tensor_parallel_replicated_share == pytest.approx(repeated / alone)
+    computing = 3 * (repeated + (alone - repeated) / 2)
+    for samples in (1, 4):  # a sum of more hidden states takes as many bytes more
+        one_sum = 2 * (1e-3 + samples * 32 * 64 * 2 / 2 / 1e9)  # a ring of two
+        assert both(found, parallel(tp=2), samples) == pytest.approx(
+            samples * computing + (4 * 2 + 2) * one_sum
+        )
+    forward = found.forward_seconds(parallel(tp=2), 0, 4)
+    assert forward == pytest.approx(4 * computing / 3 + (2 * 2 + 1) * one_sum)
+    assert costs(WORDS, parallel(tp=2), sequence_parallel=True) == evolve(
+        found, tensor_parallel_replicated_share=0.0, activation_bytes_per_sample=32 * 64 * 2 / 2
+    )
 
 
 def test_context_parallel_ranks_pass_keys_and_values_around():
@@ -116,15 +137,10 @@ def test_context_parallel_ranks_pass_keys_and_values_around():
     part = 32 / 4 * 2 * 2 * 16 / 2 * 2  # tokens x keys and values x groups x width / TP x bytes
     passing = 2 * 3 * 3 * (1e-3 + part / 1e9)  # layers x others x forward and twice back
     whole = costs(WORDS, parallel(tp=2), **grouped)
-
-    def both(costs, layout):
-        forward = costs.forward_seconds(layout, 0, 1)
-        return forward + costs.backward_seconds(layout, 0, 1, receives=True)
-
-    alone = both(whole, parallel(tp=2))
-    assert both(found, parallel(tp=2, context_parallel_size=4)) == pytest.approx(
-        alone / 4 + passing
-    )
+    layout = parallel(tp=2, context_parallel_size=4)
+    sums = (4 * 2 + 2) * 2 * 1e-3  # whose latency is that of as many tokens
+    alone = both(whole, parallel(tp=2)) - sums
+    assert both(found, layout) == pytest.approx(sums + alone / 4 + passing)
     assert found.activation_bytes_per_sample == whole.activation_bytes_per_sample
 
 
@@ -144,7 +160,8 @@ def test_tokens_go_to_their_experts_and_back():
     alone = costs(WORDS, parallel(dp=2), **experts)
     shared = costs(WORDS, parallel(dp=2, expert_model_parallel_size=2), **experts)
     sent = 32 * 2 * 64 * 2 / 2  # half of all tokens' copies are for the other rank's experts
-    more = shared.forward_seconds_per_sample - alone.forward_seconds_per_sample
-    assert more == pytest.approx(2 * sent / 1e9)
-    more = shared.backward_seconds_per_sample - alone.backward_seconds_per_sample
-    assert more == pytest.approx(2 * sent / 1e9)
+    assert alone.waiting_seconds_per_sample == 0
+    assert shared.waiting_seconds_per_sample == pytest.approx(2 * 2 * sent / 1e9)
+    assert both(shared, parallel(dp=2), 2) - both(alone, parallel(dp=2), 2) == pytest.approx(
+        2 * 2 * sent / 1e9
+    )

@@ -403,12 +403,20 @@ def test_an_encoder_inside_the_first_stage(ask):
 
 
 def test_costs_of_one_tp_are_scaled_to_another(ask):
-    """Four sums of 128 KiB a layer and two of the vocabulary for each sample, over given links."""
-    costs = COSTS_BY_HAND.replace("[language]", "[language]\nmeasured_tensor_parallel_size = 2")
+    """Four sums of 128 KiB a layer and two of the vocabulary for each sample, over given links.
+
+    Ranks wait for their latency once a microbatch, and each repeats a fourth of the work.
+    """
+    told = "measured_tensor_parallel_size = 2\nmeasured_samples = 6\n"
+    told += "tensor_parallel_replicated_share = 0.25"
+    costs = COSTS_BY_HAND.replace("[language]", f"[language]\n{told}")
     options = ("--layout", "layout.toml", "--costs", "costs.toml", "--gpus", "8", "--json")
     links = ("--micro-batch-size", "12", "--global-batch-size", "12", "--node-bandwidth", "0.01")
-    costs = costs[: costs.index("[cluster]")] + "[cluster]\nnode_latency_seconds = 0\n"
-    sums = {tp: (4 * 4 + 2) * 2 * (tp - 1) / tp * 128 * 512 * 2 / 1e7 for tp in (1, 2, 4)}
+    costs = costs[: costs.index("[cluster]")] + "[cluster]\nnode_latency_seconds = 0.01\n"
+    hops = {tp: (4 * 4 + 2) * 2 * (tp - 1) for tp in (1, 2, 4)}
+
+    def waited(tp: int, samples: int) -> float:
+        return hops[tp] * (128 * 512 * 2 / tp / 1e7 + 0.01 / samples)
 
     def seconds(tp: int) -> float:
         layout = f"[vision]\n[language]\ntensor_model_parallel_size = {tp}\n"
@@ -417,11 +425,16 @@ def test_costs_of_one_tp_are_scaled_to_another(ask):
         (stage,) = shares["modules"]["language"]["stages"]
         return stage["busy"] * shares["step_seconds"] / 12
 
-    computed = 3 - 2 * sums[2]
-    assert computed > 1.5
-    assert seconds(2) == pytest.approx(3 / 2, rel=1e-3), "as it was measured"
+    assert 2 * waited(2, 6) < 1.5
+    computed = (3 - 2 * waited(2, 6)) / (1 + 0.25)
     assert seconds(1) == pytest.approx(computed, rel=1e-3)
-    assert seconds(4) == pytest.approx(computed / 4 + sums[4], rel=1e-3)
+    for tp in (2, 4):
+        shared = computed * (0.25 + 0.75 / tp)
+        assert seconds(tp) == pytest.approx(shared + waited(tp, 12), rel=1e-3), tp
+    costs = costs.replace("measured_samples = 6", "measured_samples = 12")
+    assert seconds(2) == pytest.approx(3 / 2, rel=1e-3), "as it was measured"
+    costs = costs.replace("node_latency_seconds = 0.01", "node_latency_seconds = 9")
+    assert seconds(2) == pytest.approx(3 / 2, rel=1e-3), "whatever the links are said to be"
     shown = ask(MODEL, *options[:-1], *links, layout="[vision]\n[language]\n", costs=costs)[1]
     assert "language costs what costs.toml says, measured at TP 2 and CP 1: what ranks" in shown
     assert "another model" not in shown

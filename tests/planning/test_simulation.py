@@ -82,6 +82,7 @@ def draw_job(
             forward,
             forward * random.uniform(0.5, 2),
             tensor_parallel_efficiency=random.choice([0.6, 0.8, 1.0]),
+            tensor_parallel_replicated_share=random.choice([0.0, 0.1]),
             frozen=random.random() < 0.25,
             recompute=random.random() < 0.25,
             imbalance=random.choice([1.0, 1.3]),
@@ -114,7 +115,8 @@ def seconds_of_stages(
         for stage in range(stages):
             unit = samples / module.data_parallel_size * layers[stage] / sum(layers)
             if module.tensor_model_parallel_size == 2:
-                unit /= 2 * cost.tensor_parallel_efficiency
+                repeated = cost.tensor_parallel_replicated_share
+                unit *= (1 + repeated) / 2 / cost.tensor_parallel_efficiency
             if module.data_parallel_size > 1:
                 unit *= cost.imbalance
             backward = cost.backward_seconds_per_sample * (0.5 if cost.frozen else 1)
