@@ -10,7 +10,12 @@ from layouts import parallel
 
 from megatron_mimo_coord.layout import ModuleParallelism
 from megatron_mimo_coord.planning import Cluster, ModuleCosts, ModuleSizes
-from megatron_mimo_coord.planning.estimates import Accelerator, estimated_costs, forward_flops
+from megatron_mimo_coord.planning.estimates import (
+    Accelerator,
+    estimated_costs,
+    forward_flops,
+    scaled,
+)
 
 ACCELERATOR = Accelerator(flops_per_second=1e12, memory_bytes_per_second=1e11)
 CLUSTER = Cluster(ranks_per_node=8, node_latency_seconds=1e-3, node_bytes_per_second=1e9)
@@ -165,3 +170,25 @@ def test_tokens_go_to_their_experts_and_back():
     assert both(shared, parallel(dp=2), 2) - both(alone, parallel(dp=2), 2) == pytest.approx(
         2 * 2 * sent / 1e9
     )
+
+
+@given(
+    ranks=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 3])),
+    seconds=st.tuples(st.floats(1e-3, 10), st.floats(0, 10)),
+    repeated=st.floats(0, 1),
+    samples=st.integers(1, 8),
+    latency=st.sampled_from([0.0, 1e-3, 1.0]),
+)
+def test_where_all_is_as_it_was_measured_nothing_changes(
+    ranks, seconds, repeated, samples, latency
+):
+    (tp, cp, dp), (forward, backward) = ranks, seconds
+    measured = ModuleCosts(
+        forward_seconds_per_sample=forward, backward_seconds_per_sample=backward,
+        measured_tensor_parallel_size=tp, measured_context_parallel_size=cp,
+        measured_samples=samples, tensor_parallel_replicated_share=repeated,
+    )  # fmt: skip
+    layout = parallel(tp=tp, dp=dp, context_parallel_size=cp)
+    found = scaled(measured, WORDS, layout, evolve(CLUSTER, node_latency_seconds=latency))
+    as_measured = samples * (forward + backward) / tp / cp
+    assert both(found, layout, samples * dp) == pytest.approx(as_measured)

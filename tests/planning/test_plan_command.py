@@ -38,6 +38,7 @@ num_attention_heads = 8
 vocab_size = 1024
 seq_length = 128
 """
+REPEATED = "tensor_parallel_replicated_share"
 ASKED = ("--gpus", "8", "--gpus-per-node", "4", "--global-batch-size", "12")
 COSTS = """\
 [vision]
@@ -225,6 +226,19 @@ def test_the_step_in_slices_is_longer_where_images_are_uneven(ask):
     assert f"{found['step_seconds_in_slices']:.4g}" in shown.split()
 
 
+@pytest.mark.parametrize("costs", [(), ("--costs", "costs.toml")], ids=["estimated", "measured"])
+def test_nothing_is_recomputed_where_memory_is_ample(ask, costs):
+    """Encoders on the language model's ranks have the first of ways that take equally long."""
+    options = (*ASKED, *costs, "--memory", "2000GB", "--json")
+    found = json.loads(ask(MODEL, *options, costs=COSTS)[1])["proposals"]
+    modules = next(
+        each["modules"]
+        for each in found
+        if all(at["rank_offset"] == 0 for at in each["modules"].values())
+    )
+    assert [each["recompute_granularity"] for each in modules.values()] == [None, None]
+
+
 def test_what_is_recomputed_is_part_of_the_answer(ask):
     tight = (*ASKED, "--memory", "48MB", "--reserve", "1MB", "--count", "3")
     found = json.loads(ask(MODEL, *tight, "--json")[1])["proposals"]
@@ -309,10 +323,13 @@ def test_what_is_measured_can_be_planned_with(ask):
         assert costs["backward_seconds_per_sample"] == pytest.approx(
             2 * costs["forward_seconds_per_sample"], rel=1e-4
         ), name
+        assert 0 < costs[REPEATED] < 1, name
     options = (*ASKED, "--costs", "costs.toml", "--json", "--count", "1")
     (best,) = json.loads(ask(MODEL, *options, costs=text)[1])["proposals"]
     work = 12 * sum(3 * costs["forward_seconds_per_sample"] for costs in told.values())
     assert best["step_seconds"] >= work / 8 * 0.99
+    assert ask("sequence_parallel = true\n" + MODEL, "--measure", "shared.toml")[0] == 0
+    assert REPEATED not in Path("shared.toml").read_text(), "norms are shared out too"
     sizes = read_model("model.toml")
     for module in sizes.values():  # twice the products' sizes are the operations but attention's
         counted = sum(2 * times * a * b for (a, b), times in products(module, 512).items())
@@ -408,7 +425,7 @@ def test_costs_of_one_tp_are_scaled_to_another(ask):
     Ranks wait for their latency once a microbatch, and each repeats a fourth of the work.
     """
     told = "measured_tensor_parallel_size = 2\nmeasured_samples = 6\n"
-    told += "tensor_parallel_replicated_share = 0.25"
+    told += f"{REPEATED} = 0.25"
     costs = COSTS_BY_HAND.replace("[language]", f"[language]\n{told}")
     options = ("--layout", "layout.toml", "--costs", "costs.toml", "--gpus", "8", "--json")
     links = ("--micro-batch-size", "12", "--global-batch-size", "12", "--node-bandwidth", "0.01")
