@@ -74,7 +74,8 @@ def plan(options: argparse.Namespace) -> None:
         opened += openings(request, best, per_gpu=options.per_gpu)
     if not proposals:
         nearest, reasons = closest(request)
-        head = f"no layout fits into {options.gpus} GPUs of {options.memory / 1e9:g} GB:"
+        gpus = f"{options.gpus} GPU{'s' if options.gpus > 1 else ''}"
+        head = f"no layout fits into {gpus} of {options.memory / 1e9:g} GB:"
         answer = as_answer(map(as_problem, reasons), [], nearest, assumed, opened)
         end_with(head, answer, options)
     best = proposals[0]
@@ -247,8 +248,8 @@ ARGUMENTS: dict[str, tuple[tuple[str, Any, Any, str, str], ...]] = {
         ("write", Path, None, "FILE", "write the best layout, for mimo-layout and read_layout"),
         ("trace", Path, None, "FILE", "write its step as Chrome Trace JSON, for Perfetto"),
         ("svg", Path, None, "FILE", "draw its step"),
-        ("measure", Path, None, "FILE", "only time the model's products on this device, for "
-         "--costs, and under torchrun a sum over its ranks"),
+        ("measure", Path, None, "FILE", "only time the model's layers on this device, for "
+         "--costs, and under torchrun sums over its ranks"),
     ),
 }  # fmt: skip
 """Options: name, type, default, unit, and what it is."""

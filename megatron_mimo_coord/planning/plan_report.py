@@ -20,8 +20,9 @@ IN_SLICES = "in\nslices"
 def headline(request: Request, count: int, is_given: bool) -> str:
     """What was asked, in a line."""
     what = "best layout" if count == 1 else f"{count} best layouts"
+    gpus = f"{request.gpus:,} GPU{'s' if request.gpus > 1 else ''}"
     return (
-        f"{request.gpus:,} GPUs, {request.gpus_per_node} a node; {request.global_batch_size:,} "
+        f"{gpus}, {request.gpus_per_node} a node; {request.global_batch_size:,} "
         f"samples a step; the {'layout as given' if is_given else what}"
     )
 
