@@ -46,6 +46,7 @@ from megatron_mimo_coord.layout.image_assignment import (
 )
 from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.mimo_model import leave_out_empty_inputs
 from megatron_mimo_coord.megatron.module_random_states import draw_by_module
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import drop_whole_embeddings_alike
@@ -145,6 +146,7 @@ class MultiModuleCoordinator:
         self._pending_assignments.watch(job.model, self._changes)
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
+        leave_out_empty_inputs(job.model, self._changes)
         hand_over_no_views(job.model, self._changes)
         self._schedule = Schedule(model, job.model, self._changes)
         self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)

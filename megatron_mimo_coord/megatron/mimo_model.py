@@ -119,6 +119,22 @@ def change_modality_inputs(
     return hook
 
 
+def leave_out_empty_inputs(model: MimoModel, changes: Changes) -> None:
+    """Have an encoder that is given no inputs, ``{}``, be left out as if it was given None.
+
+    Its container would return nothing, which no stage and no bridge can carry.
+    """
+
+    def leave_out(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {
+            n: None if isinstance(each, Mapping) and not each else each
+            for n, each in inputs.items()
+        }
+
+    hook = change_modality_inputs(leave_out)
+    changes.on_close(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
 def is_first_stage(model: MimoModel, module: str) -> bool:
     """Whether this rank holds the first stage of one of its modules."""
     return bool(model.role.is_first_stage(module))

@@ -40,7 +40,28 @@ EXPERTS = {"expert_model_parallel_size": 2}
 WITHOUT = {"vision": (((1, 1, 0, 0), (1,)), ((0,), (0, 0, 2, 0)))}
 """One replica of an encoder has no image, or the other, or both."""
 
+
+class BareOfInputs(StockCase):
+    """Whose encoders are given ``{}`` where there is no image."""
+
+    def encoder_inputs(self, images):
+        return super().encoder_inputs(images) or {}
+
+
 CASES = {
+    **{
+        f"empty inputs, {where} ranks": BareOfInputs(modules=modules, images=WITHOUT, steps=2)
+        for where, modules in (
+            ("own", FAN_IN),
+            (
+                "shared",
+                {
+                    "vision": parallel(dp=2, rank_offset=0),
+                    "language": parallel(pp=2, rank_offset=0),
+                },
+            ),
+        )
+    },
     "experts, a replica without images": StockCase(
         modules={"vision": parallel(dp=2, **EXPERTS), "language": parallel()},
         configs={"vision": mixture()},
