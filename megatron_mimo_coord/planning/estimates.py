@@ -1,6 +1,7 @@
 """Costs of a module whose seconds nobody has measured: floating-point operations from its sizes."""
 
 from functools import cache
+from math import prod
 
 from attrs import evolve, frozen
 
@@ -176,7 +177,7 @@ def waiting_seconds(sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster) -> t
 
 
 def scaled(
-    measured: ModuleCosts, sizes: ModuleSizes, parallelism: ModuleParallelism, cluster: Cluster
+    measured: ModuleCosts, sizes: ModuleSizes, tp: int, cp: int, cluster: Cluster
 ) -> ModuleCosts:
     """Costs that were measured, for a layout with another TP or CP, or a model of longer sequences.
 
@@ -191,31 +192,29 @@ def scaled(
         ...     measured_tensor_parallel_size=2,
         ... )
         >>> cluster = Cluster(node_bytes_per_second=48)  # 6 sums of 8 bytes take 1 s over two ranks
-        >>> layout = ModuleParallelism()
-        >>> alone = scaled(costs, sizes, layout, cluster)
+        >>> alone = scaled(costs, sizes, 1, 1, cluster)
         >>> alone.forward_seconds_per_sample, alone.backward_seconds_per_sample
         (2.25, 3.75)
     """
-    seconds = measured.forward_seconds_per_sample + measured.backward_seconds_per_sample
-    if not seconds:
-        return measured
-    length = measured.measured_seq_length if sizes.is_language else None
-    then = sizes
+    forward, backward = measured.forward_seconds_per_sample, measured.backward_seconds_per_sample
+    seconds = forward + backward * (measured.activation_gradient_share if measured.frozen else 1)
+    length, then, growth = measured.measured_seq_length if sizes.is_language else None, sizes, 1.0
     if length not in (None, sizes.seq_length):
-        then = evolve(sizes, seq_length=length, packed_lengths=None)
-    tp, cp = measured.measured_tensor_parallel_size, measured.measured_context_parallel_size
-    per_sample, per_microbatch = waiting_seconds(then, tp, cp, cluster)
-    waited = tp * cp * (per_sample + per_microbatch / (measured.measured_samples or 1))
-    of_links = min(1.0, MOST_WAITED * seconds / waited) if waited else 1.0
-    computed = seconds - of_links * waited
-    computed /= 1 + (tp - 1) * measured.tensor_parallel_replicated_share
-    computed *= forward_flops(sizes, sizes.hidden_size) / forward_flops(then, sizes.hidden_size)
-    tp, cp, *_ = parallelism.shape
+        then, hidden = evolve(sizes, seq_length=length, packed_lengths=None), sizes.hidden_size
+        growth = forward_flops(sizes, hidden) / forward_flops(then, hidden)
+    before = measured.measured_tensor_parallel_size, measured.measured_context_parallel_size
+    per_sample, per_microbatch = waiting_seconds(then, *before, cluster)
+    waited = prod(before) * (per_sample + per_microbatch / (measured.measured_samples or 1))
+    waited /= 1 if backward else 2
+    part = min(MOST_WAITED, waited / seconds) if seconds else 0.0
+    of_links = part * seconds / waited if waited else 1.0
+    computed = growth * (1 - part)
+    computed /= 1 + (before[0] - 1) * measured.tensor_parallel_replicated_share
     per_sample, per_microbatch = waiting_seconds(sizes, tp, cp, cluster)
     return evolve(
         measured,
-        forward_seconds_per_sample=computed * measured.forward_seconds_per_sample / seconds,
-        backward_seconds_per_sample=computed * measured.backward_seconds_per_sample / seconds,
+        forward_seconds_per_sample=computed * forward,
+        backward_seconds_per_sample=computed * backward,
         waiting_seconds_per_sample=of_links * per_sample,
         waiting_seconds_per_microbatch=of_links * per_microbatch,
         activation_bytes_per_sample=(

@@ -21,7 +21,6 @@ from megatron_mimo_coord.planning.estimates import (
     estimated_costs,
     recomputed_seconds,
     scaled,
-    waiting_seconds,
 )
 from megatron_mimo_coord.planning.memory import ASSUMPTIONS as OF_MEMORY
 from megatron_mimo_coord.planning.model_file import ModelFile
@@ -35,7 +34,6 @@ OTHER_MODEL = 0.1
 """By how much more than this bytes of gradients differ only if the model does."""
 
 SIZES = ("global_batch_size", "micro_batch_size")
-SPEED_UPS = {"tensor_parallel_efficiency", "context_parallel_efficiency"}
 
 
 class Inputs:
@@ -120,19 +118,13 @@ class Inputs:
         plain += recomputed_seconds(self.sizes[name], accelerator)
         if plain:  # it was measured as the model file says
             told["backward_seconds_per_sample"] *= estimated.backward_seconds_per_sample / plain
-        if not told.keys() & SPEED_UPS:
-            return scaled(evolve(estimated, **told), sizes, parallelism, cluster)
         tp, cp, *_ = parallelism.shape
         if "tensor_parallel_efficiency" in told:  # it says what ranks wait for and repeat
-            tp, told = 1, {"tensor_parallel_replicated_share": 0.0, **told}
+            tp, told["measured_tensor_parallel_size"] = 1, 1
+            told.setdefault("tensor_parallel_replicated_share", 0.0)
         if "context_parallel_efficiency" in told:
-            cp = 1
-        per_sample, per_microbatch = waiting_seconds(sizes, tp, cp, cluster)
-        waiting = {
-            "waiting_seconds_per_sample": per_sample,
-            "waiting_seconds_per_microbatch": per_microbatch,
-        }
-        return evolve(estimated, **{**waiting, **told})
+            cp, told["measured_context_parallel_size"] = 1, 1
+        return scaled(evolve(estimated, **told), sizes, tp, cp, self.cluster)
 
     @property
     def ranks(self) -> int:

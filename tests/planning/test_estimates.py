@@ -174,7 +174,7 @@ def test_tokens_go_to_their_experts_and_back():
 
 @given(
     ranks=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 3])),
-    seconds=st.tuples(st.floats(1e-3, 10), st.floats(0, 10)),
+    seconds=st.tuples(st.floats(1e-3, 10), st.sampled_from([0.0, 0.01, 1.0])),
     repeated=st.floats(0, 1),
     samples=st.integers(1, 8),
     latency=st.sampled_from([0.0, 1e-3, 1.0]),
@@ -182,13 +182,17 @@ def test_tokens_go_to_their_experts_and_back():
 def test_where_all_is_as_it_was_measured_nothing_changes(
     ranks, seconds, repeated, samples, latency
 ):
-    (tp, cp, dp), (forward, backward) = ranks, seconds
+    """Neither of a frozen module, which computes half of a backward, or none."""
+    (tp, cp, dp), (forward, backward), is_frozen = ranks, seconds, repeated < 0.5
     measured = ModuleCosts(
         forward_seconds_per_sample=forward, backward_seconds_per_sample=backward,
         measured_tensor_parallel_size=tp, measured_context_parallel_size=cp,
         measured_samples=samples, tensor_parallel_replicated_share=repeated,
+        frozen=is_frozen or not backward,
     )  # fmt: skip
     layout = parallel(tp=tp, dp=dp, context_parallel_size=cp)
-    found = scaled(measured, WORDS, layout, evolve(CLUSTER, node_latency_seconds=latency))
-    as_measured = samples * (forward + backward) / tp / cp
-    assert both(found, layout, samples * dp) == pytest.approx(as_measured)
+    found = scaled(measured, WORDS, tp, cp, evolve(CLUSTER, node_latency_seconds=latency))
+    as_measured = samples * (forward + backward * (0.5 if is_frozen else 1)) / tp / cp
+    took = found.forward_seconds(layout, 0, samples * dp)
+    took += found.backward_seconds(layout, 0, samples * dp, receives=backward > 0)
+    assert took == pytest.approx(as_measured)
