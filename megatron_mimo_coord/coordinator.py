@@ -23,8 +23,8 @@ from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.communicator import PipelineCommunicator, build_communicator
 from megatron_mimo_coord.bridges.empty_batches import run_with_replicas
 from megatron_mimo_coord.bridges.encoders_first import EncodersFirst
-from megatron_mimo_coord.bridges.text_fit import TextFit
-from megatron_mimo_coord.bridges.token_counts import TokenCounts
+from megatron_mimo_coord.bridges.even_texts import make_texts_even
+from megatron_mimo_coord.bridges.text_tokens import TextTokens
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.finalize import Gradients
 from megatron_mimo_coord.gradients.module import ModuleGradients
@@ -45,8 +45,7 @@ from megatron_mimo_coord.layout.image_assignment import (
     encoder_grid,
 )
 from megatron_mimo_coord.megatron.auxiliary_losses import SCALE_HOOK, scale_of
-from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import leave_out_empty_inputs
+from megatron_mimo_coord.megatron.forwards import without_empty_inputs
 from megatron_mimo_coord.megatron.module_random_states import draw_by_module
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import drop_whole_embeddings_alike
@@ -132,56 +131,46 @@ class MultiModuleCoordinator:
     @told_of_missing_names()
     def __init__(self, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> None:
         self._job = Job.agree(infra, model)
-        self._changes = Changes()
+        self._changes = self._job.changes
         with ExitStack() as on_error:
             on_error.callback(self._changes.close)
             self._take_charge(model)
             on_error.pop_all()
 
     def _take_charge(self, model: torch.nn.Module) -> None:
-        job = self._job
-        self._changes.take(job.model, *job.ddps.values())
+        job, changes = self._job, self._changes
+        changes.take(job.model, *job.ddps.values())
         self._grids = job.grids
-        self._pending_assignments = PendingAssignments()
-        self._pending_assignments.watch(job.model, self._changes)
+        self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
         self._communicators: list[PipelineCommunicator] = []
         self._optimizer: Any = None
-        leave_out_empty_inputs(job.model, self._changes)
-        hand_over_no_views(job.model, self._changes)
-        self._schedule = Schedule(model, job.model, self._changes)
-        self._turns = turns = Turns(job.model, runs_encoders_first(job.grids), self._changes)
-        self._gradients = Gradients(
-            job, self._schedule, self._is_assigned, lambda: turns.encoders, self._changes
-        )
-        self._fit = TextFit(job, self._pending_assignments, self._gradients.report, self._changes)
-        if LANGUAGE in job.ddps:
-            cut_rotary_positions(job.model, job.groups[LANGUAGE].cp, self._changes)
-        self._token_counts = TokenCounts(job, self._pending_assignments, self._fit, self._changes)
-        self._modules, self._step = self._gradients.modules, self._gradients.step
-        self._ahead = EncoderAhead(
-            job.ddps, self._pending_assignments, self._gradients.report.texts
-        )
-        self._checkpoints = Checkpoints(
-            job,
-            self._gradients.gather_params_now,
-            self._gradients.optimizer_steps,
-            self._ahead.problems,
-        )
-        run_with_replicas(
-            job, lambda: not turns.language, self._gradients.report.tell, self._changes
-        )
-        self._encoders_first = EncodersFirst(
-            job.model,
-            turns,
-            self._pending_assignments,
-            self._gradients.no_sync,
-            self._changes,
-        )
         self._to_finalize: tuple[torch.Tensor | None, bool] | None = None
+        hand_over_no_views(job.model, changes)
+        self._schedule = Schedule(model, job.model, changes)
+        self._turns = turns = Turns(job.model, runs_encoders_first(job.grids))
+        self._assignments = assignments = PendingAssignments()
+        # Who looks at what a forward is given, in this order:
+        job.forwards.watch(without_empty_inputs)
+        job.forwards.watch(assignments.begin_forward)
+        job.forwards.watch(turns.check)
+        self._gradients = gradients = Gradients(
+            job, self._schedule, assignments.is_assigned, is_read_again=lambda: turns.encoders
+        )
+        misfits = gradients.report.misfits
+        make_texts_even(job, assignments, misfits)
+        if LANGUAGE in job.ddps:
+            cut_rotary_positions(job.model, job.groups[LANGUAGE].cp, job.forwards, changes)
+        self._texts = TextTokens(job, assignments, misfits)
+        run_with_replicas(job, lambda: not turns.language, misfits)
+        self._encoders_first = EncodersFirst(job, turns, assignments, gradients.no_sync)
+        self._modules, self._step = gradients.modules, gradients.step
+        self._ahead = EncoderAhead(job.ddps, assignments, gradients.report.texts)
+        self._checkpoints = Checkpoints(
+            job, gradients.gather_params_now, gradients.optimizer_steps, self._ahead.problems
+        )
         for module in job.ddps.values():
-            drop_whole_embeddings_alike(module, self._changes)
-        draw_by_module(job.ddps, job.infra.module_to_grid_map, self._changes)
-        self._schedule_pg_collection = schedule_pg_collection(job.infra, job.ddps)
+            drop_whole_embeddings_alike(module, changes)
+        draw_by_module(job.ddps, job.infra.module_to_grid_map, changes)
         if job.rank == 0:
             logger.info("%s", self.describe())
 
@@ -360,10 +349,8 @@ class MultiModuleCoordinator:
                 on, or ranks send to each other and ``pipeline_dtype`` is not set.
         """
         check_sequence_lengths(config)
-        self._token_counts.may_vary = True
-        communicator = build_communicator(
-            self._job, config, self._pending_assignments, self._fit, self._changes
-        )
+        self._texts.may_vary = True
+        communicator = build_communicator(self._job, config, self._assignments, self._texts)
         communicator.after_backward = self._after_backward
         communicator.before_forward = self._turns.check
         self._communicators.append(communicator)
@@ -409,7 +396,7 @@ class MultiModuleCoordinator:
                 f"there is no module {module_name!r}; the modules are {', '.join(self._grids)}"
             )
         samples = data_parallel_slice(micro_batch_size, self._grids[module_name], self._job.rank)
-        self._token_counts.micro_batch_size = micro_batch_size
+        self._texts.micro_batch_size = micro_batch_size
         return samples
 
     @_while_open
@@ -450,15 +437,14 @@ class MultiModuleCoordinator:
             >>> assignment.loads, assignment.imbalance
             ((96,), 1.0)
         """
-        before = self._encoders_first.assigned_before(module_name)
+        before = self._assignments.made_before(module_name)
         if before is not None:
             return before
         grid = encoder_grid(self._grids, module_name)
         of_step = self._encoders_first.is_running or runs_encoders_first(self._grids)
-        carried = self._pending_assignments.carried(module_name) if of_step else None
+        carried = self._assignments.carried(module_name) if of_step else None
         assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids, carried)
-        self._pending_assignments.put(assignment)
-        self._encoders_first.assigned(assignment)
+        self._assignments.put(assignment)
         return assignment
 
     def validate_data_loader_contract(
@@ -593,8 +579,8 @@ class MultiModuleCoordinator:
         """
         self._gradients.gather_params_now()
         with (
-            self._pending_assignments.set_aside(),
-            self._token_counts.set_aside(),
+            self._assignments.set_aside(),
+            self._texts.set_aside(),
             evaluation_mode(self._job.model),
         ):
             yield
@@ -832,19 +818,30 @@ class MultiModuleCoordinator:
                 f"encoder_ahead must be a number of microbatches, 0 or more, got {encoder_ahead!r}"
             )
         can_choose = is_colocated(self._grids.values()) and len(self._grids) > 1
-        if not runs_encoders_first(self._grids) and not (encoders_first and can_choose):
+        try:
+            if runs_encoders_first(self._grids) or (encoders_first and can_choose):
+                return self._run_phases(p2p_communicator, encoder_microbatches, arguments)
             arguments["p2p_communicator"] = p2p_communicator
             with self._ahead.step(encoder_ahead, **arguments) as forward_step:
                 return run_pipeline(**arguments | {"forward_step_func": forward_step})
-        if not any(p2p_communicator is each for each in self._communicators):
+        except StopIteration as error:
+            raise RuntimeError(
+                "this rank's data_iterator ran out within a step: it must have a batch for each of "
+                "the num_microbatches, on every rank as many; leave out an epoch's last, "
+                "incomplete step"
+            ) from error
+
+    def _run_phases(self, communicator: Any, keep: int | None, arguments: dict[str, Any]) -> Any:
+        """A step of encoders that run before and after the language model."""
+        if not any(communicator is each for each in self._communicators):
             raise ValueError(
-                f"p2p_communicator is {type(p2p_communicator).__name__}, which carries nothing "
+                f"p2p_communicator is {type(communicator).__name__}, which carries nothing "
                 f"between modules that take turns on a rank: pass what "
                 f"coordinator.build_pipeline_communicator(config) made"
             )
-        self._begin_pass()
+        self._gradients.begin_step()
         self._to_finalize = None
-        losses = self._encoders_first.run(p2p_communicator, encoder_microbatches, **arguments)
+        losses = self._encoders_first.run(communicator, keep, **arguments)
         if self._to_finalize is None:
             self._step.not_finalized()  # it evaluated, or nothing was attached
         else:
@@ -863,14 +860,11 @@ class MultiModuleCoordinator:
         it before its last backward.
         """
         if not self._encoders_first.is_running:
-            self._begin_pass()
+            self._assignments.begin_pass()
+            self._gradients.begin_step()
         with self._gradients.no_sync():
             yield
         self._ahead.encode()  # the last output was sent
-
-    def _begin_pass(self) -> None:
-        self._pending_assignments.begin_pass()
-        self._gradients.begin_step()
 
     @_while_open
     def start_grad_sync(self, *params: Any) -> None:
@@ -921,9 +915,6 @@ class MultiModuleCoordinator:
         """A communicator of ours has seen a backward pass, on every rank alike."""
         self._changes.check_open()
         self._step.count_backward()
-
-    def _is_assigned(self, module_name: str) -> bool:
-        return self._pending_assignments.next(module_name) is not None
 
     def _only_module(self, asked: str, plural: str) -> ModuleGradients:
         if len(self._modules) != 1:

@@ -5,20 +5,20 @@ outputs from this rank, it takes the assignment with them. Where a bridge brings
 hosts send a digest of each sample along, which is compared with what this rank was given: ranks
 that read other samples would train on garbage. In 1F1B this rank reads a microbatch after it was
 received; if it reads ahead, before. Whichever comes second compares. Once the forward of a
-microbatch has begun, calls are for later ones.
+microbatch has begun, calls are for later ones. Where encoders run first, a microbatch's call comes
+twice, and the second is answered with what the first made.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from attrs import define, field
 
 from megatron_mimo_coord.bridges.agreement import refuse_other_samples
 from megatron_mimo_coord.bridges.headers import Header
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
-from megatron_mimo_coord.megatron.changes import Changes
 
 # More microbatches than a step has: a trainer may deal out all of a step's at its beginning.
 MAX_PENDING = 4096
@@ -31,6 +31,7 @@ class _Pending:
     Attributes:
         to_take: assignments that a bridge on this rank will take.
         to_compare: those whose samples are to arrive on this rank.
+        made: in a pass that comes once more.
         arrived: (this rank, the sender, its header) of samples that are to be compared.
         may_be_given: whether what ``assign_images`` makes next is of these samples.
         carried: what each data-parallel rank was given since the last step, at cost.
@@ -38,6 +39,7 @@ class _Pending:
 
     to_take: deque[ImageAssignment] = field(init=False, factory=deque)
     to_compare: deque[ImageAssignment] = field(init=False, factory=deque)
+    made: deque[ImageAssignment] = field(init=False, factory=deque)
     arrived: tuple[int, int, Header] | None = field(init=False, default=None)
     may_be_given: bool = field(init=False, default=False)
     carried: list[float] = field(init=False, factory=list)
@@ -66,11 +68,8 @@ class PendingAssignments:
         self._taken: set[str] = set()
         self._compared: set[str] = set()
         self._not_taken: ImageAssignment | None = None
+        self._keeps = self._repeats = False
         self.microbatch = -1
-
-    def watch(self, model: torch.nn.Module, changes: Changes) -> None:
-        """Look at each microbatch that a model runs."""
-        changes.on_close(model.register_forward_pre_hook(lambda *_: self.begin_forward()).remove)
 
     def open(self, encoders: Iterable[str]) -> None:
         """From now on a bridge takes these encoders' assignments out."""
@@ -80,24 +79,26 @@ class PendingAssignments:
         """From now on an encoder's samples arrive on this rank."""
         self._compared.add(encoder)
 
-    def begin_pass(self) -> None:
-        """The schedule begins: microbatches are counted from 0."""
-        self.microbatch = -1
-
-    def end_pass(self, gone: Sequence[ImageAssignment]) -> None:
-        """What is assigned from now on is of another step.
+    def begin_pass(self, *, keeps: bool = False, repeats: bool = False) -> None:
+        """The schedule begins: microbatches are counted from 0.
 
         Args:
-            gone: assignments of this one, which an exception may have cut short.
+            keeps: its microbatches will come once more.
+            repeats: they do.
         """
-        for each in self._pending.values():
-            each.carried = []
-            each.to_take, each.to_compare = (
-                deque(one for one in queue if not any(one is other for other in gone))
-                for queue in (each.to_take, each.to_compare)
-            )
+        self.microbatch, self._keeps, self._repeats = -1, keeps, repeats
 
-    def begin_forward(self) -> None:
+    def end_step(self) -> None:
+        """Both passes are over: what is assigned from now on is of another step."""
+        for each in self._pending.values():
+            if self._keeps:  # an exception has cut the first one short, and nobody takes these
+                gone = set(map(id, each.made))
+                each.to_take = deque(one for one in each.to_take if id(one) not in gone)
+            each.made.clear()
+            each.carried.clear()
+        self._keeps = self._repeats = False
+
+    def begin_forward(self, _: Any = None) -> None:
         """The model runs the next microbatch.
 
         Raises:
@@ -119,6 +120,11 @@ class PendingAssignments:
         """What each data-parallel rank was given since the last step, at cost; None for nothing."""
         return self._pending[encoder].carried or None
 
+    def made_before(self, encoder: str) -> ImageAssignment | None:
+        """What this microbatch's first call made, if this is its second."""
+        made = self._pending[encoder].made
+        return made.popleft() if self._repeats and made else None
+
     def put(self, assignment: ImageAssignment) -> None:
         """The next microbatch's.
 
@@ -129,6 +135,8 @@ class PendingAssignments:
         pending = self._pending[name]
         before = pending.carried or [0.0] * len(loads)
         pending.carried = [sum(both) for both in zip(before, loads, strict=True)]
+        if self._keeps:
+            pending.made.append(assignment)
         if name in self._compared:
             if pending.arrived is not None and pending.may_be_given:
                 pending.compare(name, assignment.sample_digests)
@@ -157,6 +165,10 @@ class PendingAssignments:
         to_take = self._pending[encoder].to_take
         return to_take[0] if to_take else None
 
+    def is_assigned(self, encoder: str) -> bool:
+        """Whether the images that an encoder is given now were dealt out by cost."""
+        return bool(self._pending[encoder].to_take)
+
     def take(self, encoder: str) -> ImageAssignment | None:
         """That of the microbatch which runs now; None if its images stay with their slices."""
         pending = self._pending[encoder]
@@ -164,6 +176,10 @@ class PendingAssignments:
             return pending.to_take.popleft()
         pending.compare(encoder, ())  # what it was made of must have had none either
         return None
+
+    def put_back(self, assignment: ImageAssignment) -> None:
+        """What was taken is of the microbatch which runs now."""
+        self._pending[assignment.module].to_take.appendleft(assignment)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:

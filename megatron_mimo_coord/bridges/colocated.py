@@ -7,34 +7,27 @@ of encoders with a smaller one, in equal parts; a rank without an image does not
 from typing import Any
 
 import torch
-from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
 from megatron_mimo_coord.bridges.shared_bridges import Delivered, Output, SharedBridges
-from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import (
-    carry_between_modules,
-    empty_output,
-    input_ids_of,
-)
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.megatron.forwards import Given
+from megatron_mimo_coord.megatron.mimo_model import carry_between_modules, empty_output
 
 
-def carry_in_forward(
-    model: MimoModel, bridges: SharedBridges, assignments: PendingAssignments, changes: Changes
-) -> None:
+def carry_in_forward(job: Job, bridges: SharedBridges, assignments: PendingAssignments) -> None:
     """Have tokens carried from encoders to the language model within a forward.
 
     Args:
-        model: the model.
+        job: the model.
         bridges: between its modules.
         assignments: the model's.
-        changes: where is recorded what is changed in the model.
     """
-    input_ids: torch.Tensor | None = None
+    text: torch.Tensor | None = None
 
-    def remember_text(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal input_ids
-        input_ids = input_ids_of(args, kwargs)
+    def remember_text(given: Given) -> None:
+        nonlocal text
+        text = given.get("input_ids")
 
     def carry(embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tokens [token, hidden] of each modality, from the encoder's layout to the language's."""
@@ -42,9 +35,8 @@ def carry_in_forward(
         made, outputs = [], {}
         for name in bridges.encoders:
             output = embeddings.get(name)
-            made.append(empty_output(model, name) if output is None else output)
-            given = made[-1].detach().requires_grad_(made[-1].requires_grad)
-            outputs[name] = [Output(given, assignments.take(name), input_ids)]
+            made.append(empty_output(job.model, name) if output is None else output)
+            outputs[name] = [Output.of(made[-1], assignments.take(name), text)]
         if bridges.stays(outputs):
             bridges.say(outputs, microbatch)
             tokens = [each.to(bridges.dtype) for each in made]
@@ -53,8 +45,8 @@ def carry_in_forward(
             tokens = _Joined.apply(delivered, bridges.encoders, *made)
         return embeddings | dict(zip(bridges.encoders, tokens, strict=True))
 
-    changes.on_close(model.register_forward_pre_hook(remember_text, with_kwargs=True).remove)
-    carry_between_modules(model, carry, changes)
+    job.forwards.watch(remember_text)
+    carry_between_modules(job.model, carry, job.changes)
 
 
 class _Joined(torch.autograd.Function):
@@ -65,7 +57,7 @@ class _Joined(torch.autograd.Function):
         ctx: Any, delivered: Delivered, encoders: list[str], *made: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.delivered, ctx.encoders = delivered, encoders
-        return tuple(tokens for name in encoders for tokens in delivered.tokens.pop(name))
+        return tuple(delivered.tokens[name].popleft() for name in encoders)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -19,8 +19,8 @@ from megatron_mimo_coord.bridges.headers import HostMessages
 from megatron_mimo_coord.bridges.incoming import Incoming, sequence_peers
 from megatron_mimo_coord.bridges.outgoing import Outgoing
 from megatron_mimo_coord.bridges.routes import Lanes, bridge_ends
-from megatron_mimo_coord.bridges.shared_bridges import SharedBridges, Waiting
-from megatron_mimo_coord.bridges.text_fit import TextFit
+from megatron_mimo_coord.bridges.shared_bridges import Delivered, SharedBridges
+from megatron_mimo_coord.bridges.text_tokens import TextTokens
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.infra import default_output_ndim
 from megatron_mimo_coord.layout import (
@@ -31,7 +31,6 @@ from megatron_mimo_coord.layout import (
     runs_encoders_first,
     stages_behind,
 )
-from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import carries_between_modules
 from megatron_mimo_coord.world.groups import ExtraGroups, connect
 
@@ -60,7 +59,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             is no gradient to send.
         before_forward: called before anything is received.
         shared_bridges: those of encoders that share ranks with the language model.
-        waiting: what came over them, for the language model's first stage.
+        delivered: what came over them in a step that is under way.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self.after_backward: Callable[[], None] = lambda: None
         self.before_forward: Callable[[], None] = lambda: None
         self.shared_bridges: SharedBridges | None = None
-        self.waiting: list[Waiting] = []
+        self.delivered: Delivered | None = None
         self._assignments = assignments
         self._extra_groups = ExtraGroups.shared(module_to_grid_map[LANGUAGE])
         self._incoming: list[Incoming] = []
@@ -164,11 +163,6 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         """Give the groups of the links back; ``MegatronMIMOInfra.destroy`` does it as well."""
         self._extra_groups.destroy()
 
-    @property
-    def _arriving(self) -> list[Incoming | Waiting]:
-        """What brings this stage something of each module before it."""
-        return [*self._incoming, *self.waiting]
-
     # -- what the schedule calls -------------------------------------------------------------------
 
     @property
@@ -186,7 +180,8 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
     ) -> dict[str, torch.Tensor]:
         """Receive what the stages before this one send, by module."""
         self.before_forward()
-        return {link.name: link.recv_forward() for link in self._arriving}
+        arrived = {link.name: link.recv_forward() for link in self._incoming}
+        return arrived | self._next_delivered()
 
     def send_forward(self, output_dict: Tensors, is_last_stage: bool = False) -> None:
         """Send outputs on."""
@@ -201,8 +196,8 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
 
     def send_backward(self, grad_dict: Tensors, is_first_stage: bool = False) -> None:
         """Send the gradients of what was received back."""
-        self.after_backward()
-        for link in self._arriving:
+        self._keep_gradients(grad_dict)
+        for link in self._incoming:
             link.send_backward(grad_dict[link.name])
 
     def send_forward_recv_backward(
@@ -218,19 +213,24 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
         self, grad_dict: Tensors, tensor_shape: Any = None, is_first_stage: bool = False
     ) -> dict[str, torch.Tensor]:
         """Both, in one batch a link."""
-        self.after_backward()
-        return {
+        self._keep_gradients(grad_dict)
+        arrived = {
             link.name: link.send_backward_recv_forward(grad_dict[link.name])
-            for link in self._arriving
+            for link in self._incoming
         }
+        return arrived | self._next_delivered()
+
+    def _next_delivered(self) -> dict[str, torch.Tensor]:
+        return {} if self.delivered is None else self.delivered.next()
+
+    def _keep_gradients(self, gradients: Tensors) -> None:
+        self.after_backward()
+        if self.delivered is not None:
+            self.delivered.keep(gradients)
 
 
 def build_communicator(
-    job: Job,
-    config: ModelParallelConfig,
-    assignments: PendingAssignments,
-    fit: TextFit,
-    changes: Changes,
+    job: Job, config: ModelParallelConfig, assignments: PendingAssignments, texts: TextTokens
 ) -> PipelineCommunicator:
     """The communicator of a layout, disjoint or colocated. Collective.
 
@@ -238,13 +238,12 @@ def build_communicator(
         job: whose model's colocated bridges carry varying numbers of tokens from now on.
         config: the language model's config.
         assignments: the model's.
-        fit: compares texts with tokens.
-        changes: where is recorded what is changed in the model.
+        texts: compared with tokens.
 
     Raises:
         ValueError: ranks send to each other and ``pipeline_dtype`` is not set.
     """
-    model, grids, infra = job.model, job.grids, job.infra
+    grids, infra = job.grids, job.infra
     colocated, encoders_first = is_colocated(grids.values()), runs_encoders_first(grids)
     has_stages = any(grid.dim("pp") > 1 for grid in grids.values())
     if config.pipeline_dtype is None and (has_stages or not colocated):
@@ -261,10 +260,10 @@ def build_communicator(
         assignments,
     )
     if encoders_first or colocated:
-        bridges = SharedBridges(job, assignments, fit)
+        bridges = SharedBridges(job, assignments, texts)
         communicator.shared_bridges = bridges
-        if encoders_first or carries_between_modules(model):
+        if encoders_first or carries_between_modules(job.model):
             assignments.open(bridges.encoders)
         if not encoders_first:
-            carry_in_forward(model, bridges, assignments, changes)
+            carry_in_forward(job, bridges, assignments)
     return communicator

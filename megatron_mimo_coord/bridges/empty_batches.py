@@ -7,7 +7,7 @@ such a batch looks like it hears from a replica that has images, host from host.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,28 +15,22 @@ import torch.distributed as dist
 
 from megatron_mimo_coord.bridges.routes import bridge_ends
 from megatron_mimo_coord.checks.job import Job
-from megatron_mimo_coord.gradients.misfits import Misfit, unknown_inputs
+from megatron_mimo_coord.gradients.misfits import Misfit, Misfits
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.empty_batches import run_empty_batches
-from megatron_mimo_coord.megatron.mimo_model import (
-    change_modality_inputs,
-    expect_no_tokens_of,
-)
+from megatron_mimo_coord.megatron.forwards import Given
+from megatron_mimo_coord.megatron.mimo_model import expect_no_tokens_of
 from megatron_mimo_coord.world.gather import all_gather_text
 from megatron_mimo_coord.world.groups import ExtraGroups
 
 
-def run_with_replicas(
-    job: Job, encoders_run: Callable[[], bool], tell: Callable[[Misfit], None], changes: Changes
-) -> None:
+def run_with_replicas(job: Job, encoders_run: Callable[[], bool], misfits: Misfits) -> None:
     """Feed encoders that would be fed nothing while their replicas run. Collective over the world.
 
     Args:
         job: knows which modules' replicas meet in their forward.
         encoders_run: whether a forward of the model runs encoders.
-        tell: told of inputs that cannot be empty; raises in an evaluation.
-        changes: where is recorded what is changed in the model.
+        misfits: are told of inputs that cannot be empty; raise in an evaluation.
     """
     groups = ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE])
     hosts_of: dict[str, dist.ProcessGroup] = {}
@@ -48,11 +42,11 @@ def run_with_replicas(
             if hosts is not None:
                 hosts_of[name] = hosts
         if name in job.ddps:
-            run_empty_batches(job.ddps[name], changes)
+            run_empty_batches(job.ddps[name], job.changes)
 
-    def fill(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs of each encoder, of those with none an empty batch if replicas have some."""
-        filled = dict(inputs)
+    def fill(given: Given) -> Given:
+        """Of encoders without inputs an empty batch, if replicas have some."""
+        filled = dict(given.get("modality_inputs") or {})
         left_out.clear()
         for name, group in hosts_of.items() if encoders_run() else ():
             mine = filled.get(name)
@@ -60,17 +54,25 @@ def run_with_replicas(
             like = next(filter(None, said), "")
             unknown = None if all(said) else re.search(r'"cannot be told": "(\w+)"', like)
             if unknown:
-                tell(unknown_inputs(name, unknown[1]))
+                misfits.tell(_unknown_inputs(name, unknown[1]))
                 left_out.add(name)
                 filled[name] = None
             elif like and not mine:
                 filled[name] = json.loads(like, object_hook=_made)
-        return filled
+        return {**given, "modality_inputs": filled}
 
     if hosts_of:
-        expect_no_tokens_of(job.model, left_out, changes)
-        hook = change_modality_inputs(fill)
-        changes.on_close(job.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        expect_no_tokens_of(job.model, left_out, job.changes)
+        job.forwards.watch(fill)
+
+
+def _unknown_inputs(module: str, kind: str) -> Misfit:
+    return Misfit(
+        (-1, 1),
+        f"the replicas of {module} meet in its forward, and one has no inputs: it is to run an "
+        f"empty batch, but what others were given holds a {kind}, of which it cannot be told what "
+        f"an empty one is: pass tensors, numbers, strings, lists and dicts",
+    )
 
 
 def _described(value: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import field, frozen
 
 from megatron_mimo_coord.bridges.agreement import Agreement, refuse_left_out
 from megatron_mimo_coord.bridges.assignments import PendingAssignments
@@ -23,7 +23,7 @@ from megatron_mimo_coord.bridges.incoming import TargetEnd, sequence_peers
 from megatron_mimo_coord.bridges.links import Link, Ops, Whole
 from megatron_mimo_coord.bridges.outgoing import SourceEnd
 from megatron_mimo_coord.bridges.routes import bridge_ends, in_turn
-from megatron_mimo_coord.bridges.text_fit import TextFit
+from megatron_mimo_coord.bridges.text_tokens import TextTokens
 from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.image_assignment import ImageAssignment
@@ -48,6 +48,12 @@ class Output:
     assignment: ImageAssignment | None
     text: torch.Tensor | None
 
+    @classmethod
+    def of(cls, tokens: torch.Tensor | None, *more: Any) -> "Output":
+        """The same of tokens with a graph."""
+        given = tokens if tokens is None else tokens.detach().requires_grad_(tokens.requires_grad)
+        return cls(given, *more)
+
     @property
     def rows(self) -> int:
         """Tokens that were made."""
@@ -60,15 +66,30 @@ Tensors = Mapping[str, list[torch.Tensor | None]]
 
 @frozen
 class Delivered:
-    """What came to the language model's first stage.
+    """What came to the language model's first stage, for one microbatch after the other.
 
     Args:
-        tokens: of each encoder, of each microbatch; empty on other stages.
+        tokens: of each encoder, of each microbatch that has not run; empty on other stages.
         give_back: brings their gradients to the encoders of this rank; None where none is wanted.
+
+    Attributes:
+        gradients: of those whose backward has run.
     """
 
-    tokens: dict[str, list[torch.Tensor]]
+    tokens: Mapping[str, deque[torch.Tensor]]
     give_back: Callable[[Tensors], Tensors]
+    gradients: dict[str, list[torch.Tensor | None]] = field(
+        init=False, factory=lambda: defaultdict(list)
+    )
+
+    def next(self) -> dict[str, torch.Tensor]:
+        """The next microbatch's tokens."""
+        return {name: each.popleft().requires_grad_() for name, each in self.tokens.items()}
+
+    def keep(self, gradients: Mapping[str, torch.Tensor | None]) -> None:
+        """Those of the earliest tokens whose backward has run."""
+        for name in self.tokens:
+            self.gradients[name].append(gradients[name])
 
 
 class SharedBridges:
@@ -77,22 +98,21 @@ class SharedBridges:
     Args:
         job: in which every rank holds the language model.
         assignments: the model's.
-        fit: compares texts with tokens.
+        texts: compared with tokens.
 
     Attributes:
         encoders: all of them, in one order on every rank.
         dtype: in which tokens travel.
     """
 
-    def __init__(self, job: Job, assignments: PendingAssignments, fit: TextFit) -> None:
+    def __init__(self, job: Job, assignments: PendingAssignments, texts: TextTokens) -> None:
         model, grids, rank, ranks = job.model, job.grids, job.rank, job.grids[LANGUAGE].ranks
         groups = ExtraGroups.shared(job.infra.module_to_grid_map[LANGUAGE])
         peers = sequence_peers(job.infra.module_to_grid_map[LANGUAGE])
         hosts, devices = groups.hosts(ranks), groups.devices(ranks)
         assert hosts is not None and devices is not None, "every rank holds the language model"
         self._rank, self._devices = rank, devices
-        self._special_token_ids = model.special_token_ids
-        self._fit = fit
+        self._texts = texts
         self._sources: dict[str, SourceEnd] = {}
         self._targets: dict[str, TargetEnd] = {}
         self.encoders = [name for name in grids if name != LANGUAGE]
@@ -153,7 +173,7 @@ class SharedBridges:
         ]
         sends = [op for source, tokens, whole in sent for op in source.sends(tokens, whole)]
         self._run(sends + [op for _, ops, _, _ in arrivals for op in ops])
-        received: dict[str, list[torch.Tensor]] = {name: [] for name in self._targets}
+        received: dict[str, deque[torch.Tensor]] = {name: deque() for name in self._targets}
         for target, _, tensor, _ in arrivals:
             received[target.name].append(tensor())
         back = [(target, to_return) for target, _, _, to_return in arrivals]
@@ -209,7 +229,7 @@ class SharedBridges:
                 if ASSIGNED in counts:
                     with_one = ranks[counts.index(ASSIGNED)]
                     refuse_left_out(source.name, microbatch, with_one, self._rank)
-                sizes = self._fit.sizes(source.name, counts, len(tokens), microbatch, output.text)
+                sizes = self._texts.sizes(source.name, counts, len(tokens), microbatch, output.text)
                 deliveries = in_turn(source.turn, sizes)
             else:
                 deliveries = in_turn(source.turn, [len(tokens)])
@@ -238,7 +258,7 @@ class SharedBridges:
                 f"rank {self._rank} was given no input_ids, which say how many tokens of "
                 f"{target.name} are its own: pass them to the model's forward"
             )
-        return (output.text == self._special_token_ids[target.name]).sum()
+        return self._texts.total(target.name, output.text)
 
     def _read(self, numbers: Sequence[torch.Tensor]) -> list[int]:
         """What only the device knows: this waits for it."""
@@ -278,33 +298,3 @@ class SharedBridges:
                 pieces = buffers[peer].split([tensor.numel() for tensor in each])
                 for tensor, piece in zip(each, pieces, strict=True):
                     tensor.copy_(piece.view_as(tensor))
-
-
-class Waiting:
-    """What came of an encoder, for the language model's first stage, a microbatch at a time.
-
-    Args:
-        name: the encoder.
-        tokens: of each microbatch.
-
-    Attributes:
-        gradients: of the tokens whose backward has run.
-    """
-
-    def __init__(self, name: str, tokens: Sequence[torch.Tensor]) -> None:
-        self.name = name
-        self._tokens = deque(tokens)
-        self.gradients: list[torch.Tensor | None] = []
-
-    def recv_forward(self) -> torch.Tensor:
-        """The next microbatch's tokens."""
-        return self._tokens.popleft().requires_grad_()
-
-    def send_backward(self, gradient: torch.Tensor | None) -> None:
-        """Keep the gradient of the earliest tokens whose backward has run."""
-        self.gradients.append(gradient)
-
-    def send_backward_recv_forward(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Both."""
-        self.send_backward(gradient)
-        return self.recv_forward()

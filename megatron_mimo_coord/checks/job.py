@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import field, frozen
 from megatron.core import __version__ as megatron_version
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel
@@ -22,8 +22,10 @@ from megatron_mimo_coord.checks.replicas import check_replicas
 from megatron_mimo_coord.infra import GridsAndGroups, Infra, as_infra, topology_facts
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, gradient_scaling_factor
 from megatron_mimo_coord.layout.problems import layout_problems
+from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.empty_batches import meets_replicas
+from megatron_mimo_coord.megatron.forwards import Forwards
 from megatron_mimo_coord.megatron.mimo_model import unsupported, unwrap_mimo_model
 from megatron_mimo_coord.megatron.names import told_of_missing_names
 from megatron_mimo_coord.megatron.random_states import global_state_problems, needs_global_state
@@ -44,6 +46,10 @@ class Job:
         per_token: whether the loss is divided by the number of tokens.
         gradient_scaling_factors: c_m of every module of the job, without the 1/N of a step.
         meeting: of every module, whether its replicas meet in its forward.
+
+    Attributes:
+        changes: where is recorded what is changed in the model, its DDPs, configs and optimizers.
+        forwards: those of the model.
     """
 
     rank: int
@@ -55,6 +61,12 @@ class Job:
     per_token: bool
     gradient_scaling_factors: Mapping[str, float]
     meeting: Mapping[str, bool]
+    changes: Changes = field(init=False, factory=Changes)
+    forwards: Forwards = field(init=False)
+
+    @forwards.default
+    def _forwards(self) -> Forwards:
+        return Forwards(self.model, self.changes)
 
     @classmethod
     def agree(cls, infra: Infra | GridsAndGroups, model: torch.nn.Module) -> "Job":

@@ -18,7 +18,7 @@ from megatron_mimo_coord.checks.modules import remarks
 from megatron_mimo_coord.gradients.launch_order import OrderedLaunches
 from megatron_mimo_coord.gradients.loss_check import LossCheck
 from megatron_mimo_coord.gradients.module import ModuleGradients
-from megatron_mimo_coord.gradients.num_tokens import NumTokens, holds_a_distinct_count
+from megatron_mimo_coord.gradients.num_tokens import NumTokens
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.gradients.profiler_ranges import named_range
 from megatron_mimo_coord.gradients.step_report import StepReport
@@ -30,7 +30,6 @@ from megatron_mimo_coord.megatron.auxiliary_losses import (
     weigh_like_the_loss,
 )
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.ddp import ModuleDdp
 from megatron_mimo_coord.megatron.recompute import keep_gradients_of_recomputed_blocks
 from megatron_mimo_coord.megatron.schedule import Schedule
 from megatron_mimo_coord.world.device import world_device
@@ -47,12 +46,10 @@ class Gradients:
     Args:
         job: the modules, their grids, and which of them are here.
         schedule: what calls us; its config's timers time each module.
-        is_assigned: whether the images that an encoder is given now were dealt out by cost.
-        is_read_again: whether a microbatch that the model is given now will come once more.
-        changes: where is recorded what is changed in the model and its DDPs.
+        is_assigned, is_read_again: as a ``StepReport`` takes them.
 
     Attributes:
-        modules: those on this rank.
+        modules: those on this rank, in the order in which they are finalized.
         has_mixtures: whether one of them adds auxiliary losses of experts.
         step: where a step stands.
         report: what the ranks tell each other before an optimizer's step.
@@ -65,11 +62,12 @@ class Gradients:
         schedule: Schedule,
         is_assigned: Callable[[str], bool],
         is_read_again: Callable[[], bool],
-        changes: Changes,
     ) -> None:
-        language = job.grids[LANGUAGE]
+        changes = job.changes
         self._schedule = schedule
-        self.modules = {name: _collect(job, name, changes) for name in job.ddps}
+        order = sorted(job.ddps, key=LANGUAGE.__eq__)
+        self.modules = {name: ModuleGradients(job, name) for name in order}
+        _log_remarks(job)
         mixtures = [weigh_like_the_loss(ddp, job.per_token, changes) for ddp in job.ddps.values()]
         self.has_mixtures = any(mixtures)
         if sum(grid.size for grid in job.grids.values()) > dist.get_world_size():
@@ -77,33 +75,25 @@ class Gradients:
         for ddp in job.ddps.values():
             keep_gradients_of_recomputed_blocks(ddp, changes)
         grads = [grads for module in self.modules.values() for grads in module.ddp.grads]
-        self.step = StepState(grads, schedule)
-        self.step.watch(job.model, changes)
-        loss_check = None
-        if holds_a_distinct_count(language, job.rank) and (job.per_token or language.dim("cp") > 1):
-            loss_check = LossCheck(language, job.per_token, schedule.scaled, job.model, changes)
-        self.report = StepReport(
-            {name: grid.data_parallel_size for name, grid in job.grids.items()},
-            {name: job.grids[name].coordinate(job.rank, "dp") for name in job.ddps},
-            loss_check,
-        )
-        self.report.watch(job.model, is_assigned, is_read_again, changes)
-        self._num_tokens = NumTokens(language, job.rank, job.per_token, world_device())
+        self.step = StepState(job, grads, schedule)
+        loss_check = LossCheck(job, schedule.scaled)
+        self.report = StepReport(job, loss_check, is_assigned, is_read_again)
+        self._num_tokens = NumTokens(job)
         self._launch_in_order(changes)
-        for module in self._modules:
+        for module in self.modules.values():
             module.ddp.route_zeroing(self._before_zeroing, self.step.zeroed, changes)
-        self.optimizer_steps = OptimizerSteps(self._modules, self.step, self.report, changes)
+        modules = list(self.modules.values())
+        self.optimizer_steps = OptimizerSteps(modules, self.step, self.report, changes)
 
     def _launch_in_order(self, changes: Changes) -> None:
-        encoders = [module for name, module in self.modules.items() if name != LANGUAGE]
-        language = [module for name, module in self.modules.items() if name == LANGUAGE]
-        self._modules = encoders + language
+        encoders = [module.ddp for name, module in self.modules.items() if name != LANGUAGE]
+        language = [module.ddp for name, module in self.modules.items() if name == LANGUAGE]
         # One backward runs through all modules of a rank, the encoder that ran last first; on ranks
         # of encoders alone the schedule runs one for each, in order. The encoder that is reached
         # last is reduced first: it may meet ranks of which some have no image of the others, and
         # would launch their reductions after that, and some before.
         last_first = encoders if language else encoders[::-1]
-        together = [[module.ddp for module in some] for some in (last_first, language) if some]
+        together = filter(None, (last_first, language))
         self._launches = [OrderedLaunches(ddps, changes) for ddps in together]
 
     def zero_grad_buffer(self) -> None:
@@ -113,7 +103,7 @@ class Gradients:
             RuntimeError: they were accumulated, and nobody has finalized them; or what the report
                 of the step before says.
         """
-        for module in self._modules:
+        for module in self.modules.values():
             module.ddp.ddp.zero_grad_buffer()
 
     def _before_zeroing(self) -> None:
@@ -136,7 +126,7 @@ class Gradients:
     def no_sync(self, module_name: str | None = None) -> Iterator[None]:
         """Gradients of the microbatches inside only accumulate; of one module, or of all."""
         with ExitStack() as stack:
-            for module in self._modules:
+            for module in self.modules.values():
                 if module_name in (None, module.name):
                     stack.enter_context(module.ddp.ddp.no_sync())
             yield
@@ -180,13 +170,13 @@ class Gradients:
         with named_range(WHOLE_FINALIZE):
             self.start_grad_sync()
             counting = self._num_tokens.start(num_tokens)
-            for module in self._modules:
+            for module in self.modules.values():
                 with self._timers_of_config(module):
                     module.finalize(force_all_reduce)
             if counting is not None:
                 counting.wait()
                 inverse_tokens = self._num_tokens.reciprocal()
-                for module in self._modules:
+                for module in self.modules.values():
                     module.divide(inverse_tokens, force_all_reduce)
             for each in self._launches:
                 each.end(force_all_reduce)
@@ -204,7 +194,7 @@ class Gradients:
         if attached.timers is None:
             yield
             return
-        meets = attached.barrier_with_L1_time and module is self._modules[0]
+        meets = attached.barrier_with_L1_time and module is next(iter(self.modules.values()))
         with Changes() as changes:
             changes.set(config, "timers", attached.timers)
             changes.set(config, "barrier_with_L1_time", meets)
@@ -219,10 +209,10 @@ def _share_tables_of_metrics(job: Job) -> None:
     make_room_for_metrics(depths.tolist(), device)
 
 
-def _collect(job: Job, name: str, changes: Changes) -> ModuleGradients:
-    grid = job.grids[name]
-    if job.rank == grid.rank_offset:
-        for remark in remarks(job.ddps[name], grid, job.grids[LANGUAGE], job.per_token):
-            logger.warning("%s", remark)
-    factor = job.gradient_scaling_factors[name]
-    return ModuleGradients(name, ModuleDdp(job.ddps[name]), job.groups[name], factor, changes)
+def _log_remarks(job: Job) -> None:
+    """What one rank of each module has to say of it."""
+    for name, ddp in job.ddps.items():
+        grid = job.grids[name]
+        if job.rank == grid.rank_offset:
+            for remark in remarks(ddp, grid, job.grids[LANGUAGE], job.per_token):
+                logger.warning("%s", remark)

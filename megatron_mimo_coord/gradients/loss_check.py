@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from megatron_mimo_coord.layout import ModuleGrid
-from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import loss_mask_of
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.gradients.num_tokens import holds_a_distinct_count
+from megatron_mimo_coord.layout import LANGUAGE
+from megatron_mimo_coord.megatron.forwards import named
 
 _CURE = "take the mask that the model returns, losses, loss_mask = model(...), for losses and count"
 _MISTAKES = (
@@ -31,40 +32,43 @@ _MISTAKES = (
     f"num_tokens, report), with the sum of the losses; {_CURE}",
 )
 _IS_COUNTED, _HAS_GRADIENT, _WHOLE_MASK, _MULTIPLIED = range(4)
-NUMBERS = 4
-"""That each rank says, of which the largest counts."""
 _EXACT = 1e-3
 
 
 class LossCheck:
-    """Looks at the gradients of a rank's losses. Nothing waits for the device.
+    """Looks at the gradients of a rank's losses: a part of its report.
+
+    Nothing waits for the device.
 
     Args:
-        language: grid of the language model.
-        per_token: whether the loss is divided by the number of tokens.
+        job: whose model's output the loss is computed from.
         scaled: what the schedule does to a loss, if it scales it.
-        model: whose output the loss is computed from.
-        changes: where is recorded that its output is watched.
+
+    Attributes:
+        size: how many numbers ranks tell each other.
     """
 
-    def __init__(
-        self,
-        language: ModuleGrid,
-        per_token: bool,
-        scaled: Callable[[torch.Tensor], torch.Tensor],
-        model: torch.nn.Module,
-        changes: Changes,
-    ) -> None:
+    size = 4
+
+    def __init__(self, job: Job, scaled: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        language = job.grids[LANGUAGE]
         self._context_parallel_size = language.dim("cp")
-        self._per_token = per_token
+        self._per_token = job.per_token
         self._scaled = scaled
         self._seen: list[torch.Tensor] = []  # of each microbatch, what ``_look`` makes of it
-        changes.on_close(model.register_forward_hook(self._watch, with_kwargs=True).remove)
+        self._numbers: torch.Tensor | None = None
+        if holds_a_distinct_count(language, job.rank) and (
+            job.per_token or self._context_parallel_size > 1
+        ):
+            job.changes.on_close(
+                job.model.register_forward_hook(self._watch, with_kwargs=True).remove
+            )
 
     def _watch(self, _: Any, args: Any, kwargs: Mapping[str, Any], returned: Any) -> None:
         losses, mask = returned if isinstance(returned, tuple) else (returned, None)
         if isinstance(losses, torch.Tensor) and losses.requires_grad:
-            losses.register_hook(partial(self._look, loss_mask_of(args, kwargs), mask))
+            whole = named(args, kwargs).get("loss_mask")
+            losses.register_hook(partial(self._look, whole, mask))
 
     def _look(self, whole: Any, mask: Any, gradient: torch.Tensor) -> None:
         """The norm of a gradient; the largest, if tokens that count have all the same; tokens."""
@@ -82,17 +86,18 @@ class LossCheck:
         """Another step begins."""
         self._seen.clear()
 
-    def finalized(self, num_tokens: torch.Tensor | None) -> torch.Tensor | None:
-        """The step is over: what this rank says of it, on the device; None if it saw no loss.
+    def finalized(self, num_tokens: torch.Tensor | None) -> None:
+        """The step is over.
 
         Args:
             num_tokens: unmasked tokens that this rank counted, a tensor with one element.
         """
+        self._numbers = None
         if not self._seen:
-            return None
+            return
         norm, factor, whole, here = torch.stack(self._seen).unbind(1)
         self.forget()
-        numbers = norm.new_zeros(NUMBERS)
+        self._numbers = numbers = norm.new_zeros(self.size)
         is_cut = whole != here
         if self._per_token:
             counted = norm.new_zeros(()) if num_tokens is None else num_tokens.reshape(()).double()
@@ -104,15 +109,20 @@ class LossCheck:
             numbers[_WHOLE_MASK] = (is_cut & _are_close(share * whole, 1)).any()
             multiplied = _are_close(share * here, self._context_parallel_size)
             numbers[_MULTIPLIED] = (is_cut & multiplied).any()
-        return numbers
+
+    def fill(self, numbers: torch.Tensor) -> None:
+        """Say what was seen, if a loss was."""
+        if self._numbers is not None:
+            numbers[:], self._numbers = self._numbers, None
+
+    def check(self, largest: Sequence[float]) -> None:
+        """Refuse losses that the gradients show to be wrong."""
+        is_counted, has_gradient, whole_mask, multiplied = (number > 0 for number in largest)
+        found = has_gradient and not is_counted, whole_mask, multiplied
+        for mistake, is_so in zip(_MISTAKES, found, strict=True):
+            if is_so:
+                raise RuntimeError(mistake)
 
 
 def _are_close(numbers: torch.Tensor, value: float) -> torch.Tensor:
     return (numbers - value).abs() <= _EXACT * value
-
-
-def mistake(numbers: Sequence[float]) -> str:
-    """What is wrong, by the largest that any rank said; empty if nothing is."""
-    is_counted, has_gradient, whole_mask, multiplied = (number > 0 for number in numbers)
-    found = has_gradient and not is_counted, whole_mask, multiplied
-    return next((text for text, is_so in zip(_MISTAKES, found, strict=True) if is_so), "")

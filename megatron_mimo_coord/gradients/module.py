@@ -11,11 +11,10 @@ from functools import cached_property
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mimo_coord.checks.job import Job
 from megatron_mimo_coord.gradients.profiler_ranges import named_range
 from megatron_mimo_coord.layout import LANGUAGE
-from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
 
 
@@ -23,29 +22,19 @@ class ModuleGradients:
     """The gradients of one module on this rank.
 
     Args:
+        job: has its c_m, of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`.
         name: the module.
-        ddp: its DDP.
-        pg_collection: its process groups.
-        factor: c_m of :func:`megatron_mimo_coord.layout.gradient_scaling_factor`.
-        changes: where is recorded what DDP multiplies by.
     """
 
-    def __init__(
-        self,
-        name: str,
-        ddp: ModuleDdp,
-        pg_collection: ProcessGroupCollection,
-        factor: float,
-        changes: Changes,
-    ) -> None:
+    def __init__(self, job: Job, name: str) -> None:
         self.name = name
-        self.ddp = ddp
-        self.pg_collection = self._pg_collection_to_finalize = pg_collection
+        self.ddp = ddp = ModuleDdp(job.ddps[name])
+        self.pg_collection = self._pg_collection_to_finalize = job.groups[name]
         if name != LANGUAGE:
             # Encoders tie no word embeddings, but Megatron looks for them where there is a group.
-            self._pg_collection_to_finalize = copy(pg_collection)
+            self._pg_collection_to_finalize = copy(self.pg_collection)
             self._pg_collection_to_finalize.embd = self._pg_collection_to_finalize.pos_embd = None
-        ddp.scale_in_reduction(factor, changes)
+        ddp.scale_in_reduction(job.gradient_scaling_factors[name], job.changes)
         self._everything = ddp.reduced(everything=True)
         self._shards = ddp.reduced(everything=False)
 

@@ -3,26 +3,20 @@
 import torch
 import torch.distributed as dist
 
-from megatron_mimo_coord.layout import ModuleGrid
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
+from megatron_mimo_coord.world.device import world_device
 
 
 class NumTokens:
-    """Sums what the ranks counted, in one collective of one number.
+    """Sums what the ranks counted, in one collective of one number."""
 
-    Args:
-        language: grid of the language model.
-        rank: this rank.
-        per_token: whether the loss is divided by the number of tokens.
-        device: where the backend of the world expects tensors.
-    """
-
-    def __init__(
-        self, language: ModuleGrid, rank: int, per_token: bool, device: torch.device
-    ) -> None:
-        self._per_token = per_token
-        self._is_needed_here = per_token and rank in language.ranks
-        self._is_counted_here = per_token and holds_a_distinct_count(language, rank)
-        self._sum = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, job: Job) -> None:
+        language = job.grids[LANGUAGE]
+        self._per_token = job.per_token
+        self._is_needed_here = job.per_token and LANGUAGE in job.ddps
+        self._is_counted_here = job.per_token and holds_a_distinct_count(language, job.rank)
+        self._sum = torch.zeros((), dtype=torch.int64, device=world_device())
 
     def check(self, num_tokens: torch.Tensor | None) -> None:
         """Refuse a count that is missing where the loss is per token, or the reverse."""

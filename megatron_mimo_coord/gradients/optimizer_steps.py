@@ -23,10 +23,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.nn.utils import get_total_norm
 
 from megatron_mimo_coord.checks.copies import differing_gradients
-from megatron_mimo_coord.gradients.misfits import parts_of_gradients
+from megatron_mimo_coord.gradients.misfits import Misfit
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.step_report import StepReport
 from megatron_mimo_coord.gradients.step_state import StepState
+from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.optimizers import (
     ModuleOptimizer,
@@ -50,7 +51,7 @@ class OptimizerSteps:
         modules: those on this rank.
         step: where a step stands.
         report: what the ranks tell each other before an optimizer's step.
-        changes: where is recorded what is changed in optimizers.
+        changes: the coordinator's.
 
     Attributes:
         optimizers: Megatron's optimizers that are watched.
@@ -92,8 +93,20 @@ class OptimizerSteps:
         for module in self._modules if self.num_changes < LOOKED_AT else ():
             weights = differing_gradients(module.ddp.ddp, module.pg_collection.tp)
             if weights:
-                self._report.add(parts_of_gradients(module.name, weights))
+                self._report.misfits.add(_moved_apart(module.name, weights))
         self.num_changes += 1
+
+
+def _moved_apart(module: str, weights: Sequence[str]) -> Misfit:
+    return Misfit(
+        (-1, 2),
+        f"the tensor-parallel ranks of {module} have other gradients of the same weights "
+        f"({listed(weights)}), and would move them apart: have each get the sum, by "
+        f"parameter.sequence_parallel = True where a weight is applied to parts of a sequence, and "
+        f"by copy_to_tensor_model_parallel_region(output, group=pg_collection.tp) where its output "
+        f"feeds shards, as that of an adapter's first layer does; what is a shard itself is to be "
+        f"one of Megatron's layers, or parameter.tensor_model_parallel = True",
+    )
 
 
 class _Decision:

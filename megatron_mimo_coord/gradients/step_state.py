@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.megatron.forwards import Given
 from megatron_mimo_coord.megatron.schedule import Schedule
 
 
@@ -31,6 +32,7 @@ class StepState:
     """Where a step stands on this rank.
 
     Args:
+        job: whose model's passes are counted.
         grads: the gradient buffers of the modules on this rank.
         schedule: which says whether it finalizes gradients through us.
 
@@ -40,30 +42,27 @@ class StepState:
         on_used: what is called when an optimizer has taken its step.
     """
 
-    def __init__(self, grads: Sequence[torch.Tensor], schedule: Schedule) -> None:
+    def __init__(self, job: Job, grads: Sequence[torch.Tensor], schedule: Schedule) -> None:
         self.on_begin: list[Callable[[], None]] = []
         self.on_finalized: list[Callable[[], None]] = []
         self.on_used: list[Callable[[], None]] = []
         self._schedule = schedule
         self._grads = grads
         self._enter(Phase.UNTOUCHED)
+        job.forwards.watch(self._count_forward)
+        job.changes.on_close(job.model.register_forward_hook(self._watch_outputs).remove)
 
     # -- what happens ------------------------------------------------------------------------------
 
-    def watch(self, model: torch.nn.Module, changes: Changes) -> None:
-        """Count a model's forward passes, and the backward passes that begin at its outputs."""
+    def _count_forward(self, _: Given) -> None:
+        self._forward_passes += torch.is_grad_enabled()
 
-        def count_forward(*_: Any) -> None:
-            self._forward_passes += torch.is_grad_enabled()
-
-        def watch_outputs(_: Any, __: Any, returned: Any) -> None:
-            outputs = returned[0] if isinstance(returned, tuple) else returned
-            for output in outputs.values() if isinstance(outputs, Mapping) else [outputs]:
-                if isinstance(output, torch.Tensor) and output.requires_grad:
-                    output.register_hook(self.count_backward)
-
-        changes.on_close(model.register_forward_pre_hook(count_forward).remove)
-        changes.on_close(model.register_forward_hook(watch_outputs).remove)
+    def _watch_outputs(self, _: Any, __: Any, returned: Any) -> None:
+        """Count the backward passes that begin at what the model returns."""
+        outputs = returned[0] if isinstance(returned, tuple) else returned
+        for output in outputs.values() if isinstance(outputs, Mapping) else [outputs]:
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                output.register_hook(self.count_backward)
 
     def attached(self) -> None:
         """A config was told to call us at the end of a step: what was forgotten is mended."""

@@ -6,14 +6,15 @@ a microbatch that no module divides; only where these differ do ranks tell each 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import lcm
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import frozen
 
+from megatron_mimo_coord.gradients.rows_read import RowsRead
 from megatron_mimo_coord.world.device import world_device
 from megatron_mimo_coord.world.gather import all_gather_text
 
@@ -29,26 +30,32 @@ class _Read:
     length: int
 
 
-@define
 class TextsRead:
-    """What this rank reads in a step.
+    """What this rank reads in a step: a part of its report.
 
     Args:
-        data_parallel_sizes: DP of every module of the job.
-        place: (DP, DP rank) of the module whose samples this rank reads; None if they differ.
+        rows: say whose samples those are.
+
+    Attributes:
+        size: how many numbers ranks tell each other.
     """
 
-    data_parallel_sizes: Mapping[str, int]
-    place: tuple[int, int] | None
-    _step: list[_Read] = field(init=False, factory=list)
-    _last: list[_Read] = field(init=False, factory=list)
+    def __init__(self, rows: RowsRead) -> None:
+        self._rows = rows
+        # Of a microbatch: each module's slice is a number of whole ones.
+        self._parts = lcm(*rows.data_parallel_sizes.values())
+        self.size = 3 * 2 * self._parts
+        self._step: list[_Read] = []
+        self._last: list[_Read] = []
 
     def add(self, given: Mapping[str, Any]) -> None:
-        """A microbatch: its ``input_ids`` and ``labels``, [sample, token] each, or None."""
+        """A microbatch: its ``input_ids`` and ``labels``, [sample, token] each, if it has them."""
         texts = {
             kind: text
-            for kind, text in given.items()
-            if torch.is_tensor(text) and text.ndim == 2 and not text.is_floating_point()
+            for kind in _KINDS
+            if torch.is_tensor(text := given.get(kind))
+            and text.ndim == 2
+            and not text.is_floating_point()
         }
         length = max((text.shape[1] for text in texts.values()), default=0)
         self._step.append(_Read({kind: _digests(text) for kind, text in texts.items()}, length))
@@ -70,19 +77,13 @@ class TextsRead:
         """Another step begins."""
         self._step = []
 
-    @property
-    def _parts(self) -> int:
-        """Of a microbatch: each module's slice is a number of whole ones."""
-        return lcm(*self.data_parallel_sizes.values())
-
-    def pack(self) -> torch.Tensor:
-        """Numbers of which each rank is to know the largest; the step is over."""
+    def fill(self, numbers: torch.Tensor) -> None:
+        """Say for each part of a microbatch what its texts are, its labels, and how long."""
         self._last, self._step = self._step, []
-        shape, device = (3, 2, self._parts), world_device()
-        numbers = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
-        if self.place is None:
-            return numbers.flatten()
-        size, index = self.place
+        if self._rows.place is None:
+            return
+        numbers = numbers.view(3, 2, self._parts)
+        size, index = self._rows.place
         share = self._parts // size
         mine = slice(index * share, (index + 1) * share)
         for row, kind in enumerate(_KINDS):
@@ -92,18 +93,16 @@ class TextsRead:
                 _fill(numbers[row, :, mine], _combined(parts))
         if self._last:
             _fill(numbers[2, :, mine], _combined([read.length for read in self._last]))
-        return numbers.flatten()
 
-    def check(self, numbers: list[float]) -> None:
+    def check(self, largest: Sequence[float]) -> None:
         """Refuse a step whose ranks read different samples. Collective if they did.
-
-        Args:
-            numbers: the largest of each, over all ranks.
 
         Raises:
             RuntimeError: names two ranks, the microbatch and the first sample.
         """
-        most, least = torch.tensor(numbers, dtype=torch.float64).view(3, 2, -1).unbind(1)
+        if not self._rows.agree:
+            return
+        most, least = torch.tensor(largest, dtype=torch.float64).view(3, 2, -1).unbind(1)
         differs = (most != -least) & most.isfinite()
         if not (differs[:2] & ~differs[2]).any():
             return  # texts of different lengths are padded as each rank likes
@@ -115,7 +114,9 @@ class TextsRead:
         }
         everyone = [
             json.loads(text)
-            for text in all_gather_text(json.dumps([self.place, digests]), device=world_device())
+            for text in all_gather_text(
+                json.dumps([self._rows.place, digests]), device=world_device()
+            )
         ]
         raise RuntimeError(_sentence(everyone))
 

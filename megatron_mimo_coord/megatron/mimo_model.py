@@ -1,10 +1,8 @@
-"""What ``MimoModel`` is given in a forward, and what it cannot run.
+"""What ``MimoModel`` asks for in a forward, and what it cannot run.
 
-Leans on ``input_ids``, ``loss_mask``, ``labels``, ``modality_inputs`` and ``packing_kwargs`` being
-arguments 0 and 3 to 6 of a forward, on ``mimo_config`` holding the specs of modules and the grids,
-on a ``partition_adapter`` that shares sequences out, and on ``mtp_num_layers`` of a config. Without
-the first five nobody reads a text, or sees that there is no image; without the others what cannot
-run fails on some ranks, while the others wait. A forward of colocated modules calls
+Leans on ``mimo_config`` holding the specs of modules and the grids, on a ``partition_adapter`` that
+shares sequences out, and on ``mtp_num_layers`` of a config. Without these what cannot run fails on
+some ranks, while the others wait. A forward of colocated modules calls
 ``_apply_colocated_comms`` where there are ``colocated_comms``, any other one
 ``_attach_modality_split_sizes`` and ``_has_encoder_tokens``, and asks the model's ``role`` for its
 stages; an output carries ``_mimo_bridge_split_sizes``. Without these it is cut evenly.
@@ -17,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.partition import utils as partition
-from torch.nn.functional import pad
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.megatron.changes import Changes
@@ -48,91 +45,6 @@ Float16Module or DistributedDataParallel around it
             )
         inner = inner.module
     return inner
-
-
-def input_ids_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The text of a forward, None if there is none."""
-    return kwargs.get("input_ids", args[0] if args else None)
-
-
-_LOSS_MASK, _LABELS, _MODALITY_INPUTS, _PACKING = 3, 4, 5, 6
-
-
-def labels_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a forward is to predict, None if nothing."""
-    return kwargs.get("labels", args[_LABELS] if len(args) > _LABELS else None)
-
-
-def loss_mask_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Which tokens of a forward count, None if that is not said."""
-    return kwargs.get("loss_mask", args[_LOSS_MASK] if len(args) > _LOSS_MASK else None)
-
-
-def packing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Where the samples of a forward lie that are packed into one row; None if they are not."""
-    return kwargs.get("packing_kwargs", args[_PACKING] if len(args) > _PACKING else None)
-
-
-def bounds_of(packing: Mapping[str, Any]) -> Any:
-    """Where each packed sample begins, and the last one ends; None if that is not said."""
-    padded = packing.get("cu_seqlens_q_padded")
-    return packing.get("cu_seqlens_q") if padded is None else padded
-
-
-def without_packing(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A forward of packed samples as one of a single long one."""
-    return args[:_PACKING], {**kwargs, "packing_kwargs": None}
-
-
-def lengthen_texts(
-    args: tuple[Any, ...], kwargs: dict[str, Any], more: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A forward's texts, [..., token], with so many tokens more, which are 0 and do not count."""
-
-    def longer(value: Any) -> Any:
-        return pad(value, (0, more)) if torch.is_tensor(value) else value
-
-    named = {name: longer(value) if name in _TEXTS else value for name, value in kwargs.items()}
-    placed = enumerate(args)
-    return tuple(longer(value) if i < _MODALITY_INPUTS else value for i, value in placed), named
-
-
-_TEXTS = ("input_ids", "position_ids", "loss_mask", "labels")
-
-
-def change_modality_inputs(
-    change: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A hook before a forward that gives it other inputs of modalities."""
-
-    def hook(
-        _: MimoModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        before, behind = args[:_MODALITY_INPUTS], args[_MODALITY_INPUTS + 1 :]
-        if len(args) > _MODALITY_INPUTS:
-            return (*before, change(args[_MODALITY_INPUTS] or {}), *behind), kwargs
-        changed = change(kwargs.get("modality_inputs") or {})
-        return args, {**kwargs, "modality_inputs": changed}
-
-    return hook
-
-
-def leave_out_empty_inputs(model: MimoModel, changes: Changes) -> None:
-    """Have an encoder that is given no inputs, ``{}``, be left out as if it was given None.
-
-    Its container would return nothing, which no stage and no bridge can carry.
-    """
-
-    def leave_out(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {
-            n: None if isinstance(each, Mapping) and not each else each
-            for n, each in inputs.items()
-        }
-
-    hook = change_modality_inputs(leave_out)
-    changes.on_close(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 def is_first_stage(model: MimoModel, module: str) -> bool:

@@ -6,8 +6,6 @@ in three parts (``mrope``), take a global one, or none. The latter must not be c
 samples, whose positions are picked where they are used. Else shapes differ, or positions are wrong.
 """
 
-from typing import Any
-
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import (
     MultimodalRotaryEmbedding,
@@ -16,10 +14,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
 from megatron.core.models.mimo import MimoModel
 
 from megatron_mimo_coord.megatron.changes import Changes
-from megatron_mimo_coord.megatron.mimo_model import packing_of
+from megatron_mimo_coord.megatron.forwards import Forwards, Given
 
 
-def cut_rotary_positions(model: MimoModel, group: dist.ProcessGroup, changes: Changes) -> None:
+def cut_rotary_positions(
+    model: MimoModel, group: dist.ProcessGroup, forwards: Forwards, changes: Changes
+) -> None:
     """Have the language model on this rank cut positions for its own context-parallel ranks."""
     in_three_parts = []
     for module in model.language_model.modules():
@@ -28,10 +28,8 @@ def cut_rotary_positions(model: MimoModel, group: dist.ProcessGroup, changes: Ch
         if isinstance(module, MultimodalRotaryEmbedding):
             in_three_parts.append(module)
 
-    def choose(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        is_packed = packing_of(args, kwargs) is not None
+    def choose(given: Given) -> None:
         for module in in_three_parts:
-            module.cp_group = None if is_packed else group
+            module.cp_group = group if given.get("packing_kwargs") is None else None
 
-    if in_three_parts:
-        changes.on_close(model.register_forward_pre_hook(choose, with_kwargs=True).remove)
+    forwards.watch(choose)

@@ -22,11 +22,6 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_mimo_coord.megatron.changes import Changes
 
-OUT_OF_BATCHES = (
-    "this rank's data_iterator ran out within a step: it must have a batch for each of the "
-    "num_microbatches, on every rank as many; leave out an epoch's last, incomplete step"
-)
-
 Hooks = Mapping[str, Callable[..., Any] | None]
 """Functions by the name of their place in a config; None for a place that nobody may take."""
 
@@ -155,16 +150,8 @@ def _name(function: Any) -> str:
     return f"{function.__module__}.{name}" if name else f"of class {type(function).__qualname__}"
 
 
-def run_pipeline(**arguments: Any) -> Any:
-    """Megatron's 1F1B schedule.
-
-    Raises:
-        RuntimeError: the batches of this rank end within the step.
-    """
-    try:
-        return forward_backward_pipelining_without_interleaving(**arguments)
-    except StopIteration as error:
-        raise RuntimeError(OUT_OF_BATCHES) from error
+run_pipeline = forward_backward_pipelining_without_interleaving
+"""Megatron's 1F1B schedule."""
 
 
 def run_encoders(

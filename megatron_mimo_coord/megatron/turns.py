@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo import MimoModel
 from megatron.core.models.mimo.config.role import ModuleLayout, RankRole
 
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
+from megatron_mimo_coord.megatron.forwards import Given
 
 _taking_turns: WeakSet[HyperCommGrid] = WeakSet()
 _changes: list[Changes] = []
@@ -59,13 +59,12 @@ class Turns:
         encoders, language: whose turn it is; a model that must not run without one does not.
     """
 
-    def __init__(self, model: MimoModel, must: bool, changes: Changes) -> None:
+    def __init__(self, model: MimoModel, must: bool) -> None:
         self._model = model
         self._must = must
         self.encoders = self.language = False
-        changes.on_close(model.register_forward_pre_hook(lambda *_: self.check()).remove)
 
-    def check(self) -> None:
+    def check(self, _: Given | None = None) -> None:
         """Refuse to run without a turn.
 
         Raises:
@@ -107,9 +106,3 @@ class Turns:
             changes.set(model, "role", kind(modules, ModuleLayout.NON_COLOCATED))
             yield
         model.set_input_tensor({})  # or the last microbatch's tensors would stay
-
-
-def outputs_of(model: MimoModel, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
-    """What a model's encoders return, past the hooks of the model."""
-    outputs, _ = model.forward(*args, **kwargs)
-    return outputs

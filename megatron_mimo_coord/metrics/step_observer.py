@@ -15,7 +15,7 @@ from megatron_mimo_coord.gradients.finalize import WHOLE_FINALIZE
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
-from megatron_mimo_coord.megatron.mimo_model import input_ids_of
+from megatron_mimo_coord.megatron.forwards import named
 from megatron_mimo_coord.megatron.optimizers import updates
 from megatron_mimo_coord.metrics.measured_costs import RankBytes
 from megatron_mimo_coord.metrics.span_recorder import FINALIZE, Place, SpanRecorder
@@ -129,7 +129,7 @@ class StepObserver:
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.recorder.calls_model()
-        input_ids = input_ids_of(args, kwargs)
+        input_ids = named(args, kwargs).get("input_ids")
         if input_ids is not None:
             self._input_shape = tuple(input_ids.shape[:2])
 

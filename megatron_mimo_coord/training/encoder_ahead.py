@@ -117,9 +117,8 @@ class EncoderAhead:
                     outputs = run(len(queue))
             except StopIteration:  # there is no later step
                 break
-            assigned = filter(self._assignments.next, self._modules)
-            taken = [self._assignments.take(name) for name in assigned]
-            queue.append(_Encoded(outputs, [each for each in taken if each is not None], read))
+            taken = filter(None, map(self._assignments.take, self._modules))
+            queue.append(_Encoded(outputs, [*taken], read))
         if not queue:
             del self._waiting[id(source)]
 
@@ -138,10 +137,6 @@ class EncoderAhead:
         self._texts.put_back(encoded.texts)
         if not queue:
             del self._waiting[id(source)]
-        for mine in encoded.assignments:  # before those of microbatches that have not run
-            later = []
-            while self._assignments.next(mine.module) is not None:
-                later.append(self._assignments.take(mine.module))
-            for each in (mine, *filter(None, later)):
-                self._assignments.put(each)
+        for each in encoded.assignments:
+            self._assignments.put_back(each)
         return encoded

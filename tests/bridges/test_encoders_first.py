@@ -3,6 +3,7 @@
 import weakref
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import cases
@@ -115,11 +116,11 @@ def _counted(case: Case) -> dict[str, Any]:
     return {**counts, "norms": norms, "norms alone": _norms_alone(case)}
 
 
-def _norms_alone(case: Case) -> dict[str, float]:
+def _norms_alone(case: Case, step: int = 0) -> dict[str, float]:
     """Norms of each module's gradient in one process."""
     oracle = cases.Oracle(case)
     with cases.not_rehearsed():
-        oracle.backward(0)
+        oracle.backward(step)
     norms = dict.fromkeys(case.modules, 0.0)
     for name, parameter in oracle.parameters.items():
         if parameter.grad is not None:
@@ -135,6 +136,39 @@ def test_a_step_sends_each_token_once_and_reads_nothing_from_the_device():
     assert sum(each["sent"] for each in ranks) == sum(each["received"] for each in ranks)
     for each in ranks:
         assert each["norms"] == pytest.approx(each["norms alone"], rel=1e-5)
+
+
+def _read_ahead(case: Case) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Norms of two steps whose loader deals out each microbatch before the one before it runs."""
+    infra, model, coordinator = cases.built(case)
+    coordinator.attach(model.config)
+    communicator = coordinator.build_pipeline_communicator(model.config)
+
+    def batches() -> Any:
+        before = None
+        for each in chain(cases._data(case, 0), cases._data(case, 1)):
+            dealt = evolve(each, assignments=cases._assign(case, coordinator, each))
+            if before is not None:
+                yield before
+            before = dealt
+        yield before
+
+    data, found = batches(), []
+    for step in range(2):
+        coordinator.zero_grad_buffer()
+        cases.run_schedule(case, model, coordinator, communicator, data)
+        norms = {name: float(norm) for name, norm in coordinator.grad_norms().items()}
+        found.append((norms, _norms_alone(case, step)))
+    model.destroy()
+    infra.destroy()
+    return found
+
+
+def test_images_of_the_next_step_may_be_dealt_out_within_a_step():
+    modules = {"vision": parallel(dp=2, rank_offset=0), "language": parallel(pp=2, rank_offset=0)}
+    for steps in world(2).run(_read_ahead, Case(modules=modules, images=VARYING, assign=1)):
+        for norms, alone in steps:
+            assert norms == pytest.approx(alone, rel=1e-5)
 
 
 def test_activations_of_so_many_microbatches_are_kept():

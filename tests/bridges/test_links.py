@@ -166,16 +166,16 @@ def _reads_of_tokens(case: Case) -> int:
     """For how many outputs this rank counts the tokens of its samples, which it reads then."""
     import cases
 
-    from megatron_mimo_coord.bridges.token_counts import TokenCounts
+    from megatron_mimo_coord.bridges.text_tokens import TextTokens
 
     counts = []
-    count = TokenCounts._count
+    count = TextTokens._count
 
     def counted(*args: Any) -> Any:
         counts.append(args)
         return count(*args)
 
-    with cases._replaced(TokenCounts, "_count", counted):
+    with cases._replaced(TextTokens, "_count", counted):
         cases.check(case)
     return len(counts)
 
@@ -207,7 +207,7 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
         if len(calls) != 2:
             return original(self, name, tokens, costs, sample_ids)
         if mistake == "not called":
-            self._pending_assignments.put = lambda assignment: None
+            self._assignments.put = lambda assignment: None
         if mistake == "ids":
             sample_ids = [*sample_ids[:-1], "another"]
         if mistake == "costs":
@@ -216,11 +216,11 @@ def _mistaken(case: Case, rank: int, mistake: str) -> None:
             ]
         with ExitStack() as stack:
             if mistake == "not called once":
-                left_out = cases._replaced(self._pending_assignments, "put", lambda given: None)
+                left_out = cases._replaced(self._assignments, "put", lambda given: None)
                 stack.enter_context(left_out)
             assignment = original(self, name, tokens, costs, sample_ids)
         if mistake == "tokens":
-            self._pending_assignments._pending["vision"].to_take.clear()
+            self._assignments._pending["vision"].to_take.clear()
             original(self, name, [[n + 1 for n in each] for each in tokens], costs, sample_ids)
         return assignment
 

@@ -195,7 +195,7 @@ def _wrong_reports(case: Case, mistake: str) -> str:
             def with_other_text(**inputs: Any) -> Any:
                 text = TEXTS[mistake](microbatch.tokens, inputs["input_ids"])
                 if mistake == "whole, sliced by hand":
-                    coordinator._token_counts.micro_batch_size = None
+                    coordinator._texts.micro_batch_size = None
                 return model(**inputs | {"input_ids": text})
 
             return _forward_step(case, coordinator, data, with_other_text)
