@@ -2,15 +2,30 @@
 
 from typing import Any
 
+import pytest
 from attrs import has
 from hypothesis import settings
 from layouts import LENGTH, case_name, layout_name
-from ranks import kill_all
+from ranks import forkserver_address, kill_all, use_forkserver
 
 from megatron_mimo_coord import ModuleParallelism
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Let several workers share a forkserver, which takes seconds to import everything."""
+    if len(node.config.option.tx) > 1:
+        node.workerinput["forkserver"] = forkserver_address()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find the forkserver that the workers share."""
+    address = getattr(config, "workerinput", {}).get("forkserver")
+    if address:
+        use_forkserver(address)
 
 
 def pytest_sessionfinish() -> None:

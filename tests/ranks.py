@@ -22,14 +22,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
 TIMEOUT = timedelta(seconds=60)
-RUNS = 30  # Megatron's distributed optimizer keeps groups and their threads: a world is replaced
+MAX_THREADS = 500  # of a world, which is replaced: groups that nobody gives back have some
 MAX_WAITING = 10  # ranks that wait for work besides those that have some
 REHEARSE = True  # whether worlds demand what NCCL demands, unless a test says otherwise
 _worlds: dict[tuple[int, bool], "World"] = {}
@@ -49,7 +49,7 @@ def world(size: int, rehearse: bool = REHEARSE) -> "World":
     """The world of this size, started if need be."""
     key = size, rehearse
     found = _worlds.pop(key, None)
-    if found is not None and found.runs >= RUNS:
+    if found is not None and found.is_alive() and found.num_threads() > MAX_THREADS:
         found.kill()
     if found is None or not found.is_alive():
         found = World(size, rehearse)
@@ -66,12 +66,41 @@ def start_forkserver() -> Any:
     context.set_forkserver_preload(["preload"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    forkserver.ensure_running()
+    forkserver._forkserver.ensure_running()
     if before is None:
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
     return context
+
+
+def forkserver_address() -> dict[str, Any]:
+    """Where other processes find the forkserver of this one, which outlives them.
+
+    What its ranks print goes nowhere, as if a test had captured it.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept = [(fd, os.dup(fd)) for fd in (1, 2)]
+    for fd, _ in kept:
+        os.dup2(nowhere, fd)
+    try:
+        start_forkserver()
+    finally:
+        for fd, copy in kept:
+            os.dup2(copy, fd)
+            os.close(copy)
+    os.close(nowhere)
+    server = vars(forkserver._forkserver)
+    return {name: value for name, value in server.items() if isinstance(value, str | bytes)}
+
+
+def use_forkserver(address: dict[str, Any]) -> None:
+    """Start ranks from another process's forkserver."""
+    vars(forkserver._forkserver).update(
+        address,
+        _forkserver_alive_fd=os.open(os.devnull, os.O_RDONLY),
+        ensure_running=resource_tracker.ensure_running,
+    )
 
 
 class World:
@@ -80,7 +109,6 @@ class World:
     def __init__(self, size: int, rehearse: bool = REHEARSE) -> None:
         context = start_forkserver()
         self.size = size
-        self.runs = 0
         self._store = tempfile.mkdtemp(prefix="ranks-")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -99,6 +127,10 @@ class World:
     def is_alive(self) -> bool:
         """Whether all ranks wait for work."""
         return bool(self._processes) and all(process.is_alive() for process in self._processes)
+
+    def num_threads(self) -> int:
+        """Of all ranks."""
+        return sum(len(os.listdir(f"/proc/{each.pid}/task")) for each in self._processes)
 
     def run(
         self, function: str | Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT
@@ -125,7 +157,6 @@ class World:
         self, function: str | Callable[..., Any], *args: Any, timeout: timedelta = TIMEOUT
     ) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
         """Like :meth:`run`, but returns the answers and the errors by rank."""
-        self.runs += 1
         if callable(function):
             function = f"{function.__module__}:{function.__name__}"
         for pipe in self._pipes:
