@@ -319,6 +319,8 @@ def train(
     optimizer = None
     if not case.no_optimizer:
         optimizer = optimizer_of(case, coordinator)
+        for group in optimizer.param_groups:
+            group["foreach"] = True  # few operators, of which a rehearsal sees each
     coordinator.attach(model.config, optimizer)
     if case.megatron_communicator:
         communicator = megatrons_communicator(infra, model.config)
@@ -581,18 +583,22 @@ def _hosts() -> Any:
 
 
 class Oracle:
-    """The whole model in one process: the first rank computes, and tells the others."""
+    """The whole model in one process: the first rank computes, and tells the others its gradients.
+
+    The weights are there alone.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.is_finite = True  # whether all gradients are
         alone()  # which all ranks make
         here = self._build() if dist.get_rank() == 0 else {}
-        said = [{name: parameter.detach() for name, parameter in here.items()}]
+        said = [{name: (*each.shape,) for name, each in here.items()}]
         dist.broadcast_object_list(said, 0, group=_hosts())
+        dtype = torch.bfloat16 if case.wrap else torch.float32
         self.parameters = here or {
-            name: torch.nn.Parameter(values, requires_grad=not case.is_frozen(name))
-            for name, values in said[0].items()
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=dtype), not case.is_frozen(name))
+            for name, shape in said[0].items()
         }
         self.optimizer = torch.optim.Adam(self.parameters.values(), foreach=True, **ADAM)
 
@@ -659,7 +665,7 @@ class Oracle:
 
     def update(self) -> None:
         """One step of plain Adam, unless a gradient is not finite."""
-        if self.is_finite:
+        if self.is_finite and dist.get_rank() == 0:
             with torch._C.DisableTorchFunction():
                 self.optimizer.step()
 
