@@ -50,6 +50,7 @@ def drawn(number: int) -> tuple[StockCase, StockCase]:
         trainable=trainable,
         tied_embeddings=draw.random() < 0.2,
         nan_step=draw.choice((-1, -1, 0, 1)),
+        layers=2,
         steps=2,
         seed=number,
     )
