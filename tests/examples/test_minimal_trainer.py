@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory):
 
 
 def _run_until_killed(folder: str) -> None:
-    """As :func:`_run`; rank 1 is killed after the first checkpoint, before the line of step 20."""
+    """As :func:`_run`; rank 1 is killed in the first step behind the first checkpoint."""
     import os
     import signal
 
@@ -67,14 +67,14 @@ def _run_until_killed(folder: str) -> None:
 
     from megatron_mimo_coord import MultiModuleCoordinator
 
-    evaluation = MultiModuleCoordinator.evaluation
+    zero_grad_buffer = MultiModuleCoordinator.zero_grad_buffer
 
     def killed(self: MultiModuleCoordinator) -> Any:
         if dist.get_rank() == 1 and Path(folder, "step-00000010").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        return evaluation(self)
+        return zero_grad_buffer(self)
 
-    MultiModuleCoordinator.evaluation = killed
+    MultiModuleCoordinator.zero_grad_buffer = killed
     _run(folder)
 
 
@@ -83,23 +83,19 @@ def test_it_survives_the_loss_of_a_rank(tmp_path, undisturbed):
     _, errors = world(4).try_run("test_minimal_trainer:_run_until_killed", str(tmp_path))
     assert errors[1][0] == "ProcessDied"
     assert (tmp_path / "step-00000010").exists()
-    said, *_ = world(4).run("test_minimal_trainer:_run", str(tmp_path))
+    said, *_ = world(4).run("test_minimal_trainer:_train", str(tmp_path), 20)
     _, (expected, *_) = undisturbed
-    assert re.findall(LINE, said) == re.findall(LINE, expected)[1:]
+    assert re.findall(LINE, said) == re.findall(LINE, expected)[1:2]
 
 
 def test_it_fits_on_a_page():
     assert len(TRAINER.read_text().splitlines()) <= 125
 
 
-def test_it_learns_and_goes_on(undisturbed):
-    folder, (said, *others) = undisturbed
+def test_it_learns(undisturbed):
+    _, (said, *others) = undisturbed
     steps = re.findall(LINE, said)
     assert [int(step) for step, _, _ in steps] == list(range(10, 40, 10))
     assert float(steps[-1][2]) < 0.1 < float(steps[0][2])
     assert "vision    0-1" in said
     assert others == [""] * 3, "one rank prints"
-    said, *_ = world(4).run("test_minimal_trainer:_train", str(folder), 40)
-    ((step, loss, held_out),) = re.findall(LINE, said)
-    assert step == "40"
-    assert float(loss) < 0.1 and float(held_out) < 0.1
