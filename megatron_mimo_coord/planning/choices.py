@@ -1,14 +1,15 @@
-"""What a layout is sought for, all ways to lay out one module, and what each costs."""
+"""What a layout is sought for, and all ways to lay out one module."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
-from itertools import accumulate, pairwise, permutations, product
+from itertools import accumulate, pairwise, product
 
 from attrs import evolve, frozen
 
 from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.estimates import forward_flops
+from megatron_mimo_coord.planning.memory import stage_memory
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
@@ -43,13 +44,6 @@ class Request:
         return [name for name in self.sizes if name != LANGUAGE]
 
     @property
-    def microbatches(self) -> list[int]:
-        """Samples that a microbatch over all ranks may have."""
-        return (
-            [self.micro_batch_size] if self.micro_batch_size else divisors(self.global_batch_size)
-        )
-
-    @property
     def distributed_optimizer(self) -> bool:
         """Whether replicas share the optimizer's work, as far as all modules say so."""
         return all(sizes.use_distributed_optimizer for sizes in self.sizes.values())
@@ -60,27 +54,21 @@ class Request:
         return min(self.gpus, nodes * self.gpus_per_node)
 
 
+@frozen(eq=False, slots=False)
 class Choice:
-    """One way to lay out one module and, worked out when asked for, what it costs in seconds.
+    """One way to lay out one module.
 
     Args:
         request: what a layout is sought for.
         name: of the module.
         sizes: with what it recomputes.
         parallelism: its parallel sizes.
-
-    Attributes:
-        cluster: how fast messages are.
-        gpus, stages, replicas: ranks, PP and DP.
     """
 
-    def __init__(
-        self, request: Request, name: str, sizes: ModuleSizes, parallelism: ModuleParallelism
-    ) -> None:
-        self.request, self.name, self.sizes, self.parallelism = request, name, sizes, parallelism
-        self.cluster, self.gpus = request.cluster, parallelism.size
-        self.stages = parallelism.pipeline_model_parallel_size
-        self.replicas = parallelism.data_parallel_size
+    request: Request
+    name: str
+    sizes: ModuleSizes
+    parallelism: ModuleParallelism
 
     @cached_property
     def costs(self) -> ModuleCosts:
@@ -88,58 +76,48 @@ class Choice:
         return self.request.costs(self.name, self.sizes, self.parallelism)
 
     @cached_property
-    def work(self) -> list[float]:
-        """Of a sample more in a microbatch on each stage, both ways; images count as even."""
-        even, layout = self.costs, self.parallelism
-        if even.is_uneven or even.waiting_seconds_per_microbatch:
-            even = evolve(even, images_per_sample_deviation=0.0, waiting_seconds_per_microbatch=0.0)
-        is_behind = self.name == LANGUAGE and bool(self.request.encoders)
-        return [
-            even.forward_seconds(layout, stage, 1)
-            + even.backward_seconds(layout, stage, 1, receives=stage > 0 or is_behind)
-            for stage in range(self.stages)
-        ]
+    def gpus(self) -> int:
+        """Ranks that it takes."""
+        return self.parallelism.size
 
-    def whole(self, samples: float) -> float:
-        """Of a microbatch on all stages together."""
-        return samples * sum(self.work) + self.costs.waiting_seconds_per_microbatch
+    @property
+    def replicas(self) -> int:
+        """DP."""
+        return self.parallelism.data_parallel_size
 
-    def slowest(self, samples: float) -> float:
-        """Of a microbatch on the slowest stage."""
-        return samples * max(self.work) + self.costs.waiting_seconds_per_microbatch / self.stages
-
-    @cached_property
-    def reduction(self) -> float:
-        """Of the first stage's sum of gradients."""
-        return self.costs.reduction_seconds(self.parallelism, 0, self.cluster)
-
-    @cached_property
-    def optimizer(self) -> float:
-        """On the stage with the largest share."""
-        is_distributed = self.request.distributed_optimizer
-        return max(
-            self.costs.update_seconds(self.parallelism, stage, is_distributed)
-            for stage in range(self.stages)
-        )
+    @property
+    def stages(self) -> int:
+        """PP."""
+        return self.parallelism.pipeline_model_parallel_size
 
     @cached_property
     def ways(self) -> "list[Choice]":
         """The same with more and more recomputed."""
         _, *more = recomputations(self.request.sizes[self.name])
-        return [self, *(Choice(self.request, self.name, sizes, self.parallelism) for sizes in more)]
+        return [self, *(evolve(self, sizes=sizes) for sizes in more)]
 
-    @property
-    def has_backward(self) -> bool:
-        """Whether the last stage sends gradients back to whom it has its input from."""
-        return not self.costs.frozen or self.stages > 1
+    @cache  # noqa: B019 - a search is over when its command is
+    def held(self, samples: int, behind: int = 0, waiting: int = 0) -> float:
+        """Bytes on the fullest rank: of the first, the second or the last stage.
 
-    def hop(self, samples: int) -> float:
-        """Seconds of a message between two stages, for a microbatch of so many samples."""
-        if self.stages == 1:
-            return 0.0
-        parts = self.replicas * self.parallelism.context_parallel_size
-        message = self.costs.activation_bytes_per_sample * samples / parts
-        return self.cluster.message_seconds((0, self.gpus // self.stages), message)
+        Args:
+            samples: of a microbatch, over all ranks.
+            behind: stages of the language model that follow, or microbatches that are held besides.
+            waiting: microbatches whose images' tokens wait on the first stage.
+        """
+        number = self.request.global_batch_size // samples
+        return max(
+            stage_memory(
+                self.name,
+                {**self.request.sizes, self.name: self.sizes},
+                self.parallelism,
+                stage,
+                micro_batch_size=samples,
+                in_flight=min(number, behind + self.stages - stage),
+                waiting=waiting or None,
+            ).total
+            for stage in {0, min(1, self.stages - 1), self.stages - 1}
+        )
 
 
 def divisors(number: int) -> list[int]:
@@ -267,30 +245,3 @@ def _expert_sizes(sizes: ModuleSizes, tp: int, replicas: int) -> Iterator[tuple[
         for ep in divisors(sizes.num_moe_experts):
             if sizes.moe_ffn_hidden_size % expert_tp == 0 and tp * replicas % (expert_tp * ep) == 0:
                 yield expert_tp, ep
-
-
-def side_by_side(
-    modules: Mapping[str, ModuleParallelism],
-) -> dict[str, ModuleParallelism] | None:
-    """Modules on ranks of their own, every tensor-parallel group inside a node; None if none is so.
-
-    Tried are all orders, first the one with larger modules before smaller ones: they then begin
-    where nodes do.
-
-    Example:
-        >>> vision = ModuleParallelism(data_parallel_size=2)
-        >>> language = ModuleParallelism(tensor_model_parallel_size=4)
-        >>> found = side_by_side({"vision": vision, "language": language})
-        >>> [module.rank_offset for module in found.values()]
-        [4, 0]
-    """
-    for order in permutations(sorted(modules, key=lambda name: -modules[name].size)):
-        offset, placed = 0, {}
-        for name in order:
-            if offset % modules[name].tensor_model_parallel_size:
-                break
-            placed[name] = evolve(modules[name], rank_offset=offset)
-            offset += modules[name].size
-        else:
-            return {name: placed[name] for name in modules}
-    return None

@@ -5,7 +5,7 @@ from math import ceil
 
 from attrs import frozen
 
-from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid, ModuleParallelism, sharing
+from megatron_mimo_coord.layout import LANGUAGE, MAX_RANKS, ModuleGrid, ModuleParallelism, sharing
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 
 
@@ -87,8 +87,9 @@ class Durations:
 
     def _slowest(self, pairs: Iterable[tuple[int, int]], message_bytes: float) -> float:
         """A message between each of some pairs of ranks, all under way at once."""
-        kinds = {self.cluster.latency_and_bandwidth(pair) for pair in pairs}
-        return max(latency + message_bytes / bandwidth for latency, bandwidth in kinds)
+        per_node = self.cluster.ranks_per_node or MAX_RANKS
+        kinds = {left // per_node == right // per_node: (left, right) for left, right in pairs}
+        return max(self.cluster.message_seconds(pair, message_bytes) for pair in kinds.values())
 
     def exchange(self, encoder: str) -> float:
         """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.

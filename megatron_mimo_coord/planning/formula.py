@@ -2,81 +2,63 @@
 
 A pipeline's first microbatch passes all stages forward and back, and each further one takes as long
 as the slowest stage needs for it (Narayanan et al. 2021, arXiv 2104.04473, 2.2.1, for unequal
-stages). Of several encoders the slowest counts. Modules on the same ranks take turns. Where a
-message's ranks are not known yet, it goes over as many as it takes at least.
+stages). Of several encoders the slowest counts. Modules on the same ranks take turns.
 """
 
-from megatron_mimo_coord.planning.choices import Choice
-from megatron_mimo_coord.planning.durations import busiest
+from megatron_mimo_coord.layout import LANGUAGE, runs_encoders_first
+from megatron_mimo_coord.planning.durations import Durations
 
 
-def pipeline_seconds(
-    language: Choice, encoder: Choice | None, samples: int, microbatches: int
-) -> float:
-    """A step with modules on ranks of their own: the language model, and one of its encoders.
-
-    Args:
-        language: the language model.
-        encoder: what sends to it; None for nothing.
-        samples: of a microbatch, over all ranks.
-        microbatches: in a step.
-    """
-    hop, first = language.hop(samples), samples * language.work[0]
-    once = language.whole(samples) + 2 * (language.stages - 1) * hop
-    each = max(
-        language.slowest(samples) + min(language.stages - 1, 2) * hop,
-        first + (hop if language.stages > 1 else 0.0),
-    )
-    if encoder is None:
-        end = language.reduction + language.optimizer
-        return once + (microbatches - 1) * each + end
-    ahead, back = bridge_seconds(encoder, language, samples)
-    own_hop = encoder.hop(samples)
-    uneven = samples * encoder.costs.unevenness(encoder.replicas, samples)
-    before = encoder.whole(uneven) + 2 * (encoder.stages - 1) * own_hop + ahead + back
-    each = max(
-        each,
-        first + max(ahead, back) + hop,
-        encoder.slowest(uneven) + own_hop + max(ahead, back),
-    )
-    step = once + before + (microbatches - 1) * each
-    # The language model reduces while the encoder still runs backward, two thirds of its work.
-    after = 2 / 3 * before if encoder.has_backward else 0.0
-    end = max(encoder.reduction, language.reduction - after)
-    return step + end + max(encoder.optimizer, language.optimizer)
+def pipeline_seconds(step: Durations, num_microbatches: int, encoder: str | None = None) -> float:
+    """A step with modules on ranks of their own: the language model, and perhaps an encoder."""
+    work, links = stages(step, LANGUAGE)
+    reduction, update = step.reduction(LANGUAGE, 0), _update(step, LANGUAGE)
+    if encoder:
+        its_work, its_links = stages(step, encoder)
+        learns = step.has_backward(encoder, len(its_links))
+        its_links.append(max(_over_bridge(step, encoder, learns)))
+        # The language model reduces while the encoder still runs backward, two thirds of its work.
+        after = 2 / 3 * (sum(its_work) + 2 * sum(its_links)) if learns else 0.0
+        reduction = max(step.reduction(encoder, 0), reduction - after)
+        update = max(_update(step, encoder), update)
+        work, links = its_work + work, its_links + links
+    first = sum(work) + 2 * sum(links)
+    further = max(map(sum, zip(work, [0.0, *links], [*links, 0.0], strict=True)))
+    return first + (num_microbatches - 1) * further + reduction + update
 
 
-def turn_seconds(
-    encoder: Choice, language: Choice, samples: int, microbatches: int, repeated: bool
-) -> float:
+def turn_seconds(step: Durations, num_microbatches: int, encoder: str, repeated: bool) -> float:
     """What an encoder on ranks of the language model adds to a step.
 
     Args:
-        encoder: the encoder.
-        language: the language model.
-        samples: of a microbatch, over all ranks.
-        microbatches: in a step.
+        step: with the two modules.
+        num_microbatches: in the step.
+        encoder: its name.
         repeated: whether its forwards run once more before its backwards.
     """
-    uneven = samples * encoder.costs.unevenness(encoder.replicas, samples * microbatches)
-    work = encoder.whole(uneven)
-    if repeated and encoder.has_backward:
-        work += encoder.costs.forward_seconds(encoder.parallelism, 0, samples, microbatches)
-    exchange = sum(bridge_seconds(encoder, language, samples))
-    if encoder.gpus == language.gpus and encoder.replicas == language.replicas:
-        exchange = 0.0  # each rank has its own tokens
-    return microbatches * (work + exchange) + encoder.reduction + encoder.optimizer
+    learns = step.has_backward(encoder, 0)
+    each = step.forward(encoder, 0, num_microbatches) * (2 if repeated and learns else 1)
+    each += step.backward(encoder, 0, num_microbatches)
+    if runs_encoders_first(step.grids):
+        each += sum(_over_bridge(step, encoder, learns))
+    else:
+        each += step.exchange(encoder) * (2 if learns else 1)
+    return num_microbatches * each + step.reduction(encoder, 0) + _update(step, encoder)
 
 
-def bridge_seconds(encoder: Choice, language: Choice, samples: int) -> tuple[float, float]:
-    """The messages of a microbatch over a bridge: (forward, backward)."""
-    parts = max(encoder.replicas, language.replicas)
-    message = encoder.costs.output_bytes_per_sample * samples / parts
-    reach = (0, max(encoder.gpus, language.gpus))
+def stages(step: Durations, module: str) -> tuple[list[float], list[float]]:
+    """(each stage's work on a microbatch, forward and back; messages between two of them)."""
+    every = range(step.grids[module].dim("pp"))
+    work = [step.forward(module, stage) + step.backward(module, stage) for stage in every]
+    return work, [step.between_stages(module, stage) for stage in every[:-1]]
 
-    def seconds(sender: Choice, receiver: Choice) -> float:
-        count = busiest(sender.parallelism, receiver.parallelism)
-        return encoder.cluster.message_seconds(reach, count * message)
 
-    forward = seconds(encoder, language)
-    return forward, seconds(language, encoder) if encoder.has_backward else 0.0
+def _update(step: Durations, module: str) -> float:
+    """The optimizer's, on the stage with the largest share."""
+    return max(step.optimizer(module, each) for each in range(step.grids[module].dim("pp")))
+
+
+def _over_bridge(step: Durations, encoder: str, learns: bool) -> tuple[float, float]:
+    """The messages of a microbatch: (forward, back)."""
+    forward = step.over_bridge(encoder, forward=True)
+    return forward, step.over_bridge(encoder, forward=False) if learns else 0.0

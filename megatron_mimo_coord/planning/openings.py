@@ -6,10 +6,10 @@ from typing import Any
 from attrs import evolve
 
 from megatron_mimo_coord.layout import ModuleParallelism
-from megatron_mimo_coord.planning.candidates import ALIKE
 from megatron_mimo_coord.planning.choices import Request, divisors
+from megatron_mimo_coord.planning.layouts import ALIKE, Layout
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.search import Proposal, propose
+from megatron_mimo_coord.planning.search import propose
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 OTHER_BATCH = 0.1
@@ -19,7 +19,7 @@ WORTH_A_BATCH = 0.05
 """More samples a second by which another batch is named: it changes how a model learns."""
 
 
-def openings(request: Request, best: Proposal | None, *, per_gpu: bool = False) -> Iterator[str]:
+def openings(request: Request, best: Layout | None, *, per_gpu: bool = False) -> Iterator[str]:
     """Changes of one size, or of the batch, with which the best layout is better: a sentence each.
 
     Args:
@@ -28,7 +28,7 @@ def openings(request: Request, best: Proposal | None, *, per_gpu: bool = False) 
         per_gpu: what is best, as :func:`propose` takes it.
     """
 
-    def better(margin: float, **changed: Any) -> Proposal | None:
+    def better(margin: float, **changed: Any) -> Layout | None:
         """The best with something changed, if it takes a smaller part of what a sample takes."""
         found = next(iter(propose(evolve(request, **changed), 1, per_gpu=per_gpu)), None)
         if not found or not best:

@@ -18,13 +18,13 @@ from attrs import evolve, fields_dict
 
 from megatron_mimo_coord.layout.toml_file import layout_text
 from megatron_mimo_coord.layout.toml_tables import as_problem
-from megatron_mimo_coord.planning.closest import closest, shortages
+from megatron_mimo_coord.planning.layouts import Layout
 from megatron_mimo_coord.planning.model_file import DESCRIPTION, read_model
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.openings import openings
 from megatron_mimo_coord.planning.plan_inputs import Inputs, assumptions
 from megatron_mimo_coord.planning.plan_report import as_json, headline, memory_rows, rows, settings
-from megatron_mimo_coord.planning.search import Proposal, cheapest, propose
+from megatron_mimo_coord.planning.search import cheapest, closest, propose
 from megatron_mimo_coord.planning.terminal import (
     Parser,
     answer,
@@ -67,25 +67,25 @@ def plan(options: argparse.Namespace) -> None:
     request, opened, assumed = inputs.request(), list[str](), list(assumptions(inputs))
     if inputs.layout:
         how = {"encoders_first": False} if options.inside_first_stage else {}
-        proposals = [cheapest(request, inputs.layout.modules, **how)]
+        layouts = [cheapest(request, inputs.layout.modules, **how)]
     else:
-        proposals = propose(request, options.count, per_gpu=options.per_gpu)
-        best = proposals[0] if proposals else None
+        layouts = propose(request, options.count, per_gpu=options.per_gpu)
+        best = layouts[0] if layouts else None
         opened += openings(request, best, per_gpu=options.per_gpu)
-    if not proposals:
+    if not layouts:
         nearest, reasons = closest(request)
         gpus = f"{options.gpus} GPU{'s' if options.gpus > 1 else ''}"
         head = f"no layout fits into {gpus} of {options.memory / 1e9:g} GB:"
         answer = as_answer(map(as_problem, reasons), [], nearest, assumed, opened)
         end_with(head, answer, options)
-    best = proposals[0]
+    best = layouts[0]
     assumed = [*if_gpus_are_slower(best, inputs), *extrapolated(best), *assumed]
-    lacks = (f"the layout does not fit: {why}" for why in shortages(best))
+    lacks = (f"the layout does not fit: {why}" for why in best.shortages())
     unable = [*lacks, *write_files(best, options)]
     if options.json:
-        print_json(as_answer(map(as_problem, unable), proposals, None, assumed, opened))
+        print_json(as_answer(map(as_problem, unable), layouts, None, assumed, opened))
     else:
-        show(proposals, opened, assumed, is_given=bool(inputs.layout))
+        show(layouts, opened, assumed, is_given=bool(inputs.layout))
     if unable:
         end() if options.json else end("\n".join(unable))
 
@@ -112,20 +112,20 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def show(
-    proposals: Sequence[Proposal], opened: Sequence[str], assumed: Sequence[str], is_given: bool
+    layouts: Sequence[Layout], opened: Sequence[str], assumed: Sequence[str], is_given: bool
 ) -> None:
     """Numbers in the terminal."""
-    said = [*settings(proposals), *opened]
+    said = [*settings(layouts), *opened]
     whose = "" if is_given else ", layout 1"
     print_parts(
-        [headline(proposals[0].request, len(proposals), is_given)],
-        [*table(rows(proposals), numbers=True), *(["", *said] if said else [])],
-        table(memory_rows(proposals[0]), f"memory of a GPU in GB{whose}", numbers=True),
+        [headline(layouts[0].request, len(layouts), is_given)],
+        [*table(rows(layouts), numbers=True), *(["", *said] if said else [])],
+        table(memory_rows(layouts[0]), f"memory of a GPU in GB{whose}", numbers=True),
         ["assumed:", *(f"  - {line}" for line in assumed)],
     )
 
 
-def if_gpus_are_slower(best: Proposal, inputs: Inputs) -> Iterator[str]:
+def if_gpus_are_slower(best: Layout, inputs: Inputs) -> Iterator[str]:
     """By how much the step of a layout changes if a GPU achieves less or more than assumed.
 
     Nothing where all costs were measured.
@@ -141,7 +141,7 @@ def if_gpus_are_slower(best: Proposal, inputs: Inputs) -> Iterator[str]:
     )
 
 
-def extrapolated(best: Proposal) -> Iterator[str]:
+def extrapolated(best: Layout) -> Iterator[str]:
     """What was measured of other samples than those of a layout."""
     for name, module in best.modules.items():
         measured = best.request.costs(name, best.sizes[name], module)
@@ -159,7 +159,7 @@ def extrapolated(best: Proposal) -> Iterator[str]:
             )
 
 
-def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
+def write_files(best: Layout, options: argparse.Namespace) -> Iterator[str]:
     """Write the files that options ask for; what went wrong."""
     job = {
         "global_batch_size": best.request.global_batch_size,
@@ -177,14 +177,14 @@ def write_files(best: Proposal, options: argparse.Namespace) -> Iterator[str]:
 
 def as_answer(
     problems: Iterable[dict[str, Any]],
-    proposals: Sequence[Proposal] = (),
-    nearest: Proposal | None = None,
+    layouts: Sequence[Layout] = (),
+    nearest: Layout | None = None,
     assumptions: Sequence[str] = (),
     opened: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The answer for scripts, with the same keys whatever it is."""
     return {
-        "proposals": list(map(as_json, proposals)),
+        "proposals": list(map(as_json, layouts)),
         "closest": nearest and as_json(nearest),
         "openings": list(opened),
         "assumptions": list(assumptions),

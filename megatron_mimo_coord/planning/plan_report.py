@@ -1,4 +1,4 @@
-"""Proposals as tables and as JSON."""
+"""Layouts as tables and as JSON."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -8,11 +8,10 @@ from attrs import asdict
 
 from megatron_mimo_coord.layout import SIZE_FIELDS, is_colocated, runs_encoders_first, span
 from megatron_mimo_coord.planning.choices import Request
+from megatron_mimo_coord.planning.layouts import GB, Layout
 from megatron_mimo_coord.planning.memory import PARTS, StageMemory
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.search import Proposal
 
-GB = 1e9
 SIZES = {dim.upper(): SIZE_FIELDS[dim] for dim in ("tp", "cp", "pp", "dp", "ep")}
 IN_SLICES = "in\nslices"
 
@@ -27,53 +26,52 @@ def headline(request: Request, count: int, is_given: bool) -> str:
     )
 
 
-def rows(proposals: Sequence[Proposal]) -> list[list[str]]:
+def rows(layouts: Sequence[Layout]) -> list[list[str]]:
     """A row for each layout, below a row of titles; idle are ranks that compute nothing."""
     sizes = {
         name: [
             title
             for title, size in SIZES.items()
-            if title in "TP PP DP"
-            or any(getattr(each.modules[name], size) > 1 for each in proposals)
+            if title in "TP PP DP" or any(getattr(each.modules[name], size) > 1 for each in layouts)
         ]
-        for name in proposals[0].modules
+        for name in layouts[0].modules
     }
-    table = [_cells(each, sizes) for each in proposals]
-    if all(each.seconds_in_slices == each.timeline.seconds for each in proposals):
+    table = [_cells(each, sizes) for each in layouts]
+    if all(each.seconds_in_slices == each.timeline.seconds for each in layouts):
         for cells in table:
             del cells[IN_SLICES]
     numbered = ([str(index), *cells.values()] for index, cells in enumerate(table, 1))
     return [["", *table[0]], *numbered]
 
 
-def _cells(proposal: Proposal, sizes: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _cells(layout: Layout, sizes: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """What a row says below each title, with some sizes of each module."""
     shapes = {
         f"{name}\n{' '.join(sizes[name])}": " ".join(
             f"{getattr(module, SIZES[title]):>2}" for title in sizes[name]
         )
-        for name, module in proposal.modules.items()
+        for name, module in layout.modules.items()
     }
-    rate = proposal.samples_per_second
+    rate = layout.samples_per_second
     return {
         **shapes,
-        "micro\nbatch": str(proposal.micro_batch_size),
-        "step\nseconds": f"{proposal.timeline.seconds:.4g}",
-        IN_SLICES: f"{proposal.seconds_in_slices:.4g}",
+        "micro\nbatch": str(layout.micro_batch_size),
+        "step\nseconds": f"{layout.timeline.seconds:.4g}",
+        IN_SLICES: f"{layout.seconds_in_slices:.4g}",
         "samples\n/s": f"{rate:.4g}",
-        "per\nGPU": f"{rate / proposal.allocated:.4g}",
-        "GPUs": str(proposal.allocated),
-        "ranks": "shared" if proposal.is_shared else "own",
-        "empty": str(proposal.allocated - proposal.gpus),
-        **{f"{name}\nidle": f"{proposal.ranks_idle(name):.0%}" for name in sizes},
-        "free\nGB": f"{proposal.headroom / GB:.1f}",
+        "per\nGPU": f"{rate / layout.allocated:.4g}",
+        "GPUs": str(layout.allocated),
+        "ranks": "shared" if layout.is_shared else "own",
+        "empty": str(layout.allocated - layout.gpus),
+        **{f"{name}\nidle": f"{layout.ranks_idle(name):.0%}" for name in sizes},
+        "free\nGB": f"{layout.headroom / GB:.1f}",
     }
 
 
-def settings(proposals: Sequence[Proposal]) -> list[str]:
+def settings(layouts: Sequence[Layout]) -> list[str]:
     """What each layout needs set besides its sizes, a line each."""
     lines = []
-    for index, each in enumerate(proposals, 1):
+    for index, each in enumerate(layouts, 1):
         said = [
             f"{name} recomputes {'all layers' if sizes.recomputed == 'full' else sizes.recomputed}"
             for name, sizes in each.sizes.items()
@@ -92,11 +90,11 @@ def settings(proposals: Sequence[Proposal]) -> list[str]:
     return lines
 
 
-def memory_rows(proposal: Proposal) -> list[list[str]]:
+def memory_rows(layout: Layout) -> list[list[str]]:
     """A row for each stage, below a row of titles; stages that hold the same share a row."""
     table = [["", "stage", "in\nflight", *PARTS, "total"]]
-    for name in proposal.modules:
-        stages = enumerate(held for (at, _), held in proposal.memory.items() if at == name)
+    for name in layout.modules:
+        stages = enumerate(held for (at, _), held in layout.memory.items() if at == name)
         for shown, alike in groupby(stages, key=lambda stage: _shown(stage[1])):
             first, *others = (index for index, _ in alike)
             table.append([name, span(range(first, first + len(others) + 1)), *shown])
@@ -108,39 +106,39 @@ def _shown(held: StageMemory) -> list[str]:
     return [str(held.microbatches), *(f"{number / GB:.2f}" for number in numbers)]
 
 
-def as_json(proposal: Proposal) -> dict[str, Any]:
-    """A proposal in types that JSON knows: seconds, bytes and shares."""
+def as_json(layout: Layout) -> dict[str, Any]:
+    """A layout in types that JSON knows: seconds, bytes and shares."""
     return {
-        "step_seconds": proposal.timeline.seconds,
-        "step_seconds_in_slices": proposal.seconds_in_slices,
-        "samples_per_second": proposal.samples_per_second,
-        "samples_per_second_per_allocated_gpu": proposal.samples_per_second / proposal.allocated,
-        "gpus": proposal.gpus,
-        "allocated_gpus": proposal.allocated,
-        "empty_gpus": proposal.allocated - proposal.gpus,
-        "colocated": len(proposal.modules) > 1 and is_colocated(proposal.grids.values()),
-        "encoders_first": runs_encoders_first(proposal.grids),
-        "encoder_microbatches": proposal.how.get("encoder_microbatches"),
-        "micro_batch_size": proposal.micro_batch_size,
-        "num_microbatches": proposal.num_microbatches,
-        "headroom_bytes": proposal.headroom,
+        "step_seconds": layout.timeline.seconds,
+        "step_seconds_in_slices": layout.seconds_in_slices,
+        "samples_per_second": layout.samples_per_second,
+        "samples_per_second_per_allocated_gpu": layout.samples_per_second / layout.allocated,
+        "gpus": layout.gpus,
+        "allocated_gpus": layout.allocated,
+        "empty_gpus": layout.allocated - layout.gpus,
+        "colocated": len(layout.modules) > 1 and is_colocated(layout.grids.values()),
+        "encoders_first": runs_encoders_first(layout.grids),
+        "encoder_microbatches": layout.how.get("encoder_microbatches"),
+        "micro_batch_size": layout.micro_batch_size,
+        "num_microbatches": layout.num_microbatches,
+        "headroom_bytes": layout.headroom,
         "modules": {
             name: {
                 **asdict(module),
-                **_recompute(proposal.sizes[name]),
-                "ranks_idle": proposal.ranks_idle(name),
+                **_recompute(layout.sizes[name]),
+                "ranks_idle": layout.ranks_idle(name),
                 "stages": [
                     {
                         **asdict(held),
                         "total": held.total,
-                        "rank_total": proposal.rank_memory[key],
-                        **asdict(proposal.timeline.stages[key]),
+                        "rank_total": layout.rank_memory[key],
+                        **asdict(layout.timeline.stages[key]),
                     }
-                    for key, held in proposal.memory.items()
+                    for key, held in layout.memory.items()
                     if key[0] == name
                 ],
             }
-            for name, module in proposal.modules.items()
+            for name, module in layout.modules.items()
         },
     }
 

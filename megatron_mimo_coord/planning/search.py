@@ -5,168 +5,229 @@ on ranks of their own and colocated. All are ranked by a closed formula (:mod:`f
 hundred or so are simulated, and the best of these listed.
 """
 
-from bisect import insort
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from itertools import islice, product
-from typing import Any
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from itertools import chain, islice, product
+from math import inf
+from operator import add
+from typing import Any, NamedTuple
 
-from attrs import evolve, frozen
+from attrs import evolve
 
-from megatron_mimo_coord.layout import (
-    LANGUAGE,
-    ModuleGrid,
-    ModuleParallelism,
-    modules_by_stage,
-    pack,
-    ranks_taken,
-    runs_encoders_first,
-    sharing,
+from megatron_mimo_coord.layout import LANGUAGE, ModuleParallelism, pack, runs_encoders_first
+from megatron_mimo_coord.planning.choices import (
+    Choice,
+    Request,
+    choices,
+    divisors,
+    recomputations,
 )
-from megatron_mimo_coord.planning.candidates import ALIKE, Candidate, Candidates
-from megatron_mimo_coord.planning.choices import Request, recomputations, side_by_side
-from megatron_mimo_coord.planning.memory import StageMemory, layout_memory, rank_totals
-from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.simulation import simulate_step
-from megatron_mimo_coord.planning.timeline import Timeline
+from megatron_mimo_coord.planning.durations import Durations
+from megatron_mimo_coord.planning.formula import pipeline_seconds, stages, turn_seconds
+from megatron_mimo_coord.planning.layouts import ALIKE, Layout, placed
 
 MOST = 120  # layouts that are simulated, or three times as many as are wanted
 MARGIN = 1.1  # how much longer than another a step may seem and yet be shorter
+MOST_NODES = 2**13  # that are looked at for how many would do
+MOST_STEPS = 4_000  # of a percent, from the memory that there is to what a layout needs
+
+Combination = tuple[float, float, tuple[Choice, ...]]
+"""Choices for some modules: (seconds, GPUs or bytes that they take, choices)."""
 
 
-@frozen(eq=False, slots=False)
-class Proposal:
-    """A layout and, worked out when asked for, what it costs.
+class Start(NamedTuple):
+    """A language model that encoders are sought for.
 
     Args:
-        request: what it was sought for.
-        sizes: of each module, with what it recomputes.
-        modules: parallel sizes of each module, each with its first rank.
-        micro_batch_size: samples in a microbatch over all ranks.
-        how: ``encoders_first`` and ``encoder_microbatches``, as in :func:`simulate_step`.
+        seconds: of a step, at least.
+        gpus: of the language model.
+        language: how it is laid out.
+        samples: of a microbatch, over all ranks.
+        shared: whether encoders are to be on its ranks.
     """
 
-    request: Request
-    sizes: Mapping[str, ModuleSizes]
-    modules: Mapping[str, ModuleParallelism]
-    micro_batch_size: int
-    how: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, request: Request, candidate: Candidate) -> "Proposal | None":
-        """That of a candidate; None if no order of its modules keeps TP groups inside a node."""
-        language, *encoders = candidate.choices
-        chosen = {choice.name: choice for choice in (*encoders, language)}
-        parallelisms = {name: choice.parallelism for name, choice in chosen.items()}
-        modules = side_by_side(parallelisms)
-        if candidate.shared:
-            modules = {name: evolve(each, rank_offset=0) for name, each in parallelisms.items()}
-        if modules is None:
-            return None
-        sizes = {name: choice.sizes for name, choice in chosen.items()}
-        how = {"encoder_microbatches": candidate.encoder_microbatches}
-        return cls(request, sizes, modules, candidate.samples, how)
-
-    @cached_property
-    def timeline(self) -> Timeline:
-        """Of a simulated step."""
-        return self._simulated()
-
-    @cached_property
-    def seconds_in_slices(self) -> float:
-        """Of a step without ``assign_images``."""
-        return self._simulated(images_assigned=False).seconds
-
-    def _simulated(self, **changed: Any) -> Timeline:
-        costs = {
-            name: evolve(self.request.costs(name, self.sizes[name], module), **changed)
-            for name, module in self.modules.items()
-        }
-        return simulate_step(
-            self.modules,
-            costs,
-            micro_batch_size=self.micro_batch_size,
-            num_microbatches=self.num_microbatches,
-            cluster=self.request.cluster,
-            distributed_optimizer=self.request.distributed_optimizer,
-            **self.how,
-        )
-
-    @cached_property
-    def memory(self) -> dict[tuple[str, int], StageMemory]:
-        """Of a rank of each (module, stage)."""
-        return layout_memory(
-            self.modules,
-            self.sizes,
-            micro_batch_size=self.micro_batch_size,
-            num_microbatches=self.num_microbatches,
-            **self.how,
-        )
-
-    @cached_property
-    def rank_memory(self) -> dict[tuple[str, int], float]:
-        """Bytes on a rank of each (module, stage), with modules on the same ranks."""
-        return rank_totals(self.grids, self.memory)
+    seconds: float
+    gpus: int
+    language: Choice
+    samples: int
+    shared: bool
 
     @property
-    def headroom(self) -> float:
-        """Bytes that are left on the fullest GPU; below zero if the layout does not fit."""
-        return self.request.memory_bytes - max(self.rank_memory.values())
+    def encoders_first(self) -> bool:
+        """Whether encoders run before the language model's pipeline."""
+        return self.shared and self.language.stages > 1
 
-    @cached_property
-    def grids(self) -> dict[str, ModuleGrid]:
-        """Where each module lies."""
-        return pack(self.modules)
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether encoders are on ranks of the language model."""
-        return bool(sharing(self.grids))
+class Candidates:
+    """The layouts of a request that fit and that no other beats, by the formula.
 
-    @property
-    def num_microbatches(self) -> int:
-        """Microbatches in a step."""
-        return self.request.global_batch_size // self.micro_batch_size
+    Of encoders that go with one language model only those are looked at that are faster than all on
+    fewer GPUs (on shared ranks: with less memory).
 
-    @property
-    def gpus(self) -> int:
-        """GPUs that the layout uses."""
-        return ranks_taken(self.grids.values())
+    Args:
+        request: what a layout is sought for.
+        ways: to lay out each module, on as many GPUs at least.
+    """
 
-    @property
-    def allocated(self) -> int:
-        """GPUs of the nodes that it takes."""
-        return self.request.allocated(self.gpus)
+    def __init__(self, request: Request, ways: Mapping[str, Sequence[Choice]]) -> None:
+        self.request, self.ways = request, ways
 
-    @property
-    def samples_per_second(self) -> float:
-        """Of the whole job."""
-        return self.request.global_batch_size / self.timeline.seconds
+    def __iter__(self) -> Iterator[Layout]:
+        return chain.from_iterable(map(self._layouts, self._starts()))
 
-    @cached_property
-    def kind(self) -> tuple[ModuleParallelism, int, bool, int]:
-        """What layouts have in common that differ in encoders alone."""
-        language = evolve(self.modules[LANGUAGE], rank_offset=None)
-        return language, self.micro_batch_size, self.is_shared, self.allocated
+    def best_first(self, rank: Callable[[float, int], tuple[float, int]]) -> Iterator[Layout]:
+        """The layouts, those that seem to be better before others.
 
-    def is_like(self, faster: "Proposal") -> bool:
-        """Whether this is another's layout, or differs in nothing that makes a step longer."""
-        longest = (1 + ALIKE) * faster.timeline.seconds
-        is_as_long = self.timeline.seconds <= longest
-        return self.modules == faster.modules or (self.kind == faster.kind and is_as_long)
+        Args:
+            rank: what (seconds, GPUs) cost; more of either costs no less.
+        """
 
-    def ranks_idle(self, module: str) -> float:
-        """Share of a step in which a rank of a module computes nothing, for this or another."""
-        stages = self.timeline.stages
-        idle = [
-            1 - sum(stages[name, stage].busy for name in names)
-            for names, stage in modules_by_stage(self.grids)
-            if module in names
+        def seems(of: Start | Layout) -> tuple[float, int]:
+            return rank(of.seconds, of.gpus)
+
+        found: list[Layout] = []
+        for start in sorted(self._starts(), key=seems):
+            while found and seems(found[0]) <= seems(start):
+                yield found.pop(0)  # encoders, and what is recomputed, only add to a start
+            for layout in self._layouts(start):
+                insort(found, layout, key=seems)
+        yield from found
+
+    @cache  # noqa: B019 - a search is over when its command is
+    def _fitting(self, name: str) -> list[Choice]:
+        """Choices that fit alone, with the smallest microbatch: what a layout adds takes more."""
+        gpus, most = self.request.gpus, self.request.memory_bytes
+        return [
+            choice
+            for choice in self.ways[name]
+            if choice.gpus <= gpus
+            and any(way.held(choice.replicas) <= most for way in choice.ways[::-1])
         ]
-        return max(0.0, sum(idle) / len(idle))
+
+    @cached_property
+    def _encoding(self) -> float:
+        """Seconds of all encoders on a GPU, for the samples of a step, at least."""
+
+        def of(choice: Choice) -> float:
+            work, _ = stages(self._durations(self.request.global_batch_size, choice), choice.name)
+            return sum(work) * choice.gpus / choice.stages
+
+        fitting = map(self._fitting, self.request.encoders)
+        return sum(min(map(of, ways), default=0.0) for ways in fitting)
+
+    def _starts(self) -> Iterator[Start]:
+        """The language model in each layout, with each microbatch; perhaps it fits.
+
+        The step is at least as long: all GPUs that encoders may be on share their work.
+        """
+        request, batch = self.request, self.request.global_batch_size
+        only = request.micro_batch_size
+        for samples in [only] if only else divisors(batch):
+            for language in self._fitting(LANGUAGE):
+                if samples % language.replicas:
+                    continue
+                gpus, others = language.gpus, request.gpus - language.gpus
+                alone = pipeline_seconds(self._durations(samples, language), batch // samples)
+                if not request.encoders or others:
+                    least = max(alone, self._encoding / others) if others else alone
+                    yield Start(least, gpus, language, samples, shared=False)
+                if request.encoders:
+                    yield Start(alone + self._encoding / gpus, gpus, language, samples, shared=True)
+
+    def _layouts(self, start: Start) -> Iterator[Layout]:
+        """With as little recomputation as fits; those that are slower are on fewer nodes."""
+        request = self.request
+        for kept in [None, 0] if start.encoders_first else [None]:
+            combined = (self._combined(start, way, kept) for way in start.language.ways)
+            least, rented = 0.0, inf
+            for seconds, taken, (language, *encoders) in next(filter(None, combined), []):
+                allocated = request.allocated(start.gpus if start.shared else int(taken))
+                if seconds <= least * (1 + ALIKE) and allocated >= rented:
+                    continue
+                least, rented = seconds, allocated
+                chosen = {each.name: each for each in (*encoders, language)}
+                modules = {name: each.parallelism for name, each in chosen.items()}
+                if lying := placed(modules, start.shared):
+                    sizes = {name: each.sizes for name, each in chosen.items()}
+                    how = {"encoder_microbatches": kept}
+                    yield Layout(request, sizes, lying, start.samples, how, seconds)
+
+    def _combined(self, start: Start, language: Choice, kept: int | None) -> list[Combination]:
+        """Choices for all encoders that fit beside one for the language model."""
+        request, samples = self.request, start.samples
+        number = request.global_batch_size // samples
+        held = language.held(samples, waiting=number if start.encoders_first else 0)
+        if held > request.memory_bytes:
+            return []
+        seconds = pipeline_seconds(self._durations(samples, language), number)
+        found: list[Combination] = [(seconds, held if start.shared else start.gpus, (language,))]
+        combine: Callable[[float, float], float] = add if start.shared else max
+        most = request.memory_bytes if start.shared else request.gpus
+        for name in request.encoders:
+            options = self._options(name, start, language, kept)
+            found = _front(
+                (combine(seconds, more), taken + takes, chosen + choice)
+                for seconds, taken, chosen in found
+                for more, takes, choice in options
+                if taken + takes <= most
+            )
+        return found
+
+    def _options(
+        self, name: str, start: Start, language: Choice, kept: int | None
+    ) -> list[Combination]:
+        """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
+        found: list[Combination] = []
+        samples, number = start.samples, self.request.global_batch_size // start.samples
+        repeated = kept is not None
+        beside = 0 if repeated or not start.encoders_first else number - 1
+        of_stage, fastest = language.gpus // language.stages, inf
+        for encoder in self._fitting(name):
+            few, many = sorted((encoder.replicas, language.replicas))
+            if samples % encoder.replicas or many % few:
+                continue
+            if start.shared and encoder.gpus <= language.gpus:
+                if encoder.stages == 1 and encoder.gpus % of_stage == 0:
+                    for way in encoder.ways:
+                        step = self._durations(samples, way, language, shared=True)
+                        seconds = turn_seconds(step, number, name, repeated)
+                        found.append((seconds, way.held(samples, beside), (way,)))
+            elif not start.shared and encoder.gpus + language.gpus <= self.request.gpus:
+                step = self._durations(samples, language, encoder)
+                if pipeline_seconds(step, number, name) >= fastest:
+                    continue  # those with fewer GPUs are as fast
+                for way in encoder.ways:
+                    if way.held(samples, language.stages) <= self.request.memory_bytes:
+                        step = self._durations(samples, language, way)
+                        fastest = min(fastest, pipeline_seconds(step, number, name))
+                        found.append((fastest, way.gpus, (way,)))
+                        break
+        return _front(found)
+
+    def _durations(self, samples: int, *chosen: Choice, shared: bool = False) -> Durations:
+        modules = {each.name: each.parallelism for each in chosen}
+        grids = pack(modules)
+        if shared:
+            grids = {name: evolve(grid, rank_offset=0) for name, grid in grids.items()}
+        costs = {each.name: each.costs for each in chosen}
+        request = self.request
+        return Durations(
+            modules, grids, costs, request.cluster, samples, request.distributed_optimizer
+        )
 
 
-def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: Any) -> Proposal:
+def _front(combinations: Iterable[Combination]) -> list[Combination]:
+    """The fastest first; each next is slower and takes less."""
+    least, kept = inf, []
+    for combination in sorted(combinations, key=lambda each: each[:2]):
+        if combination[1] < least:
+            least = combination[1]
+            kept.append(combination)
+    return kept
+
+
+def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: Any) -> Layout:
     """What one layout costs with the shortest step that fits; if none does, with the least memory.
 
     What is recomputed is chosen where the sizes do not say it.
@@ -178,7 +239,7 @@ def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: 
     assert samples, "the batch is known"
     first = runs_encoders_first(pack(modules)) and how.get("encoders_first") is not False
     every = [
-        Proposal(request, dict(zip(modules, way, strict=True)), modules, samples, {**how, **kept})
+        Layout(request, dict(zip(modules, way, strict=True)), modules, samples, {**how, **kept})
         for way in product(*(recomputations(request.sizes[name]) for name in modules))
         for kept in ([{}, {"encoder_microbatches": 0}] if first else [{}])
     ]
@@ -188,7 +249,7 @@ def cheapest(request: Request, modules: Mapping[str, ModuleParallelism], **how: 
     return max(every, key=lambda each: each.headroom)
 
 
-def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list[Proposal]:
+def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list[Layout]:
     """The layouts with the shortest steps, the shortest first; fewer than ``count`` if no more fit.
 
     Each layout is returned once, with its best microbatch. Of those on as many nodes that differ in
@@ -200,28 +261,69 @@ def propose(request: Request, count: int = 10, *, per_gpu: bool = False) -> list
         per_gpu: whether those are best that take the fewest seconds of GPUs that are allocated.
     """
 
-    def cost_of(seconds: float, gpus: int) -> float:
-        return seconds * request.allocated(gpus) if per_gpu else seconds
+    def rank(seconds: float, gpus: int) -> tuple[float, int]:
+        return seconds * request.allocated(gpus) if per_gpu else seconds, gpus
 
-    def rank(proposal: Proposal) -> tuple[float, int]:
-        return cost_of(proposal.timeline.seconds, proposal.gpus), proposal.gpus
+    def simulated(layout: Layout) -> tuple[float, int]:
+        return rank(layout.timeline.seconds, layout.gpus)
 
-    found: list[Proposal] = []
-    for candidate in islice(Candidates(request).best_first(cost_of), max(MOST, 3 * count)):
+    found: list[Layout] = []
+    ways = {name: choices(request, name) for name in request.sizes}
+    for layout in islice(Candidates(request, ways).best_first(rank), max(MOST, 3 * count)):
         listed = _apart(found, count)
-        seems = cost_of(candidate.seconds, candidate.gpus)
-        if len(listed) == count and seems > MARGIN * rank(listed[-1])[0]:
+        seems, _ = rank(layout.seconds, layout.gpus)
+        if len(listed) == count and seems > MARGIN * simulated(listed[-1])[0]:
             break
-        proposal = Proposal.of(request, candidate)
-        if proposal and proposal.headroom >= 0:
-            insort(found, proposal, key=rank)
+        if layout.headroom >= 0:
+            insort(found, layout, key=simulated)
     return _apart(found, count)
 
 
-def _apart(found: Sequence[Proposal], count: int) -> list[Proposal]:
+def _apart(found: Sequence[Layout], count: int) -> list[Layout]:
     """The first of some layouts, without those that are like a faster one."""
-    kept: list[Proposal] = []
-    for proposal in found:
-        if len(kept) < count and not any(map(proposal.is_like, kept)):
-            kept.append(proposal)
+    kept: list[Layout] = []
+    for layout in found:
+        if len(kept) < count and not any(map(layout.is_like, kept)):
+            kept.append(layout)
     return kept
+
+
+def closest(request: Request) -> tuple[Layout | None, list[str]]:
+    """Where none fits: the layout with the least memory on its fullest rank, and what it lacks.
+
+    The layout is None if GPUs do not suffice for any. How many would do is said too.
+    """
+    nodes = -(-request.gpus // request.gpus_per_node)
+    most = evolve(request, gpus=max(MOST_NODES, nodes) * request.gpus_per_node)
+    ways = {name: choices(most, name) for name in request.sizes}
+
+    def first(**changed: Any) -> Layout | None:
+        """Some layout that fits something else, if any does; its step is not simulated."""
+        found = next(iter(Candidates(evolve(request, **changed), ways)), None)
+        return found and evolve(found, request=request)
+
+    def with_more(percents: int) -> Layout | None:
+        return first(memory_bytes=request.memory_bytes * 1.01**percents)
+
+    def on(nodes: int) -> Layout | None:
+        return first(gpus=nodes * request.gpus_per_node)
+
+    said = []
+    percents = bisect_left(range(MOST_STEPS), True, key=lambda each: bool(with_more(each)))
+    if layout := with_more(percents):
+        said += [f"closest is {layout}", *layout.shortages()]
+    else:
+        said.append(
+            f"no combination of TP, PP and DP that divides the modules and the batch takes "
+            f"{request.gpus} GPUs or fewer"
+        )
+    nodes += bisect_left(range(nodes, MOST_NODES), True, key=lambda each: bool(on(each)))
+    gpus = nodes * request.gpus_per_node
+    if fit := on(nodes):
+        said.append(f"{gpus:,} GPUs would do: {fit}")
+    else:
+        said.append(
+            f"{gpus:,} GPUs would not do either: use the distributed optimizer, or rent GPUs with "
+            f"more memory"
+        )
+    return layout, said

@@ -20,12 +20,10 @@ from megatron_mimo_coord.layout import (
 from megatron_mimo_coord.layout.batch import batch_problems
 from megatron_mimo_coord.layout.problems import layout_problems
 from megatron_mimo_coord.planning import Cluster, ModuleCosts, simulate_step
-from megatron_mimo_coord.planning.candidates import Candidates
-from megatron_mimo_coord.planning.choices import Choice, Request
-from megatron_mimo_coord.planning.closest import closest
+from megatron_mimo_coord.planning.choices import Request, choices
 from megatron_mimo_coord.planning.memory import layout_memory, rank_totals
 from megatron_mimo_coord.planning.module_sizes import ModuleSizes
-from megatron_mimo_coord.planning.search import Proposal, propose
+from megatron_mimo_coord.planning.search import Candidates, closest, propose
 from megatron_mimo_coord.planning.size_problems import sharding_problems
 
 VISION = ModuleSizes(
@@ -260,26 +258,9 @@ def test_the_formula_ranks_by_about_what_is_simulated(request):
         return evolve(known, backward_seconds_per_sample=2 * known.forward_seconds_per_sample)
 
     free = evolve(request, cluster=Cluster(), costs=twice)
-    for candidate in Candidates(free):
-        if placed := Proposal.of(free, candidate):
-            took = seconds(free, placed.modules, *batch(placed))
-            assert candidate.seconds == pytest.approx(took, rel=0.3), placed.modules
-
-
-def test_frozen_stages_that_receive_are_ranked_with_their_backward():
-    known = ModuleCosts(forward_seconds_per_sample=1, backward_seconds_per_sample=2, frozen=True)
-    request = Request(
-        sizes={"vision": VISION, LANGUAGE: WORDS},
-        gpus=4,
-        gpus_per_node=4,
-        global_batch_size=4,
-        memory_bytes=1e9,
-        costs=lambda *_: known,
-        cluster=Cluster(),
-    )
-    # Half of a forward pass a stage, and half of a backward pass where something asks for it.
-    for name, work in (("vision", [0.5, 1.0]), (LANGUAGE, [1.0, 1.0])):
-        assert Choice(request, name, request.sizes[name], parallel(pp=2)).work == work
+    for layout in Candidates(free, {name: choices(free, name) for name in free.sizes}):
+        took = seconds(free, layout.modules, *batch(layout))
+        assert layout.seconds == pytest.approx(took, rel=0.3), str(layout)
 
 
 def fullest(request, layout, samples, kept=None):
@@ -345,11 +326,11 @@ def large(layers: tuple[int, ...], batch: int, memory_bytes: float) -> Request:
 )
 def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most):
     """Counted, not timed: 1,024 GPUs have hundreds of thousands of layouts and microbatches."""
-    import megatron_mimo_coord.planning.search as search
+    import megatron_mimo_coord.planning.layouts as layouts
 
     simulated = []
     monkeypatch.setattr(
-        search,
+        layouts,
         "simulate_step",
         lambda *args, **how: simulated.append(args) or simulate_step(*args, **how),
     )
@@ -359,11 +340,11 @@ def test_few_steps_are_simulated(monkeypatch, layers, batch, memory_bytes, most)
 
 def test_little_is_looked_at_where_nothing_fits(monkeypatch):
     """Memory of stages is counted: what does not fit alone is not combined with anything."""
-    import megatron_mimo_coord.planning.candidates as candidates
+    from megatron_mimo_coord.planning import choices as ways
 
-    stages, stage_memory = [], candidates.stage_memory
+    stages, stage_memory = [], ways.stage_memory
     monkeypatch.setattr(
-        candidates,
+        ways,
         "stage_memory",
         lambda *args, **how: stages.append(args) or stage_memory(*args, **how),
     )
