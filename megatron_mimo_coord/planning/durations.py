@@ -1,6 +1,7 @@
 """How long the stages of one layout compute and their messages take: costs, dealt out to ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from math import ceil
 
 from attrs import frozen
@@ -65,7 +66,8 @@ class Durations:
         first = grid.rank_offset + stage * length
         # Pairs of ranks repeat their place in the nodes: a node's worth of them is enough.
         senders = range(first, first + min(length, self.cluster.ranks_per_node or 1))
-        return self._slowest(((rank, rank + length) for rank in senders), message)
+        receivers = range(senders.start + length, senders.stop + length)
+        return self._slowest(senders, receivers, message)
 
     def over_bridge(self, encoder: str, *, forward: bool) -> float:
         """The messages of a microbatch over a bridge, forward or back, all under way at once.
@@ -79,17 +81,12 @@ class Durations:
         message = self.costs[encoder].output_bytes_per_sample * self.micro_batch_size / parts
         messages = busiest(*(ends if forward else reversed(ends))) * message
         senders, receivers = source.replica_starts(source.dim("pp") - 1), target.replica_starts(0)
-        pairs = (
-            (senders[part * len(senders) // parts], receivers[part * len(receivers) // parts])
-            for part in range(parts)
-        )
-        return self._slowest(pairs, messages)
+        return self._slowest(senders, receivers, messages)
 
-    def _slowest(self, pairs: Iterable[tuple[int, int]], message_bytes: float) -> float:
-        """A message between each of some pairs of ranks, all under way at once."""
-        per_node = self.cluster.ranks_per_node or MAX_RANKS
-        kinds = {left // per_node == right // per_node: (left, right) for left, right in pairs}
-        return max(self.cluster.message_seconds(pair, message_bytes) for pair in kinds.values())
+    def _slowest(self, senders: range, receivers: range, message_bytes: float) -> float:
+        """Messages between the ranks of a link, all under way at once."""
+        pairs = pairs_of_ranks(senders, receivers, self.cluster.ranks_per_node or MAX_RANKS)
+        return max(self.cluster.message_seconds(pair, message_bytes) for pair in pairs)
 
     def exchange(self, encoder: str) -> float:
         """Tokens of an encoder, or their gradients, gathered where colocated modules differ in DP.
@@ -113,6 +110,24 @@ class Durations:
         """The optimizer's update of a stage."""
         costs, sizes = self.costs[module], self.modules[module]
         return costs.update_seconds(sizes, stage, self.distributed_optimizer)
+
+
+@cache
+def pairs_of_ranks(senders: range, receivers: range, per_node: int) -> list[tuple[int, int]]:
+    """Two ranks of a link in one node and two in different nodes, as far as there are.
+
+    Example:
+        >>> pairs_of_ranks(range(4), range(6, 10, 2), per_node=8)
+        [(1, 6), (3, 8)]
+    """
+    parts = max(len(senders), len(receivers))
+    every = (
+        (senders[part * len(senders) // parts], receivers[part * len(receivers) // parts])
+        for part in range(parts)
+    )
+    return [
+        *{left // per_node == right // per_node: (left, right) for left, right in every}.values()
+    ]
 
 
 def busiest(sender: ModuleParallelism, receiver: ModuleParallelism) -> int:
