@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mimo_coord.training.checkpoint_folder import (
-    Manifest,
     checkpoint_path,
     checkpoint_steps,
+    read_manifest,
 )
 
 OPTIONS = (  # that a training must keep when it goes on: the others only change the way from there
@@ -34,7 +34,7 @@ def problems(folder: Path, options: Namespace) -> list[str]:
     """Why a training with these options cannot go on from the newest checkpoint in a folder."""
     path = checkpoint_path(folder, checkpoint_steps(folder)[-1])
     try:
-        content = Manifest.read(path).content
+        content = read_manifest(path)
         found = content["extra"]["settings"]
     except ValueError as error:
         return [str(error)]

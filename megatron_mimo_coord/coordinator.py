@@ -611,8 +611,7 @@ class MultiModuleCoordinator:
                 changed since that was saved or loaded, nothing is written.
             extra: what else the trainer needs, the same on every rank, such as a scheduler's
                 ``state_dict()``: dicts, lists, tuples, strings, bytes, numbers, booleans, None,
-                tensors, which become text (weights belong into the model); other mappings come
-                back as dicts.
+                tensors; other mappings come back as dicts. One rank writes it.
             rank_state: the same of this rank alone, such as where its data loader is.
             trainable_only: leave out the weights that are frozen; to be loaded over them.
             keep: how many checkpoints the folder keeps.

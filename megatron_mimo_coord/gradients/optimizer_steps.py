@@ -22,7 +22,7 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.optimizer import MegatronOptimizer
 from torch.nn.utils import get_total_norm
 
-from megatron_mimo_coord.checks.copies import differing_gradients
+from megatron_mimo_coord.checks.replicas import differing_gradients
 from megatron_mimo_coord.gradients.misfits import Misfit
 from megatron_mimo_coord.gradients.module import ModuleGradients
 from megatron_mimo_coord.gradients.step_report import StepReport

@@ -13,7 +13,6 @@ Whole tensors are named as in bare modules, whatever is around them here:
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.boxes import Box, boxes_of_range
+from megatron_mimo_coord.megatron.changes import Changes
 
 _LAYER = re.compile(r"(?<=\.)(layers\.\d+)(?=\.)")
 _EXPERT = re.compile(r"\.experts\.local_experts\.\d+\.")
@@ -110,9 +110,6 @@ class ShardedWeights:
         }
         self._sharded, self._local, self._factories = load_preprocess(sharded)
 
-    def __contains__(self, param: torch.nn.Parameter) -> bool:
-        return id(param) in self._of_param
-
     def chunks(self) -> list[Chunk]:
         """All tensors of this rank."""
         return [_chunk(x) for x in nested_values(self._sharded) if isinstance(x, ShardedTensor)]
@@ -135,8 +132,8 @@ class ShardedWeights:
         return [shard.key for shard, _ in self._shards(param)]
 
     def is_replicated(self, param: torch.nn.Parameter) -> bool:
-        """Whether no dim of a parameter is shared out."""
-        return not any(
+        """Whether a parameter is in the ``sharded_state_dict``, and no dim of it is shared out."""
+        return id(param) in self._of_param and not any(
             count > 1
             for shard, _ in self._shards(param)
             for count in (shard.axis_fragmentations or ())[_added(shard) :]
@@ -145,7 +142,7 @@ class ShardedWeights:
     def frozen_keys(self) -> set[str]:
         """Keys of the weights that are not trained."""
         frozen = [param for param in self._model.parameters() if not param.requires_grad]
-        return {key for param in frozen if param in self for key in self.keys(param)}
+        return {key for p in frozen if id(p) in self._of_param for key in self.keys(p)}
 
     def chunks_beside(
         self,
@@ -250,7 +247,10 @@ def _sharded_state_dict(
         while isinstance(module, DistributedDataParallel | Float16Module):
             module, prefix = module.module, f"{prefix}module."
         metadata = {"dp_cp_group": groups.dp_cp, "non_homogeneous_layers": not stacked}
-        with _groups_in_parallel_state(groups):
+        with Changes() as changes:
+            for attribute, answer in _answers(groups).items():
+                getattr(parallel_state, attribute)  # is missed here if it is gone
+                changes.set(parallel_state, attribute, answer)
             found = sharded_state_dict_default(
                 module, prefix, metadata=metadata, tp_group=groups.tp
             )
@@ -268,10 +268,9 @@ def _whole_name(name: str, key: str) -> str:
     return _EXPERT.sub(".experts.", _LAYER.sub(lambda found: next(numbers, found[0]), name))
 
 
-@contextmanager
-def _groups_in_parallel_state(groups: ProcessGroupCollection) -> Iterator[None]:
-    """Have ``parallel_state`` answer with the groups of a module, whatever it knows."""
-    answers = {
+def _answers(groups: ProcessGroupCollection) -> dict[str, Any]:
+    """What ``parallel_state`` is to answer for a module, whatever it knows."""
+    return {
         "_TENSOR_MODEL_PARALLEL_GROUP": groups.tp,
         "_MPU_TENSOR_MODEL_PARALLEL_RANK": groups.tp.rank(),
         "_PIPELINE_MODEL_PARALLEL_GROUP": groups.pp,
@@ -280,11 +279,3 @@ def _groups_in_parallel_state(groups: ProcessGroupCollection) -> Iterator[None]:
         "_DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": groups.dp_cp,
         "_MPU_DATA_PARALLEL_RANK": groups.dp_cp.rank(),
     }
-    before = {name: getattr(parallel_state, name) for name in answers}
-    for name, group in answers.items():
-        setattr(parallel_state, name, group)
-    try:
-        yield
-    finally:
-        for name, group in before.items():
-            setattr(parallel_state, name, group)

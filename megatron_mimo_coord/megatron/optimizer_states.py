@@ -36,18 +36,18 @@ class _Kept:
     """What an optimizer keeps on this rank for one parameter.
 
     Args:
+        optimizer: Megatron's.
         param: the model's parameter.
         start: the first of its elements that are kept here, in memory order.
         tensors: what is kept for them, by name, each with a number for each.
         state: all that the optimizer keeps, its number of updates too.
-        is_range: whether data-parallel ranks share the elements out.
     """
 
+    optimizer: Any
     param: torch.nn.Parameter
     start: int
-    tensors: Mapping[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
-    is_range: bool
 
 
 class OptimizerStates:
@@ -61,22 +61,25 @@ class OptimizerStates:
     ) -> None:
         self._weights = weights
         self._optimizers: dict[str, list[Any]] = {}
-        self._kept: dict[str, list[tuple[Any, _Kept]]] = {}
+        self._kept: dict[str, list[_Kept]] = {}
         for name, ddp in ddps.items() if optimizer is not None else ():
             inner = self._optimizers[name] = _inner_optimizers(optimizer, name)
             params = [param for param in ddp.module.parameters() if param.requires_grad]
             for each in inner:
                 _initialize(each)
-            self._kept[name] = [(each, kept) for each in inner for kept in _kept(each, params)]
+            self._kept[name] = [kept for each in inner for kept in _kept(each, params)]
 
     def chunks(self) -> list[Chunk]:
         """All tensors, each a box of a whole tensor that is named after the weight's."""
         return [
             chunk
             for module in self._kept.values()
-            for _, kept in module
+            for kept in module
             for chunk in self._weights.chunks_beside(
-                kept.param, kept.start, kept.tensors, alone=kept.is_range
+                kept.param,
+                kept.start,
+                kept.tensors,
+                alone=isinstance(kept.optimizer, DistributedOptimizer),
             )
         ]
 
@@ -120,11 +123,11 @@ class OptimizerStates:
             name_there: what the checkpoint calls a weight.
         """
         for name, module in self._kept.items():
-            for optimizer, kept in module:
-                if optimizer.config.use_precision_aware_optimizer:  # it had handed out copies
+            for kept in module:
+                if kept.optimizer.config.use_precision_aware_optimizer:  # it had handed out copies
                     tensors: dict[str, Any] = dict(kept.tensors)
                     tensors["param"] = tensors.pop("fp32_param", None)
-                    optimizer._set_main_param_and_optimizer_states(kept.param, tensors)
+                    kept.optimizer._set_main_param_and_optimizer_states(kept.param, tensors)
             settings = deepcopy(saved.get(name, _NO_SETTINGS))
             for group in self._groups(name):
                 found = _matching(group, settings["groups"]) or {}
@@ -150,7 +153,7 @@ class OptimizerStates:
 
     def _counted(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(key, state) of the weights of which an optimizer counts the updates."""
-        for _, kept in self._kept[name]:
+        for kept in self._kept[name]:
             if "step" in kept.state:
                 for key in self._weights.keys(kept.param):
                     yield key, kept.state
@@ -241,34 +244,27 @@ def _initialize(optimizer: Any) -> None:
 
 
 def _kept(optimizer: Any, params: list[torch.nn.Parameter]) -> Iterator[_Kept]:
-    """What an optimizer keeps for those of the parameters that are its own."""
-    if isinstance(optimizer, DistributedOptimizer):
-        for param in optimizer.model_param_group_index_map:
+    """What an optimizer keeps for those of the parameters that are its own.
+
+    Of what is kept, what has a number for each element; and what is updated, if it is a copy.
+    """
+    states = optimizer.optimizer.state
+    is_distributed = isinstance(optimizer, DistributedOptimizer)
+    for param in optimizer.model_param_group_index_map if is_distributed else params:
+        main, start, elements = getattr(param, "main_param", param), 0, param.numel()
+        if is_distributed:
             found = dict(optimizer._get_main_param_and_optimizer_states(param))
             here = optimizer._get_model_param_range_map(param)["param"]
-            main = found.pop("param")
-            state = optimizer.optimizer.state.get(main, {})
-            tensors = _tensors(param, main, found, here.end - here.start)
-            yield _Kept(param, here.start, tensors, state, is_range=True)
-        return
-    inner = optimizer.optimizer
-    for param in params:
-        main = getattr(param, "main_param", param)
-        if main in inner.state:
-            state = inner.state[main]
-            tensors = _tensors(param, main, state, param.numel())
-            yield _Kept(param, 0, tensors, state, is_range=False)
-
-
-def _tensors(
-    param: torch.nn.Parameter, main: torch.Tensor, kept: Mapping[str, Any], elements: int
-) -> dict[str, torch.Tensor]:
-    """Of what is kept, what has a number for each element; and what is updated, if it is a copy."""
-    tensors = {
-        name: value
-        for name, value in kept.items()
-        if torch.is_tensor(value) and value.numel() == elements and name != "step"
-    }
-    if main.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
-        tensors["fp32_param"] = main
-    return tensors
+            main, start, elements = found.pop("param"), here.start, here.end - here.start
+        elif main in states:
+            found = states[main]
+        else:
+            continue
+        tensors = {
+            name: value
+            for name, value in found.items()
+            if torch.is_tensor(value) and value.numel() == elements and name != "step"
+        }
+        if main.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
+            tensors["fp32_param"] = main
+        yield _Kept(optimizer, param, start, tensors, states.get(main, {}))

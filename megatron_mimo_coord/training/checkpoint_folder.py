@@ -16,8 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
-
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
@@ -62,53 +60,43 @@ def foreign_files(folder: Path) -> list[str]:
     return [] if any(ours.fullmatch(name) for name in names) else names
 
 
-@frozen
-class Manifest:
-    """What a whole checkpoint says of itself.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself, as :func:`finish` was given it.
+
+    Raises:
+        ValueError: there is nothing, or it is damaged.
+    """
+    try:
+        document = json.loads((path / MANIFEST).read_text())
+        content: dict[str, Any] = document["content"]
+        digest = document["sha256"]
+    except FileNotFoundError:
+        raise ValueError(f"{path} has no {MANIFEST}: it is no checkpoint of this package") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path / MANIFEST} is damaged: it cannot be read") from None
+    if digest != _digest(content):
+        raise ValueError(f"{path / MANIFEST} is damaged: it is not as it was written")
+    return content
+
+
+def damages(path: Path, files: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint, of which each rank reads its share.
 
     Args:
         path: the checkpoint.
-        content: the step, who wrote it, what of the training, and every file with its digest.
+        files: what its manifest says of each.
+        rank, world_size: which share.
     """
-
-    path: Path
-    content: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Read what :func:`finish` wrote.
-
-        Raises:
-            ValueError: there is none, or it is damaged.
-        """
-        try:
-            document = json.loads((path / MANIFEST).read_text())
-            content, digest = document["content"], document["sha256"]
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path} has no {MANIFEST}: it is no checkpoint of this package"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path / MANIFEST} is damaged: it cannot be read") from None
-        if digest != _digest(content):
-            raise ValueError(f"{path / MANIFEST} is damaged: it is not as it was written")
-        return cls(path, content)
-
-
-def damages(manifest: Manifest, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint, of which each rank reads its share."""
     found = []
-    files: dict[str, Any] = manifest.content["files"]
     for name in sorted(files)[rank::world_size]:
-        path, expected = manifest.path / name, files[name]
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            found.append(
-                f"{path} is damaged: it has {path.stat().st_size} bytes, not {expected['bytes']}"
-            )
-        elif describe_file(path) != expected:
-            found.append(f"{path} is damaged: its bytes are not those that were written")
+        file, expected = path / name, files[name]
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            size = file.stat().st_size
+            found.append(f"{file} is damaged: it has {size} bytes, not {expected['bytes']}")
+        elif describe_file(file) != expected:
+            found.append(f"{file} is damaged: its bytes are not those that were written")
     return found
 
 

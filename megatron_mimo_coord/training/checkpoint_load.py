@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +13,15 @@ import torch.distributed as dist
 from attrs import evolve
 from megatron.core import __version__ as megatron_version
 
-from megatron_mimo_coord.checks.copies import copy_problems
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.checks.replicas import copy_problems
 from megatron_mimo_coord.layout import LANGUAGE
 from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates
 from megatron_mimo_coord.training import checkpoint_folder as folders
-from megatron_mimo_coord.training.checkpoint_folder import Manifest
-from megatron_mimo_coord.training.checkpoint_matching import Matches, Rules
-from megatron_mimo_coord.training.checkpoint_save import FORMAT, RANK_STATE, random_states_name
+from megatron_mimo_coord.training.checkpoint_matching import Rules, match
+from megatron_mimo_coord.training.checkpoint_save import FORMAT
 from megatron_mimo_coord.training.checkpoint_tensors import Index
 from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
@@ -36,12 +36,7 @@ _MODULE = re.compile(r"(?:^|\.)(language_model|modality_submodules\.([^.]+))\.")
 _WRAPPERS = re.compile(r"((?:^|\.)(?:language_model|modality_submodules\.[^.]+)\.)(?:module\.)+")
 
 
-class _StepAndExtra(NamedTuple):
-    step: int
-    extra: dict[str, Any]
-
-
-class LoadedCheckpoint(_StepAndExtra):
+class LoadedCheckpoint(NamedTuple("_Loaded", [("step", int), ("extra", dict[str, Any])])):
     """What :meth:`MultiModuleCoordinator.load_checkpoint` found: ``step`` and ``extra``.
 
     Attributes:
@@ -62,6 +57,9 @@ class LoadedCheckpoint(_StepAndExtra):
 class CheckpointLoad:
     """Goes into the model, the optimizer and the random states of one rank.
 
+    Each of the three ``prepare`` compares what there is to load with what there is here, and
+    changes nothing; then :meth:`tell_differences` and :meth:`fill` follow.
+
     Args:
         job, layout: the modules, which of them are here, and where all lie, in words.
         optimizer: the ``MimoOptimizer``, None for the weights alone.
@@ -69,7 +67,8 @@ class CheckpointLoad:
         names: parts of names here, and what stands for each in the checkpoint.
 
     Attributes:
-        manifest: of this package's checkpoint, once it is prepared.
+        content: what the manifest of this package's checkpoint says; empty of anything else.
+        rank_state: what JSON says of what this rank had given to save; None on another layout.
         loaded: what was found, complete once all is filled.
     """
 
@@ -85,21 +84,20 @@ class CheckpointLoad:
         self._layout = layout
         self._optimizer = optimizer
         self._rules = Rules(strict, names)
+        self.content: dict[str, Any] = {}
+        self.rank_state: Any = None
         self.loaded = LoadedCheckpoint(0, {})
 
-    def prepare(self, manifest: Manifest) -> RankFacts:
-        """Compare what the checkpoint holds with what there is here."""
-        self.manifest, content = manifest, manifest.content
-        self.loaded = LoadedCheckpoint(content["step"], {})
-        path = {"checkpoint": str(manifest.path.absolute())}
+    def prepare(self, path: Path) -> RankFacts:
+        """Compare one of this package's, and this rank's share of its files with their digests."""
+        self.content = content = folders.read_manifest(path)
+        told = partial(RankFacts, {"checkpoint": str(path)}, {})
         if content["format"] != FORMAT:
-            return RankFacts(
-                path,
-                {},
+            return told(
                 [
-                    f"{manifest.path} has format {content['format']}, and this release reads "
-                    f"{FORMAT}: go on from it with the release that wrote it"
-                ],
+                    f"{path} has format {content['format']}, and this release reads {FORMAT}: go "
+                    f"on from it with the release that wrote it"
+                ]
             )
         problems = []
         if _series(content["megatron-core"]) != _series(megatron_version):
@@ -107,8 +105,9 @@ class CheckpointLoad:
                 f"it was written with megatron-core {content['megatron-core']}, and this is "
                 f"{megatron_version}: use one of the same series"
             )
+        self.loaded = LoadedCheckpoint(content["step"], {})
         self._rules = evolve(self._rules, without_frozen=content["trainable_only"])
-        self._index = Index(manifest.path, content["tensors"], content["objects"])
+        self._index = Index(path, content["tensors"], content["objects"], content["blobs"])
         for name, ddp in self._job.ddps.items():
             saved_sizes = content["sizes"].get(name, [])
             problems += size_problems(name, model_sizes(ddp.module), saved_sizes)
@@ -118,8 +117,37 @@ class CheckpointLoad:
             objects = self._index.objects
             problems += [f"the checkpoint has no {key}" for key in there if key not in objects]
         if self._rules.strict:
-            problems += self._states.unknown_groups(decode(content["optimizer"]))
-        return RankFacts(path, {}, _shortened(problems))
+            problems += self._states.unknown_groups(self._decoded(content["optimizer"]))
+        if not problems:
+            rank, world_size = self._job.rank, dist.get_world_size()
+            problems = folders.damages(path, content["files"], rank, world_size)
+            steps = folders.checkpoint_steps(path.parent)[:-1]
+            advice = f"; to go on from step {steps[-1]}, delete this one" if steps else ""
+            problems = [f"{problem}{advice}" for problem in problems]
+        return told(_shortened(problems))
+
+    def prepare_megatrons(self, path: Path) -> RankFacts:
+        """Compare the weights of a ``MimoModel`` that ``dist_checkpointing`` saved.
+
+        Its layers are of one tensor or one by one, as its trainer chose.
+        """
+        self._index = Index.of_megatron(path, _bare)
+        weights = max(
+            (self._sharded(stacked) for stacked in (False, True)),
+            key=lambda each: sum(chunk.key in self._index.tensors for chunk in each.chunks()),
+        )
+        return RankFacts({}, {}, _shortened(self._match(weights)))
+
+    def prepare_module(self, name: str, tensors: Mapping[str, torch.Tensor]) -> RankFacts:
+        """Compare whole weights of a module."""
+        if name not in self._job.grids:
+            raise ValueError(f"there is no module {name!r}: there are {', '.join(self._job.grids)}")
+        prefix = "language_model." if name == LANGUAGE else f"modality_submodules.{name}."
+        whole = {prefix + key: each for key, each in _experts_joined(tensors).items()}
+        self._index = Index.of_tensors(whole)
+        problems = self._match(self._sharded(), prefix)
+        shapes = {key: list(each.shape) for key, each in sorted(tensors.items())}
+        return RankFacts({"module": name, "weights": str(shapes)}, {}, _shortened(problems))
 
     def _sharded(self, stacked: bool = False) -> ShardedWeights:
         return ShardedWeights(self._job.model, self._job.infra.pg_collections, stacked)
@@ -136,25 +164,24 @@ class CheckpointLoad:
             chunks = [chunk for chunk in chunks if chunk.key.startswith(prefix)]
             chunks = [evolve(chunk, key=weights.names[chunk.key]) for chunk in chunks]
         self._states = OptimizerStates(self._optimizer, self._job.ddps, weights)
-        kept, frozen = self._states.chunks(), weights.frozen_keys()
-        self._matches = Matches(chunks, kept, frozen, self._index, self._rules)
-        return [*copy_problems(self._job, weights), *self._matches.problems]
+        chunks += self._states.chunks()
+        self._matches = match(chunks, weights.frozen_keys(), self._index.tensors, self._rules)
+        return [*copy_problems(self._job.ddps, self._job.groups, weights), *self._matches.problems]
 
     def tell_differences(self, headline: str) -> None:
-        """Raise if the checkpoint holds tensors that no rank has; say what is not as it was.
+        """Raise if there are tensors that no rank has; say what is not as it was.
 
         Collective.
         """
-        keys = sorted(self._index.tensors)
+        matches, keys = self._matches, sorted(self._index.tensors)
         if self._optimizer is None:
             keys = [key for key in keys if not key.startswith("optimizer.")]
-        known = [key in self._matches.known for key in keys]
+        known = [key in matches.known for key in keys]
         flags = torch.tensor(known, dtype=torch.int32).to(world_device())
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         unknown = [key for key, flag in zip(keys, flags.tolist(), strict=True) if not flag]
         if self._rules.strict is not False:
             raise_problems(headline, _shortened([f"there is no {key} here" for key in unknown]))
-        matches = self._matches
         said = json.dumps([sorted(matches.missing), sorted(matches.fresh)])
         texts = map(json.loads, all_gather_text(said, device=world_device()))
         missing, fresh = (sorted(set().union(*each)) for each in zip(*texts, strict=True))
@@ -169,40 +196,13 @@ class CheckpointLoad:
                 if found:
                     logger.warning("%s %s %s", headline.partition(" cannot")[0], what, _by(found))
 
-    def verify_files(self) -> RankFacts:
-        """Read this rank's share of the files, and compare them with their digests."""
-        found = folders.damages(self.manifest, self._job.rank, dist.get_world_size())
-        if found:
-            steps = folders.checkpoint_steps(self.manifest.path.parent)[:-1]
-            advice = f"; to go on from step {steps[-1]}, delete this one" if steps else ""
-            found = [f"{problem}{advice}" for problem in found]
-        return RankFacts({}, {}, found)
-
-    def fill(self) -> RankFacts:
-        """Overwrite model, optimizer and random states."""
-        content, path = self.manifest.content, self.manifest.path
-        self.fill_weights()
-        self._states.load_filled(
-            decode(content["optimizer"]), self._matches.fresh, self._rules.name_there
-        )
-        world_size, rank, loaded = content["world_size"], self._job.rank, self.loaded
-        if (content["layout"], world_size) == (self._layout, dist.get_world_size()):
-            states = self._rank_file(path, rank)
-            restore_random_states(states)
-            loaded.rank_state = states[RANK_STATE]
-        elif content["has_rank_states"]:
-            ranks = range(world_size)
-            loaded.rank_states = [self._rank_file(path, rank)[RANK_STATE] for rank in ranks]
-        loaded.extra.update(decode(content["extra"]))
-        return RankFacts({}, {})
-
-    def fill_weights(self) -> RankFacts:
-        """Overwrite the weights, and tensors of the optimizer."""
+    def fill(self) -> None:
+        """Overwrite the weights; of this package's checkpoint, optimizer and random states too."""
         with torch.no_grad():
             for chunk in self._matches.begins:
                 chunk.data.zero_()
-        for chunk in self._matches.fills:
-            self._index.fill(chunk)
+        for chunk, key in self._matches.fills:
+            self._index.fill(chunk, key)
         there = {key: self._rules.name_there(key) for key, _, _ in self._weights.objects()}
         objects = {
             here: self._index.object(key)
@@ -210,35 +210,28 @@ class CheckpointLoad:
             if key in self._index.objects
         }
         self._weights.load_filled(objects)
-        return RankFacts({}, {})
+        if self.content:
+            self._fill_states(self.content)
 
-    def _rank_file(self, path: Path, rank: int) -> Any:
-        return decode(json.loads((path / random_states_name(rank)).read_text()))
+    def _fill_states(self, content: Mapping[str, Any]) -> None:
+        settings = self._decoded(content["optimizer"])
+        self._states.load_filled(settings, self._matches.fresh, self._rules.name_there)
+        ranks, loaded = content["states"], self.loaded
+        if (content["layout"], len(ranks)) == (self._layout, dist.get_world_size()):
+            states = self._read(ranks[self._job.rank])
+            restore_random_states(self._decoded(states["random"]))
+            self.rank_state = states["rank_state"]
+            loaded.rank_state = self._decoded(self.rank_state)
+        elif content["has_rank_states"]:
+            loaded.rank_states = [self._decoded(self._read(each)["rank_state"]) for each in ranks]
+        loaded.extra.update(self._decoded(content["extra"]))
 
-    # -- what others wrote -------------------------------------------------------------------------
+    def _read(self, digest: str) -> Any:
+        """What JSON says of the states of a rank."""
+        return json.loads(self._index.blob(digest).numpy().tobytes())
 
-    def prepare_megatrons(self, path: Path) -> RankFacts:
-        """Compare the weights of a ``MimoModel`` that ``dist_checkpointing`` saved with those here.
-
-        Its layers are of one tensor or one by one, as its trainer chose.
-        """
-        self._index = Index.of_megatron(path, _bare)
-        weights = max(
-            (self._sharded(stacked) for stacked in (False, True)),
-            key=lambda each: sum(chunk.key in self._index.tensors for chunk in each.chunks()),
-        )
-        return RankFacts({}, {}, _shortened(self._match(weights)))
-
-    def prepare_module(self, name: str, tensors: Mapping[str, torch.Tensor]) -> RankFacts:
-        """Compare whole weights with those of a module."""
-        if name not in self._job.grids:
-            raise ValueError(f"there is no module {name!r}: there are {', '.join(self._job.grids)}")
-        prefix = "language_model." if name == LANGUAGE else f"modality_submodules.{name}."
-        whole = {prefix + key: each for key, each in _experts_joined(tensors).items()}
-        self._index = Index.of_tensors(whole)
-        problems = self._match(self._sharded(), prefix)
-        shapes = {key: list(each.shape) for key, each in sorted(tensors.items())}
-        return RankFacts({"module": name, "weights": str(shapes)}, {}, _shortened(problems))
+    def _decoded(self, value: Any) -> Any:
+        return decode(value, self._index.blob)
 
 
 def _experts_joined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

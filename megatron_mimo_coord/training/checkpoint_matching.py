@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
 from megatron_mimo_coord.megatron.checkpoints import Chunk
-from megatron_mimo_coord.training.checkpoint_tensors import Index
 
 _STATE = "optimizer.state."
 _MASTER = "optimizer.state.fp32_param."
@@ -46,11 +45,12 @@ class Rules:
         return key
 
 
+@frozen
 class Matches:
     """What one rank finds in a checkpoint for its chunks of weights, and of what optimizers keep.
 
-    Attributes:
-        fills: chunks of this rank, under the key of what is to be copied into each.
+    Args:
+        fills: chunks of this rank, and under which key there is what is to be copied into each.
         begins: chunks of the optimizer that are to be zero.
         missing: keys of weights here that the checkpoint lacks.
         fresh: keys of weights here of which it has no optimizer state.
@@ -58,78 +58,64 @@ class Matches:
         problems: what does not fit.
     """
 
-    def __init__(
-        self,
-        weights: list[Chunk],
-        states: list[Chunk],
-        frozen_keys: Set[str],
-        index: Index,
-        rules: Rules,
-    ) -> None:
-        self._index, self._rules, self._kept = index, rules, _kept(index)
-        self.fills: list[Chunk] = []
-        self.begins: list[Chunk] = []
-        self.missing: set[str] = set()
-        self.known: set[str] = set()
-        self.problems: list[str] = []
-        for chunk in weights:
-            self._add_weight(chunk, is_frozen=chunk.key in frozen_keys)
-        self.fresh = {
-            chunk.weight
-            for chunk in states
-            if rules.name_there(chunk.key) not in index.tensors and not _is_master(chunk)
-        }
-        for chunk in states:
-            self._add_state(chunk)
-
-    def _add_weight(self, chunk: Chunk, is_frozen: bool) -> None:
-        rules, tensors, key = self._rules, self._index.tensors, self._rules.name_there(chunk.key)
-        self.known.add(key)
-        if is_frozen and not rules.strict:
-            self.known.update(f"{_STATE}{name}.{key}" for name in self._kept.get(key, ()))
-        if key not in tensors:
-            self.missing.add(chunk.key)
-            if not rules.may_lack(is_frozen):
-                self.problems.append(f"the checkpoint has no {key}")
-            return
-        is_wider = chunk.dtype == "float32" != tensors[key]["dtype"]
-        if is_wider and not rules.strict and _MASTER + key in tensors:
-            key = _MASTER + key
-            self.known.add(key)
-        self._fill(chunk, key)
-
-    def _add_state(self, chunk: Chunk) -> None:
-        rules, tensors = self._rules, self._index.tensors
-        key, weight = rules.name_there(chunk.key), rules.name_there(chunk.weight)
-        self.known.add(key)
-        if chunk.weight in self.fresh and not _is_master(chunk):
-            self.begins.append(chunk)
-            others = self._kept.get(weight, set()) - {"fp32_param"}
-            if key not in tensors and (rules.strict or (rules.strict is None and others)):
-                self.problems.append(f"the checkpoint has no {key}")
-        elif key in tensors:
-            self._fill(chunk, key)
-        elif weight in tensors:  # else the copy stays, as the weight does
-            self._fill(chunk, weight)
-
-    def _fill(self, chunk: Chunk, key: str) -> None:
-        found, strict = self._index.tensors[key], bool(self._rules.strict)
-        self.problems.extend(_misfits(chunk, key, found, strict))
-        self.fills.append(evolve(chunk, key=key))
+    fills: list[tuple[Chunk, str]] = field(factory=list)
+    begins: list[Chunk] = field(factory=list)
+    missing: set[str] = field(factory=set)
+    fresh: set[str] = field(factory=set)
+    known: set[str] = field(factory=set)
+    problems: list[str] = field(factory=list)
 
 
-def _is_master(chunk: Chunk) -> bool:
-    return chunk.key.startswith(_MASTER)
+def match(
+    chunks: list[Chunk], frozen_keys: Set[str], tensors: Mapping[str, Any], rules: Rules
+) -> Matches:
+    """Look for each chunk of this rank: it has one key here, and in the checkpoint one of several.
+
+    Args:
+        chunks: of weights, and of what the optimizer keeps for them.
+        frozen_keys: of the weights that are not trained.
+        tensors: of the checkpoint, as in ``Index``.
+        rules: what may differ.
+    """
+    found, strict, there = Matches(), rules.strict, rules.name_there
+    kept: dict[str, set[str]] = {}  # what the checkpoint has of the optimizer beside fp32 copies
+    for key in tensors:
+        if key.startswith(_STATE) and not key.startswith(_MASTER):
+            kept.setdefault(key.removeprefix(_STATE).partition(".")[2], set()).add(key)
+    for chunk in chunks:
+        if _is_moment(chunk) and there(chunk.key) not in tensors:
+            found.fresh.add(chunk.weight)
+    for chunk in chunks:
+        key, weight, is_frozen = there(chunk.key), there(chunk.weight), chunk.key in frozen_keys
+        candidates = [key]
+        if chunk.key.startswith(_MASTER):
+            candidates = [key, weight]
+        elif chunk.weight in found.fresh:
+            candidates = []
+        elif not strict and chunk.dtype == "float32" != tensors.get(key, {}).get("dtype"):
+            candidates = [_MASTER + key, key]
+        sources = [each for each in candidates if each in tensors]
+        found.known.update([key, *sources[:1]])
+        if is_frozen and not strict:
+            found.known.update([_MASTER + key, *kept.get(key, ())])
+        is_missed = False
+        if sources:
+            found.fills.append((chunk, sources[0]))
+            found.problems.extend(_misfits(chunk, sources[0], tensors[sources[0]], bool(strict)))
+        elif _is_moment(chunk):
+            found.begins.append(chunk)
+            is_missed = key not in tensors and (strict or (strict is None and weight in kept))
+        elif not chunk.weight:
+            found.missing.add(chunk.key)
+            is_missed = not rules.may_lack(is_frozen)
+        if is_missed:
+            found.problems.append(f"the checkpoint has no {key}")
+    return found
 
 
-def _kept(index: Index) -> dict[str, set[str]]:
-    """Names of what the checkpoint has of the optimizer, for each weight."""
-    kept: dict[str, set[str]] = {}
-    for key in index.tensors:
-        if key.startswith(_STATE):
-            name, _, weight = key.removeprefix(_STATE).partition(".")
-            kept.setdefault(weight, set()).add(name)
-    return kept
+def _is_moment(chunk: Chunk) -> bool:
+    """Whether it is what an optimizer keeps for a weight, and no fp32 copy of it."""
+    return bool(chunk.weight) and not chunk.key.startswith(_MASTER)
 
 
 def _misfits(chunk: Chunk, key: str, found: Mapping[str, Any], strict: bool) -> Iterator[str]:

@@ -34,7 +34,7 @@ _ALIGNMENT = 64  # of the elements in a file, so that they can be used where the
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before the lengths of its name and extra field
 
 Entry = dict[str, Any]
-"""Where a chunk is: key, dtype, shape of the whole tensor, box, file and place in it. JSON."""
+"""Where something is: file, place in it and length; of a chunk also its box in the tensor. JSON."""
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -49,32 +49,38 @@ class ChunkFile:
         self._digest = hashlib.sha256()
         self._size = 0
 
+    def write(self, data: bytes | memoryview) -> Entry:
+        """Append bytes; returns where they are."""
+        padding = bytes(-self._size % _ALIGNMENT)
+        for part in (padding, data):
+            self._file.write(part)
+            self._digest.update(part)
+        at = self._size + len(padding)
+        self._size = at + len(data)
+        return {"file": self._name, "at": at, "length": len(data)}
+
     def write_tensor(self, chunk: Chunk) -> Entry:
-        """Append a chunk; returns where it is."""
+        """Append a chunk; returns where it is, and what the whole tensor is."""
         # A copy: of a view, everything that it is a view of would be saved.
         data = chunk.data.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         buffer = io.BytesIO()
         torch.save(data.view(chunk.box.size), buffer)
-        at = self._append(buffer.getbuffer())
-        return {
+        entry = self.write(buffer.getbuffer())
+        return entry | {
             "key": chunk.key,
             "dtype": chunk.dtype,
             "shape": chunk.shape,
             "padded_for": chunk.padded_for,
             "offset": chunk.box.offset,
             "size": chunk.box.size,
-            "file": self._name,
-            "at": at,
-            "length": self._size - at,
-            "elements_at": at + _elements_at(buffer),
+            "elements_at": entry["at"] + _elements_at(buffer),
         }
 
     def write_object(self, key: str, value: Any) -> Entry:
         """Append what Megatron keeps as an object, not a tensor; returns where it is."""
         buffer = io.BytesIO()
         torch.save([value], buffer)
-        at = self._append(buffer.getbuffer())
-        return {"key": key, "file": self._name, "at": at, "length": self._size - at}
+        return self.write(buffer.getbuffer()) | {"key": key}
 
     def close(self) -> dict[str, Any]:
         """Have everything on disk; returns size and digest, as a manifest lists them."""
@@ -82,15 +88,6 @@ class ChunkFile:
         os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
-
-    def _append(self, data: memoryview) -> int:
-        padding = bytes(-self._size % _ALIGNMENT)
-        for part in (padding, data):
-            self._file.write(part)
-            self._digest.update(part)
-        at = self._size + len(padding)
-        self._size = at + len(data)
-        return at
 
 
 def _elements_at(buffer: io.BytesIO) -> int:
@@ -110,63 +107,59 @@ def _elements_at(buffer: io.BytesIO) -> int:
 
 @frozen
 class Index:
-    """What a checkpoint holds: the chunks of each whole tensor, and objects, by their key.
+    """What a checkpoint holds: the chunks of each whole tensor, objects and bytes.
 
     Files are mapped into memory and not read whole. Elements become those of another data type
     where the reader holds another.
 
     Args:
         path: the folder of the files.
-        tensors: dtype, shape and chunks of each whole tensor.
-        objects: where each object is.
+        tensors: dtype, shape and chunks of each whole tensor, by its key.
+        objects: where each object is, by its key.
+        blobs: where bytes are, by their digest.
     """
 
     path: Path
     tensors: dict[str, Any]
     objects: dict[str, Entry] = field(factory=dict)
+    blobs: dict[str, Entry] = field(factory=dict)
     _files: dict[str, torch.Tensor] = field(factory=dict, init=False)
 
     @classmethod
-    def merge(cls, path: Path, ranks: Iterable[Mapping[str, list[Entry]]]) -> "Index":
+    def merge(cls, path: Path, ranks: Iterable[Mapping[str, Any]]) -> "Index":
         """Join what the ranks have written; where two wrote the same part, the first counts.
 
         Raises:
             ValueError: a tensor is not there whole, or ranks wrote different things for one.
         """
-        tensors: dict[str, Any] = {}
-        objects: dict[str, Entry] = {}
+        index = cls(path, {})
         for entries in ranks:
             for entry in entries["objects"]:
-                objects.setdefault(entry["key"], entry)
+                index.objects.setdefault(entry["key"], entry)
+            for digest, entry in entries["blobs"].items():
+                index.blobs.setdefault(digest, entry)
             for entry in entries["tensors"]:
-                entry = dict(entry)
-                key = entry.pop("key")
-                kind = {name: entry.pop(name) for name in ("dtype", "shape", "padded_for")}
-                tensor = tensors.setdefault(key, {**kind, "chunks": {}})
+                key, kind = entry["key"], {n: entry[n] for n in ("dtype", "shape", "padded_for")}
+                tensor = index.tensors.setdefault(key, {**kind, "chunks": {}})
                 if tensor != {**kind, "chunks": tensor["chunks"]}:
                     raise ValueError(
                         f"ranks hold {key} as {tensor['dtype']} {tensor['shape']} and as "
                         f"{kind['dtype']} {kind['shape']}"
                     )
-                tensor["chunks"].setdefault((*entry["offset"], *entry["size"]), entry)
-        for key, tensor in tensors.items():
+                chunk = {n: each for n, each in entry.items() if n not in (*kind, "key")}
+                tensor["chunks"].setdefault((*entry["offset"], *entry["size"]), chunk)
+        for key, tensor in index.tensors.items():
             tensor["chunks"] = list(tensor["chunks"].values())
             _refuse_gaps(key, tensor)
-        return cls(path, tensors, objects)
+        return index
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Index":
         """Whole tensors in memory."""
-        found = {
-            key: {
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "shape": tuple(tensor.shape),
-                "chunks": [
-                    {"offset": [0] * tensor.ndim, "size": tuple(tensor.shape), "data": tensor}
-                ],
-            }
-            for key, tensor in tensors.items()
-        }
+        found = {}
+        for key, each in tensors.items():
+            chunk = {"offset": [0] * each.ndim, "size": tuple(each.shape), "data": each}
+            found[key] = _described(each.dtype, each.shape, [chunk])
         return cls(Path(), found)
 
     @classmethod
@@ -179,84 +172,91 @@ class Index:
         """
         from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-        metadata = FileSystemReader(path).read_metadata()
+        metadata, found = FileSystemReader(path).read_metadata(), {}
         places = {
             (at.fqn, at.offset): {"file": i.relative_path, "at": i.offset, "length": i.length}
             for at, i in (metadata.storage_data or {}).items()
         }
-        tensors = {
-            name_of(key): {
-                "dtype": str(found.properties.dtype).removeprefix("torch."),
-                "shape": tuple(found.size),
-                "chunks": [
+        for key, each in metadata.state_dict_metadata.items():
+            if isinstance(each, TensorStorageMetadata) and name_of(key):
+                chunks = [
                     {"offset": c.offsets, "size": c.sizes, **places[key, c.offsets]}
-                    for c in found.chunks
-                ],
-            }
-            for key, found in metadata.state_dict_metadata.items()
-            if isinstance(found, TensorStorageMetadata) and name_of(key)
-        }
-        return cls(path, tensors)
+                    for c in each.chunks
+                ]
+                found[name_of(key)] = _described(each.properties.dtype, each.size, chunks)
+        return cls(path, found)
 
     def save_for_megatron(self) -> None:
         """Write the index that PyTorch reads (``.metadata``); this package does not."""
         found: dict[str, Any] = {key: BytesStorageMetadata() for key in self.objects}
         places = {MetadataIndex(key): _place(entry) for key, entry in self.objects.items()}
         for key, tensor in self.tensors.items():
-            chunks = tensor["chunks"]
+            boxes = [
+                ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["size"]))
+                for c in tensor["chunks"]
+            ]
             found[key] = TensorStorageMetadata(
                 TensorProperties(dtype=getattr(torch, tensor["dtype"])),
                 torch.Size(tensor["shape"]),
-                [
-                    ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["size"]))
-                    for c in chunks
-                ],
+                boxes,
             )
-            places |= {MetadataIndex(key, torch.Size(c["offset"])): _place(c) for c in chunks}
+            for box, chunk in zip(boxes, tensor["chunks"], strict=True):
+                places[MetadataIndex(key, box.offsets)] = _place(chunk)
         with (self.path / ".metadata").open("wb") as file:
             pickle.dump(Metadata(found, storage_data=places), file)
 
     # -- reading -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fill(self, chunk: Chunk) -> None:
-        """Copy into a chunk what the checkpoint has of it."""
+    def fill(self, chunk: Chunk, key: str) -> None:
+        """Copy into a chunk what the checkpoint has of it, under a key."""
         target = chunk.data.detach().view(chunk.box.size)
         if chunk.padded_for:
             target.zero_()
-        for entry in self.tensors[chunk.key]["chunks"]:
+        for entry in self.tensors[key]["chunks"]:
             box = _box(entry)
             both = box.overlap(chunk.box) if box.volume else None
             if both is not None:
-                source = self._elements(chunk.key, entry)[box.slices_of(both)]
+                source = self._elements(key, entry)[box.slices_of(both)]
                 target[chunk.box.slices_of(both)].copy_(source)
 
     def object(self, key: str) -> Any:
         """What :meth:`ChunkFile.write_object` wrote; PyTorch refuses all but plain data."""
-        entry = self.objects[key]
-        data = self._file(entry["file"])[entry["at"] : entry["at"] + entry["length"]]
-        (value,) = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+        (value,) = self._unpacked(self.objects[key])
         return value
+
+    def blob(self, digest: str) -> torch.Tensor:
+        """Bytes, by their digest."""
+        return self._mapped(self.blobs[digest])
 
     def _elements(self, key: str, entry: Entry) -> torch.Tensor:
         if "data" in entry:
             return entry["data"]
         if "elements_at" not in entry:  # who wrote it did not say
-            at = slice(entry["at"], entry["at"] + entry["length"])
-            buffer = io.BytesIO(self._file(entry["file"])[at].numpy().tobytes())
-            return torch.load(buffer, weights_only=True, map_location="cpu")
+            return self._unpacked(entry)
         dtype = getattr(torch, self.tensors[key]["dtype"])
-        start = entry["elements_at"]
-        data = self._file(entry["file"])[start : start + _box(entry).volume * dtype.itemsize]
-        return data.view(dtype).view(entry["size"])
+        length = _box(entry).volume * dtype.itemsize
+        elements = self._mapped({**entry, "at": entry["elements_at"], "length": length})
+        return elements.view(dtype).view(entry["size"])
 
-    def _file(self, name: str) -> torch.Tensor:
+    def _unpacked(self, entry: Entry) -> Any:
+        """What ``torch.save`` wrote, if it is plain data."""
+        data = io.BytesIO(self._mapped(entry).numpy().tobytes())
+        return torch.load(data, weights_only=True, map_location="cpu")
+
+    def _mapped(self, entry: Entry) -> torch.Tensor:
+        name, start = entry["file"], entry["at"]
         if name not in self._files:
             path = self.path / name
             self._files[name] = torch.from_file(
                 str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8, device="cpu"
             )
-        return self._files[name]
+        return self._files[name][start : start + entry["length"]]
+
+
+def _described(dtype: torch.dtype, shape: Iterable[int], chunks: list[Entry]) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "shape": tuple(shape), "chunks": chunks}
 
 
 def _place(entry: Entry) -> Any:
@@ -267,14 +267,13 @@ def _place(entry: Entry) -> Any:
 
 def _refuse_gaps(key: str, tensor: Mapping[str, Any]) -> None:
     """Chunks that do not overlap cover a tensor if they have as many elements."""
-    whole = Box([0] * len(tensor["shape"]), tensor["shape"])
-    boxes = sorted(_box(chunk).offset + _box(chunk).size for chunk in tensor["chunks"])
-    written = sum(_box(chunk).volume for chunk in tensor["chunks"])
-    if written != whole.volume:
+    boxes = [_box(chunk) for chunk in tensor["chunks"]]
+    written, whole = sum(box.volume for box in boxes), Box(tensor["shape"], tensor["shape"]).volume
+    if written != whole:
         raise ValueError(
-            f"{written} elements of {key} were written, but it has {whole.volume}: its "
+            f"{written} elements of {key} were written, but it has {whole}: its "
             f"sharded_state_dict gives parts of it to no rank, or to several; the parts (offset, "
-            f"size) are {boxes[:8]}"
+            f"size) are {sorted(box.offset + box.size for box in boxes)[:8]}"
         )
 
 

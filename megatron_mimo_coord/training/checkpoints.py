@@ -11,36 +11,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from megatron.core import __version__ as megatron_version
 from megatron.core.models.mimo.optimizer import MimoOptimizer
 
-from megatron_mimo_coord.checks.copies import copy_problems, differing_buffers, differing_copies
 from megatron_mimo_coord.checks.job import Job
+from megatron_mimo_coord.checks.replicas import copy_problems, differing_parameters
 from megatron_mimo_coord.gradients.optimizer_steps import OptimizerSteps
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates, optimizer_problems
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
-from megatron_mimo_coord.training.checkpoint_folder import Manifest
 from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad, LoadedCheckpoint
-from megatron_mimo_coord.training.checkpoint_save import (
-    FORMAT,
-    RANK_STATE,
-    CheckpointSave,
-    Share,
-)
+from megatron_mimo_coord.training.checkpoint_save import FORMAT, CheckpointSave, Part, join_parts
 from megatron_mimo_coord.training.model_sizes import model_sizes
-from megatron_mimo_coord.training.plain_data import encode
+from megatron_mimo_coord.training.plain_data import Blobs, encode, put
 from megatron_mimo_coord.training.random_states import random_states
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
 
 logger = logging.getLogger(__name__)
 
+MAX_STEPS = 2**62  # what ranks can tell each other
+_NOTHING, _MEGATRONS = MAX_STEPS, MAX_STEPS + 1  # in the place of a step
 
-_NOTHING, _MEGATRONS = 2**62, 2**62 + 1  # in the place of a step
-
-_in_background: dict[Path, CheckpointSave] = {}
-"""What this process writes into each folder, whichever coordinator does."""
+_in_background: list[CheckpointSave] = []
+"""What this process writes, whichever coordinator does; the same on every rank."""
 
 
 class Checkpoints:
@@ -67,6 +62,15 @@ class Checkpoints:
         self._layout = {name: str(grid) for name, grid in job.grids.items()}
         self._last: CheckpointSave | None = None  # saved or loaded by this coordinator
 
+    def tell_failure(self) -> None:
+        """Raise if what is being written in the background has failed here. Not collective.
+
+        Raises:
+            ValueError: on the ranks that know of it; a save, a load and ``wait`` tell all ranks.
+        """
+        if self._last is not None:
+            self._last.tell_failure()
+
     # -- save --------------------------------------------------------------------------------------
 
     def save(
@@ -83,142 +87,142 @@ class Checkpoints:
     ) -> CheckpointSave:
         """Write a checkpoint. Collective."""
         headline = f"the checkpoint of step {step} cannot be saved"
-        folder = self._agreed_path(folder, headline)
-        self._wait(folder)
+        _await_background()
         self._gather_params()
-        weights = self._agreed_weights(headline)
-        saving = CheckpointSave(folder, step, rank=self._job.rank, keep=keep)
-        differing = differing_copies(self._job, weights)
-        for remark in differing_buffers(self._job):
-            logger.warning("%s", remark)
+        job, blobs = self._job, Blobs()
+        differing = differing_parameters(job.ddps, job.groups)
 
-        def begin() -> RankFacts:
+        def ask() -> tuple[RankFacts, tuple[CheckpointSave, ShardedWeights, dict[str, Any], Any]]:
+            """Compare what the ranks were given."""
+            weights = ShardedWeights(job.model, job.infra.pg_collections)
+            problems = self._problems(optimizer)
+            problems += copy_problems(job.ddps, job.groups, weights, differing)
             content = {
+                "format": FORMAT,
+                "step": _number("step", "a number of steps", step, 0),
+                "extra": _encoded("extra", extra or {}, blobs),
                 "trainable_only": bool(trainable_only),
                 "has_rank_states": rank_state is not None,
-                "format": FORMAT,
-                "step": step,
-                "extra": _encoded("extra", extra or {}),
                 "megatron-core": megatron_version,
                 "world_size": dist.get_world_size(),
                 "layout": self._layout,
             }
-            own = _encoded("rank_state", rank_state)
-            return self._begin(saving, weights, differing, optimizer, content, own, background)
+            if job.rank > 0:
+                blobs.clear()  # it is the same on every rank
+            own = _encoded("rank_state", rank_state, blobs)
+            path = folders.checkpoint_path(Path(folder).absolute(), step)
+            saving = CheckpointSave(path, step, self._holds(path, optimizer, content, own))
+            facts = {
+                "folder": path.parent,
+                "step": step,
+                "keep": _number("keep", "a number of checkpoints", keep, 1),
+                "background": background,
+                "trainable_only": content["trainable_only"],
+                "with an optimizer": optimizer is not None,
+                "with rank_state": rank_state is not None,
+                "written already": self._is_written(saving, optimizer),
+                **{f"extra[{key!r}]": _shortened(each) for key, each in content["extra"].items()},
+            }
+            told = RankFacts({name: str(fact) for name, fact in facts.items()}, {}, problems)
+            return told, (saving, weights, content, own)
 
-        flags = _agree(begin, headline)
-        if saving.is_whole:
-            return saving
-        saving.start(attempt=flags[0])
-        self._last = saving
+        _, (saving, weights, content, own) = _agree(ask, headline)
+        if self._last is not None and self._is_written(saving, optimizer):
+            return self._last
+
+        def begin() -> tuple[RankFacts, Part | None]:
+            """Make the folder to write into, and collect what this rank writes."""
+            attempt = secrets.randbits(40)
+            if job.rank == 0:
+                problems = self._folder_problems(saving.path.parent, step)
+                if problems:
+                    return RankFacts({}, {}, problems), None
+                folders.begin(saving.path.parent, step, attempt)
+            part = self._part(weights, optimizer, content, own, blobs)
+            return RankFacts({}, {}, flags=attempt), part.copied() if background else part
+
+        (attempt, *_), part = _agree(begin, headline)
+        assert part is not None, "nobody has a problem"
+        unfinished = folders.unfinished_path(saving.path.parent, step, attempt)
         if background:
-            _in_background[folder] = saving
+            saving.start(part, unfinished, content, keep)
+            _in_background.append(saving)
         else:
-            saving.wait()
+            headline = f"the checkpoint {saving.path} could not be written"
+            _all_do(partial(part.write, unfinished), headline)
+            join = partial(join_parts, unfinished, content, keep)
+            _all_do(join if job.rank == 0 else lambda: None, headline)
+        self._last = saving
         return saving
 
-    def _agreed_path(self, folder: Path | str, headline: str) -> Path:
-        """The same folder on every rank, absolute."""
-        _agree(
-            lambda: RankFacts({"folder": str(Path(folder).absolute())}, {}, self._obstacles()),
-            headline,
-        )
-        return Path(folder).absolute()
-
-    def _wait(self, folder: Path) -> None:
-        """Wait for what is being written by this coordinator, or into the folder by another."""
-        for saving in (self._last, _in_background.pop(folder, None)):
-            if saving is not None and not saving.is_over:
-                saving.wait()
-
-    def tell_failure(self) -> None:
-        """Raise if what is being written in the background has failed here. Not collective.
-
-        Raises:
-            ValueError: on the ranks that know of it; a save, a load and ``wait`` tell all ranks.
-        """
-        if self._last is not None:
-            self._last.tell_failure()
-
-    def _agreed_weights(self, headline: str) -> ShardedWeights:
-        """Where the weights lie; every rank is told if Megatron cannot say so on one."""
-        found: list[ShardedWeights] = []
-
-        def read() -> RankFacts:
-            found.append(ShardedWeights(self._job.model, self._job.infra.pg_collections))
-            return RankFacts({}, {}, [*copy_problems(self._job, found[0])])
-
-        _agree(read, headline)
-        return found[0]
-
-    def _begin(
-        self,
-        saving: CheckpointSave,
-        weights: ShardedWeights,
-        differing: list[str],
-        optimizer: Any,
-        content: dict[str, Any],
-        rank_state: Any,
-        background: bool,
-    ) -> RankFacts:
-        """Compare what the ranks were given; collect it, and make the folder to write into.
-
-        Where the checkpoint is there already, and nothing has changed since, it is whole.
-        """
-        problems = [*saving.problems(), *differing]
+    def _problems(self, optimizer: Any) -> list[str]:
+        """What keeps this rank from saving or loading."""
+        found = self._obstacles()
         if optimizer is not None:
-            problems += optimizer_problems(optimizer, list(self._job.ddps))
-        facts = self._remember(saving, optimizer, content, rank_state)
+            found = [*found, *optimizer_problems(optimizer, list(self._job.ddps))]
+        return found
+
+    def _holds(
+        self, path: Path, optimizer: Any, content: Mapping[str, Any], rank_state: Any
+    ) -> Any:
+        """What a checkpoint holds of the training as it is now."""
+        with_optimizer, changes = optimizer is not None, self._optimizer_steps.num_changes
+        given = (content["trainable_only"], content["extra"], rank_state)
+        return (path, with_optimizer, changes, *given)
+
+    def _is_written(self, saving: CheckpointSave, optimizer: Any) -> bool:
+        """Whether it is there: nothing has changed since the last was saved or loaded."""
         last, watched = self._last, self._optimizer_steps.optimizers
         # Whether every step that changes what is saved is known.
         is_watched = bool(watched) if optimizer is None else optimizer in watched
-        if last is not None and last.is_whole and is_watched:
-            saving.is_over = saving.is_whole = last.holds == saving.holds
-        options = {"keep": saving.keep, "background": background, "saved": saving.is_whole}
-        facts |= {name: str(option) for name, option in options.items()}
-        attempt = secrets.randbits(40)
-        if not problems and not saving.is_whole:
-            share = self._share(weights, optimizer, content["trainable_only"], rank_state)
-            saving.prepare(share.copied() if background else share, content)
-            if self._job.rank == 0:
-                problems += self._folder_problems(saving.parent, saving.step)
-                if not problems:
-                    folders.begin(saving.parent, saving.step, attempt)
-        return RankFacts(facts, {}, problems, flags=attempt)
+        if last is None or last.failure != "" or not is_watched:
+            return False
+        return bool(last.holds == saving.holds)
 
-    def _remember(
-        self, saving: CheckpointSave, optimizer: Any, content: Mapping[str, Any], rank_state: Any
-    ) -> dict[str, str]:
-        """Have a checkpoint know what it holds; what of it all ranks must give alike, in words."""
-        facts = {
-            "folder": str(saving.parent),
-            "step": str(saving.step),
-            "with an optimizer": str(optimizer is not None),
-            "with rank_state": str(rank_state is not None),
-            "trainable_only": str(content["trainable_only"]),
-        }
-        facts |= {f"extra[{key!r}]": _shortened(each) for key, each in content["extra"].items()}
-        saving.holds = (facts, rank_state, self._optimizer_steps.num_changes)
-        return dict(facts)
-
-    def _share(
-        self, weights: ShardedWeights, optimizer: Any, trainable_only: bool, rank_state: Any
-    ) -> Share:
+    def _part(
+        self,
+        weights: ShardedWeights,
+        optimizer: Any,
+        content: Mapping[str, Any],
+        rank_state: Any,
+        blobs: Blobs,
+    ) -> Part:
         """What this rank writes."""
         ddps = self._job.ddps
         states = OptimizerStates(optimizer, ddps, weights)
-        left_out = weights.frozen_keys() if trainable_only else ()
+        left_out = weights.frozen_keys() if content["trainable_only"] else ()
         chunks = [chunk for chunk in weights.chunks() if chunk.key not in left_out]
-        chunks += states.chunks()
-        return Share(
-            chunks=[chunk for chunk in chunks if chunk.writes],
-            objects={key: value for key, value, writes in weights.objects() if writes},
-            states={**encode(random_states()), RANK_STATE: rank_state},
-            modules={
-                "sizes": {name: model_sizes(ddp.module) for name, ddp in ddps.items()},
-                "settings": encode(states.settings(), where="optimizer"),
-            },
-        )
+        objects = {key: value for key, value, writes in weights.objects() if writes}
+        if self._job.rank == 0:  # what Megatron's load looks for; here it is in the manifest
+            objects["common_state/shard_0_1"] = {"iteration": content["step"]}
+        own = {"random": encode(random_states(), "random", blobs), "rank_state": rank_state}
+        listed = {
+            "sizes": {name: model_sizes(ddp.module) for name, ddp in ddps.items()},
+            "settings": encode(states.settings(), "optimizer", blobs),
+            "states": put(json.dumps(own).encode(), blobs),
+        }
+        chunks = [chunk for chunk in [*chunks, *states.chunks()] if chunk.writes]
+        return Part(self._job.rank, chunks, objects, blobs, listed)
+
+    def _folder_problems(self, folder: Path, step: int) -> list[str]:
+        """What keeps the first rank from writing there."""
+        if not folders.claim(folder):
+            return [
+                f"another training writes into {folder}; end it (its torchrun may be gone "
+                f"already), or give another folder"
+            ]
+        steps, last = folders.checkpoint_steps(folder), self._last
+        if last is not None and last.path.parent == folder and steps and steps[-1] > last.step:
+            return [
+                f"{folder} has a checkpoint of step {steps[-1]}, and this training goes on from "
+                f"step {last.step}: give another folder, or delete what is later"
+            ]
+        if steps and steps[-1] >= step:
+            return [
+                f"{folder} already has a checkpoint of step {steps[-1]}: go on from it with "
+                f"load_checkpoint, or give another folder"
+            ]
+        return []
 
     # -- load --------------------------------------------------------------------------------------
 
@@ -233,33 +237,23 @@ class Checkpoints:
     ) -> LoadedCheckpoint:
         """Go on from a checkpoint, the newest if none is chosen. Collective."""
         headline = f"the checkpoint in {folder} cannot be loaded"
-        folder = self._agreed_path(folder, headline)
-        self._wait(folder)
-        # The first rank looks, lest others see the folder as it was a moment ago.
-        options = {"step": step, "strict": strict, "names": dict(names or {})}
-        found, *_ = _agree(partial(self._look, folder, optimizer, options), headline)
+        _await_background()
+        look = partial(self._look, folder, optimizer, step=step, strict=strict, names=names)
+        (found, *_), path = _agree(look, headline)
         if found == _NOTHING:
             if self._job.rank == 0:
-                logger.warning(
-                    "no checkpoint in %s: this training starts from the beginning", folder
-                )
+                logger.warning("no checkpoint in %s: this training starts from the beginning", path)
             return LoadedCheckpoint(0, {})
         loading = CheckpointLoad(self._job, self._layout, optimizer, strict, names or {})
         if found == _MEGATRONS:
-            _agree(lambda: loading.prepare_megatrons(folder), headline)
-            return self._load_weights(loading, headline)
-        path = folders.checkpoint_path(folder, found)
-        _agree(lambda: loading.prepare(Manifest.read(path)), headline)
-        loading.tell_differences(headline)
-        _agree(loading.verify_files, headline)
-        _agree(loading.fill, headline)
-        self._optimizer_steps.num_changes += 1
-        if optimizer is None:
-            self._reload_optimizers()
-        self._last = CheckpointSave(folder, found, is_over=True, is_whole=True)
-        own = encode(loading.loaded.rank_state, where="rank_state")
-        self._remember(self._last, optimizer, loading.manifest.content, own)
-        return loading.loaded
+            _agree(lambda: (loading.prepare_megatrons(path), None), headline)
+            return self._fill(loading, headline, optimizer)
+        path = folders.checkpoint_path(path, found)
+        _agree(lambda: (loading.prepare(path), None), headline)
+        loaded = self._fill(loading, headline, optimizer)
+        holds = self._holds(path, optimizer, loading.content, loading.rank_state)
+        self._last = CheckpointSave(path, found, holds)
+        return loaded
 
     def load_module(
         self,
@@ -270,36 +264,41 @@ class Checkpoints:
     ) -> LoadedCheckpoint:
         """Fill the weights of one module with whole ones. Collective."""
         headline = f"the weights of module {name!r} cannot be loaded"
-        _agree(lambda: RankFacts({}, {}, self._obstacles()), headline)
-        self._wait(Path())
+        _await_background()
         loading = CheckpointLoad(self._job, self._layout, None, strict or False, names or {})
-        _agree(lambda: loading.prepare_module(name, tensors), headline)
-        return self._load_weights(loading, headline, name)
 
-    def _load_weights(
-        self, loading: CheckpointLoad, headline: str, module: str = ""
+        def prepare() -> tuple[RankFacts, None]:
+            said = loading.prepare_module(name, tensors)
+            return evolve(said, problems=[*self._obstacles(), *said.problems]), None
+
+        _agree(prepare, headline)
+        return self._fill(loading, headline, None, name)
+
+    def _fill(
+        self, loading: CheckpointLoad, headline: str, optimizer: Any, module: str = ""
     ) -> LoadedCheckpoint:
-        """Overwrite weights alone, and what optimizers have copied of them."""
-        loading.tell_differences(headline)
-        _agree(loading.fill_weights, headline)
-        self._optimizer_steps.num_changes += 1
-        self._reload_optimizers(module)
-        return loading.loaded
+        """Overwrite what is here; without an optimizer, also what others have copied of weights.
 
-    def _reload_optimizers(self, module: str = "") -> None:
-        """Have optimizers, or those of one module, take the weights, lest a step undo the load."""
-        for known in self._optimizer_steps.optimizers:
+        Or those of one module: lest a step undo the load.
+        """
+        loading.tell_differences(headline)
+        _all_do(loading.fill, headline)
+        self._optimizer_steps.num_changes += 1
+        for known in self._optimizer_steps.optimizers if optimizer is None else ():
             if module and isinstance(known, MimoOptimizer):
                 known = optimizers_here(known).get(module)
             if known is not None:
                 known.reload_model_params()
+        return loading.loaded
 
-    def _look(self, folder: Path, optimizer: Any, options: Mapping[str, Any]) -> RankFacts:
-        """Which checkpoint to load, as a flag of the first rank."""
-        problems, found = [], _NOTHING
-        step = options["step"]
-        if optimizer is not None:
-            problems += optimizer_problems(optimizer, list(self._job.ddps))
+    def _look(
+        self, folder: Path | str, optimizer: Any, step: int | None, **options: Any
+    ) -> tuple[RankFacts, Path]:
+        """Which checkpoint to load, as a flag of the first rank, and in which folder.
+
+        The others do not look, lest they see it as it was a moment ago.
+        """
+        problems, found, folder = self._problems(optimizer), _NOTHING, Path(folder).absolute()
         if self._job.rank == 0:
             steps = folders.checkpoint_steps(folder)
             foreign = folders.foreign_files(folder)
@@ -320,32 +319,26 @@ class Checkpoints:
                     f"give the folder that save_checkpoint was given, or an empty one to start; "
                     f"of another trainer's checkpoint, the folder with .metadata in it"
                 )
-        facts = {"with an optimizer": str(optimizer is not None)}
-        facts |= {name: str(option) for name, option in options.items()}
-        return RankFacts(facts, {}, problems, flags=found)
-
-    def _folder_problems(self, folder: Path, step: int) -> list[str]:
-        """What keeps the first rank from writing there."""
-        if not folders.claim(folder):
-            return [
-                f"another training writes into {folder}; end it (its torchrun may be gone "
-                f"already), or give another folder"
-            ]
-        steps, last = folders.checkpoint_steps(folder), self._last
-        if last is not None and last.parent == folder and steps and steps[-1] > last.step:
-            return [
-                f"{folder} has a checkpoint of step {steps[-1]}, and this training goes on from "
-                f"step {last.step}: give another folder, or delete what is later"
-            ]
-        if steps and steps[-1] >= step:
-            return [
-                f"{folder} already has a checkpoint of step {steps[-1]}: go on from it with "
-                f"load_checkpoint, or give another folder"
-            ]
-        return []
+        options |= {"folder": folder, "step": step, "with an optimizer": optimizer is not None}
+        told = {name: str(option) for name, option in options.items()}
+        return RankFacts(told, {}, problems, flags=found), folder
 
 
-def _encoded(name: str, given: Any) -> Any:
+def _await_background() -> None:
+    """Wait for what is being written. Collective; raises what all ranks have not heard yet."""
+    while _in_background:
+        saving = _in_background.pop(0)
+        if saving.failure is None:
+            saving.wait()
+
+
+def _number(name: str, what: str, given: Any, least: int) -> int:
+    if type(given) is not int or not least <= given < MAX_STEPS:
+        raise ValueError(f"{name} must be {what}, {least} or more, not {given!r}")
+    return given
+
+
+def _encoded(name: str, given: Any, blobs: Blobs) -> Any:
     """What JSON says of a mapping, or of None.
 
     Raises:
@@ -353,17 +346,39 @@ def _encoded(name: str, given: Any) -> Any:
     """
     if not isinstance(given, Mapping | None):
         raise ValueError(f"{name} is a {type(given).__name__}: give a dict with string keys")
-    return encode(given, where=name)
+    return encode(given, name, blobs)
 
 
-def _agree(make_facts: Callable[[], RankFacts], headline: str) -> list[int]:
-    """:func:`check_consistency`, but also the rank with an unforeseen error raises a ValueError."""
+def _agree[Result](
+    make: Callable[[], tuple[RankFacts, Result]], headline: str
+) -> tuple[list[int], Result]:
+    """:func:`check_consistency`, but also the rank with an unforeseen error raises a ValueError.
+
+    Args:
+        make: what this rank says to the others, and what it makes at the same time.
+        headline: how the error begins.
+
+    Returns:
+        The flags of every rank, and what was made here.
+    """
+    made: list[Result] = []
+
+    def say() -> RankFacts:
+        said, result = make()
+        made.append(result)
+        return said
+
     try:
-        return check_consistency(make_facts, headline)
+        return check_consistency(say, headline), made[0]
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"{headline}: {type(error).__name__}: {error}") from error
+
+
+def _all_do(function: Callable[[], object], headline: str) -> None:
+    """Have each rank do its part; all hear of those that could not. Collective."""
+    _agree(lambda: (RankFacts({}, {}), function()), headline)
 
 
 def _shortened(value: Any, most: int = 80) -> str:

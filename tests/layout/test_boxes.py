@@ -56,7 +56,12 @@ def test_the_overlap_is_what_is_in_both(pair):
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
@@ -68,8 +73,14 @@ PLAIN = st.recursive(
 
 @given(PLAIN)
 def test_plain_data_comes_back_as_it_was(value):
+    import torch
+
     from megatron_mimo_coord.training.plain_data import decode, encode
 
-    found = decode(json.loads(json.dumps(encode(value))))
+    blobs: dict[str, bytes] = {}
+    text = json.dumps(encode(value, "extra", blobs))
+    found = decode(
+        json.loads(text), lambda digest: torch.tensor([*blobs[digest]], dtype=torch.uint8)
+    )
     assert found == value
     assert repr(found) == repr(value), "tuples stay tuples, and floats floats"

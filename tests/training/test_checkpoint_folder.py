@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mimo_coord.training import checkpoint_folder as folders
-from megatron_mimo_coord.training.checkpoint_folder import Manifest, checkpoint_path
+from megatron_mimo_coord.training.checkpoint_folder import checkpoint_path, read_manifest
 
 
 def make(folder: Path, step: int, keep: int = 2) -> Path:
@@ -20,6 +20,10 @@ def make(folder: Path, step: int, keep: int = 2) -> Path:
     (path / "tensors").write_bytes(bytes(range(100)))
     files = {"tensors": folders.describe_file(path / "tensors")}
     return folders.finish(path, {"step": step, "files": files}, keep)
+
+
+def damages(path: Path, *share: int) -> list[str]:
+    return folders.damages(path, read_manifest(path)["files"], *share)
 
 
 def names(folder: Path) -> list[str]:
@@ -59,7 +63,7 @@ def test_a_kill_between_any_two_calls_leaves_only_whole_checkpoints(tmp_path, mo
     assert steps[-1] == (15 if call > 3 else 10)
     assert len(steps) >= 2
     for step in steps:
-        assert not folders.damages(Manifest.read(checkpoint_path(tmp_path, step)))
+        assert not damages(checkpoint_path(tmp_path, step))
     make(tmp_path, 20)
     kept = "step-00000015" if call > 3 else "step-00000010"
     assert names(tmp_path) == [kept, "step-00000020"]
@@ -93,24 +97,23 @@ def test_a_folder_without_our_checkpoints_is_foreign_if_it_has_anything(tmp_path
 
 def test_damage_is_found(tmp_path):
     path = make(tmp_path, 5)
-    manifest = Manifest.read(path)
-    assert manifest.content["step"] == 5
-    assert folders.damages(manifest) == folders.damages(manifest, 0, 2) == []
+    assert read_manifest(path)["step"] == 5
+    assert damages(path) == damages(path, 0, 2) == []
     (path / "tensors").write_bytes(bytes(100))
-    assert "its bytes are not those" in folders.damages(manifest)[0]
-    assert folders.damages(manifest, rank=1, world_size=2) == [], "another rank's share"
+    assert "its bytes are not those" in damages(path)[0]
+    assert damages(path, 1, 2) == [], "another rank's share"
     (path / "tensors").write_bytes(bytes(99))
-    assert "has 99 bytes, not 100" in folders.damages(manifest)[0]
+    assert "has 99 bytes, not 100" in damages(path)[0]
     (path / "tensors").unlink()
-    assert "is missing" in folders.damages(manifest)[0]
+    assert "is missing" in damages(path)[0]
     document = json.loads((path / "checkpoint.json").read_text())
     document["content"]["step"] = 6
     (path / "checkpoint.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match="is not as it was written"):
-        Manifest.read(path)
+        read_manifest(path)
     (path / "checkpoint.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
-        Manifest.read(path)
+        read_manifest(path)
 
 
 def test_a_folder_has_one_training_at_a_time(tmp_path):

@@ -260,16 +260,16 @@ def save_in_the_background(folder: Path) -> None:
     from trainings import training
 
     from megatron_mimo_coord import MultiModuleCoordinator
-    from megatron_mimo_coord.training.checkpoint_save import CheckpointSave
+    from megatron_mimo_coord.training.checkpoint_save import Part
 
-    may_write, write = threading.Event(), CheckpointSave._write
+    may_write, write = threading.Event(), Part.write
 
-    def write_when_allowed(self: CheckpointSave) -> None:
+    def write_when_allowed(self: Part, folder: Path) -> None:
         assert threading.current_thread() is not threading.main_thread()
         assert may_write.wait(30)
-        write(self)
+        write(self, folder)
 
-    CheckpointSave._write = write_when_allowed
+    Part.write = write_when_allowed
     try:
         with training(Case(modules=FAN_IN)) as one:
             one.steps(0)
@@ -286,7 +286,7 @@ def save_in_the_background(folder: Path) -> None:
         if one.coordinator._job.rank == 0:
             checkpoint_folder._delete(second.path)
     finally:
-        CheckpointSave._write = write
+        Part.write = write
     with training(Case(modules=FAN_IN)) as one:
         assert one.coordinator.load_checkpoint(folder, one.optimizer).step == 1
         assert one.steps(1, 2) == undisturbed, "what was saved is what was there at the save"
