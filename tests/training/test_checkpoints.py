@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 from cases import Case
 from layouts import FAN_IN, MANY_BUCKETS, PER_TOKEN, SHARDED, parallel
@@ -192,6 +193,8 @@ def test_a_vocabulary_may_be_padded_for_another_tensor_parallel_size(tmp_path):
 
 def keep_everything(folder: Path) -> None:
     """Settings of the optimizer, random states of each rank, and what the trainer gives."""
+    import threading
+
     import numpy
     import torch
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -209,21 +212,35 @@ def keep_everything(folder: Path) -> None:
         "order": torch.randperm(5, generator=torch.Generator().manual_seed(1)),
         "scale": torch.tensor(2.5, dtype=torch.float64),
         "empty": torch.empty(0, 3, dtype=torch.bfloat16),
+        "raw": bytes(range(256)),
     }
+    of_rank = {"order": 1000 * torch.distributed.get_rank() + torch.arange(1000)}
     with training(Case(modules=FAN_IN), weight_decay=0.1) as one:
         assert one.coordinator.load_checkpoint(folder / "nothing", one.optimizer) == (0, {})
         draws = draw()
         one.steps(0)
         one.optimizer.param_groups[0]["lr"] = 0.25
-        one.coordinator.save_checkpoint(folder, one.optimizer, step=1, extra=extra, keep=1)
-        again = one.coordinator.save_checkpoint(folder, one.optimizer, step=1, extra=extra)
+        given = {"extra": extra, "rank_state": of_rank}
+        with cases._replaced(threading.Thread, "start", fail):  # as at the end of a process
+            path = one.coordinator.save_checkpoint(
+                folder, one.optimizer, step=1, **given, keep=1
+            ).path
+        files = {file.name: file.read_bytes() for file in path.iterdir()}
+        for rank in range(3):
+            data = (1000 * rank + torch.arange(1000)).numpy().tobytes()
+            assert [name for name in files if data in files[name]] == [f"__{rank}_0.distcp"]
+        for data in (extra["order"].numpy().tobytes(), extra["raw"]):
+            assert [name for name in files if data in files[name]] == ["__0_0.distcp"]
+        again = one.coordinator.save_checkpoint(folder, one.optimizer, step=1, **given)
         assert again.wait() == checkpoint_path(folder, 1), "written already"
         expected = draw()
         assert draws != expected
     with training(Case(modules=FAN_IN), weight_decay=0.1) as one:
-        step, found = one.coordinator.load_checkpoint(folder, one.optimizer)
+        step, found = loaded = one.coordinator.load_checkpoint(folder, one.optimizer)
         assert draw() == expected
         assert step == 1
+        assert found["raw"] == extra["raw"]
+        assert torch.equal(loaded.rank_state["order"], of_rank["order"])
         for name in ("scheduler", "milestones", "ordered"):
             assert found[name] == extra[name]
         assert list(found["milestones"].elements()) == [3, 5, 5]
@@ -233,7 +250,9 @@ def keep_everything(folder: Path) -> None:
         assert found["empty"].dtype == torch.bfloat16 and found["empty"].shape == (0, 3)
         assert one.optimizer.param_groups[0]["lr"] == 0.25
         assert one.optimizer.param_groups[0]["weight_decay"] in (0.1, 0.0)
-        again = partial(one.coordinator.save_checkpoint, folder, step=1)
+        again = partial(
+            one.coordinator.save_checkpoint, folder, step=1, rank_state=loaded.rank_state
+        )
         assert again(optimizer=one.optimizer, extra=found).path == checkpoint_path(folder, 1)
         assert "already has" in refusal(again, optimizer=one.optimizer, extra={**found, "a": 1})
         assert "already has" in refusal(again, optimizer=None, extra=found)

@@ -167,28 +167,13 @@ def test_layers_that_differ_are_saved_and_loaded_on_every_layout(tmp_path):
 # -- replicas that are none ------------------------------------------------------------------------
 
 
-def refuse_shards_as_replicas(folder: Path, case: Case, change_replica: bool) -> str:
-    """What a save says of a plain module around tensor-parallel layers, or of other replicas."""
+def refuse_shards_as_replicas(folder: Path, case: Case) -> str:
+    """What a save says of a plain module around tensor-parallel layers."""
     import torch
     from trainings import training
 
     with training(case) as one:
-        job = one.coordinator._job
-        if change_replica:
-            if "vision" in job.ddps:
-                encoder = job.ddps["vision"].module.encoders["transformer"]
-                seen = torch.full((2,), float(job.rank), device="cuda")
-                encoder.register_buffer("seen", seen)
-                with torch.no_grad():
-                    encoder.embed.weight.add_(0.5 * job.rank)
-            said: list[str] = []
-            handler = logging.Handler()
-            handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-            logging.getLogger("megatron_mimo_coord").addHandler(handler)
-            said.append(refusal(one.coordinator.save_checkpoint, folder, one.optimizer, step=1))
-            logging.getLogger("megatron_mimo_coord").removeHandler(handler)
-            return "\n".join(said)
-        ddp = job.ddps.get("vision")
+        ddp = one.coordinator._job.ddps.get("vision")
         if ddp is not None:
             encoder = ddp.module.encoders["transformer"]
             ddp.module.encoders["transformer"] = plain = torch.nn.Module()
@@ -201,7 +186,7 @@ def refuse_shards_as_replicas(folder: Path, case: Case, change_replica: bool) ->
 
 def test_shards_that_megatron_calls_replicas_are_refused_on_every_rank(tmp_path):
     case = Case(modules={"vision": parallel(tp=2), "language": parallel()})
-    for said in world(3).run(refuse_shards_as_replicas, tmp_path, case, False):
+    for said in world(3).run(refuse_shards_as_replicas, tmp_path, case):
         assert (
             "block.layers.0.self_attention.linear_qkv.weight of module 'vision' is one of 2" in said
         )
@@ -209,15 +194,52 @@ def test_shards_that_megatron_calls_replicas_are_refused_on_every_rank(tmp_path)
     assert not list(tmp_path.glob("*")), "nothing was written"
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2}], ids=["tensor", "data"])
-def test_replicas_that_differ_are_refused_on_every_rank(sizes, tmp_path):
-    case = Case(modules={"vision": parallel(**sizes), "language": parallel()})
-    everyone = world(3).run(refuse_shards_as_replicas, tmp_path, case, True)
-    first = everyone[0]
+def refuse_replicas(folder: Path, case: Case, module: str, changed: str) -> str:
+    """What a save says, and logs, where replicas of a module hold another weight and buffer."""
+    import torch
+    from trainings import training
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    with training(case) as one:
+        job = one.coordinator._job
+        if module in job.ddps:
+            inside = job.ddps[module].module
+            inside.register_buffer("seen", torch.full((2,), float(job.rank), device="cuda"))
+            with torch.no_grad():
+                inside.get_parameter(changed).add_(0.5 * job.rank)
+        logging.getLogger("megatron_mimo_coord").addHandler(handler)
+        said.append(refusal(one.coordinator.save_checkpoint, folder, one.optimizer, step=1))
+        logging.getLogger("megatron_mimo_coord").removeHandler(handler)
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize(
+    ("modules", "module", "weight", "ranks"),
+    [
+        (
+            {"vision": parallel(tp=2), "language": parallel()},
+            "vision",
+            "encoders.transformer.embed.weight",
+            [0, 1],
+        ),
+        (
+            {"vision": parallel(), "language": parallel(dp=2)},
+            "language",
+            "embedding.word_embeddings.weight",
+            [1, 2],
+        ),
+    ],
+    ids=["tensor", "data"],
+)
+def test_replicas_that_differ_are_refused_on_every_rank(modules, module, weight, ranks, tmp_path):
+    everyone = world(3).run(refuse_replicas, tmp_path, Case(modules=modules), module, weight)
     for said in everyone:
-        assert "embed.weight of module 'vision' is not the same on the" in said
-        assert "-parallel ranks [0, 1]" in said
-    assert ("of the buffers encoders.transformer.seen, of which" in first) == ("dp" in sizes)
+        assert f"{weight} of module {module!r} is not the same on the" in said
+        assert f"-parallel ranks {ranks}" in said
+    logged = "of the buffers seen, of which a checkpoint keeps the first" in everyone[ranks[0]]
+    assert logged == (module == "language")
     assert not list(tmp_path.glob("*")), "nothing was written"
 
 
