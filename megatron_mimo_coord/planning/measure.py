@@ -120,7 +120,7 @@ def measured_costs(sizes: Mapping[str, ModuleSizes]) -> str:
 
         alone, *summing = (
             seconds(partial(layers, each)) / SUMS
-            for each in (None, torch.ones(few, device=device), torch.ones(many, device=device))
+            for each in (None, torch.zeros(few, device=device), torch.zeros(many, device=device))
         )
         dist.destroy_process_group()
         rate = 4 * (many - few) / ranks * hops / (summing[1] - summing[0])
