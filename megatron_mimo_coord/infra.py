@@ -1,6 +1,7 @@
 """Grids and process groups of every module, made once and given back whole."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
@@ -42,6 +43,7 @@ from megatron_mimo_coord.megatron.module_configs import config_of
 from megatron_mimo_coord.megatron.module_random_states import (
     forget_module_states,
     initialize_module_states,
+    states_in_place,
 )
 from megatron_mimo_coord.megatron.random_states import global_state_problems
 from megatron_mimo_coord.megatron.turns import forget_turns, take_turns
@@ -186,6 +188,31 @@ class MegatronMIMOInfra:
         here += filter(LANGUAGE.__eq__, self.participating_modules)
         groups = {name: self.pg_collections[name] for name in here}
         initialize_module_states(seed, groups, self.module_to_grid_map)
+
+    def random_states(self, module_name: str) -> AbstractContextManager[None]:
+        """Inside, all is drawn from a module's own random states, as while it is built.
+
+        For weights that a module gets once the model is built, such as adapters: the states in
+        place are then the language model's, from which replicas of an encoder on the same ranks may
+        draw different weights, and its shards the same.
+
+        Args:
+            module_name: a module on this rank.
+
+        Raises:
+            ValueError: the module is not on this rank.
+            RuntimeError: :meth:`initialize_megatron` was not called.
+
+        Example:
+            >>> with infra.random_states("vision"):
+            ...     adapter = torch.nn.Linear(8, 2)
+        """
+        if module_name not in self.participating_modules:
+            raise ValueError(
+                f"module {module_name!r} is not on this rank, which holds "
+                f"{', '.join(self.participating_modules)}"
+            )
+        return states_in_place(module_name, self.module_to_grid_map)
 
     def is_first_stage(self, module_name: str) -> bool:
         """Whether this rank holds the first pipeline stage of a module: its ``pre_process``.

@@ -73,8 +73,9 @@ def check_replicas(ddps: Modules, groups: Groups) -> None:
                 f"replicas of module {module!r} hold different values of "
                 f"{listed([name for name in params if name in differing])}, and would stay "
                 f"different: seed their initialisation alike, with infra.initialize_megatron(seed) "
-                f"before the model is built, or load the same weights on all of them before the "
-                f"coordinator is{shards if on_tp else ''}"
+                f"before the model is built, and with infra.random_states({module!r}) around what "
+                f"is added to it later, such as adapters; or load the same weights on all of them "
+                f"before the coordinator is built{shards if on_tp else ''}"
             )
     check_consistency(lambda: RankFacts({}, {}, problems))
     _compared.update(ddps.values())
@@ -207,7 +208,8 @@ def _sums(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     weights.cos_().add_(1.5)
     found = {}
     for name, tensor in tensors.items():
-        values, rounding = tensor.detach().float().reshape(-1), 4 * torch.finfo(tensor.dtype).eps
+        values = tensor.detach().float().reshape(-1)
+        rounding = 4 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
         total, norm = (values * weights[: len(values)]).sum(), values.norm()
         found[name] = torch.stack([total, norm, norm * rounding])
     return found

@@ -11,7 +11,8 @@ without which checkpoints cannot resume. Recomputed activations take the states 
 which Megatron's checkpointing keeps with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.changes import Changes
 from megatron_mimo_coord.megatron.mimo_model import unsupported
 from megatron_mimo_coord.megatron.names import told_of_missing_names
-from megatron_mimo_coord.megatron.random_states import initialize_global_state
+from megatron_mimo_coord.megatron.random_states import ADVICE, initialize_global_state
 
 Grids = Mapping[str, Any]
 Groups = Mapping[str, ProcessGroupCollection | None]
@@ -129,6 +130,16 @@ class _Modules:
             self._states[name].put()
             self._current = name
 
+    @contextmanager
+    def put_in_place(self, name: str) -> Iterator[None]:
+        """Inside, everybody draws from a module's states."""
+        before = self._current
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
     def _registered(self, parent: torch.nn.Module, name: str, child: Any) -> None:
         """A module has got a child: PyTorch calls this for all there are."""
         if isinstance(parent, MimoModel) and name == "modality_submodules":
@@ -184,6 +195,18 @@ def draw_by_module(modules: Mapping[str, Any], grids: Grids, changes: Changes) -
     for each in _of_process:
         if each.are_of(grids):
             each.watch(modules, changes)
+
+
+def states_in_place(name: str, grids: Grids) -> AbstractContextManager[None]:
+    """Inside, everybody draws from the states of a module on this rank.
+
+    Raises:
+        RuntimeError: nobody has seeded them.
+    """
+    for each in _of_process:
+        if each.are_of(grids):
+            return each.put_in_place(name)
+    raise RuntimeError(f"the modules have no random states of their own: {ADVICE}")
 
 
 def module_states() -> dict[str, dict[str, torch.Tensor]]:

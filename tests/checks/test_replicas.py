@@ -1,7 +1,11 @@
 """Replicas that hold different weights are told apart, by module and parameter, on every rank."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
-from layouts import parallel
+from attrs import frozen
+from layouts import LAYOUTS, parallel
 from ranks import world
 from stock import StockCase, mixture
 
@@ -64,3 +68,57 @@ def test_shards_and_experts_of_one_rank_alone_may_be_anything():
         (1, "encoders.encoder.block.layers.0.mlp.experts.local_experts.0.linear_fc1.weight"),
     ):
         assert world(4).run("test_replicas:_build", case, rank, weight) == [[]] * 4
+
+
+@frozen(kw_only=True)
+class Adapted(StockCase):
+    """Whose encoder gets another layer once the model is built.
+
+    Args:
+        as_the_module: whether its weights are drawn from the encoder's random states.
+    """
+
+    as_the_module: bool = True
+
+    def wrap_modules(self, infra: Any, model: Any) -> None:
+        with infra.random_states("vision") if self.as_the_module else nullcontext():
+            _add_adapter(model)
+        super().wrap_modules(infra, model)
+
+    def build_whole_model(self) -> Any:
+        model = super().build_whole_model()
+        _add_adapter(model)
+        return model
+
+
+def _add_adapter(model: Any) -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    encoder = model.modality_submodules["vision"].encoders["encoder"]
+    size = encoder.config.hidden_size
+    encoder.adapter = ColumnParallelLinear(
+        size,
+        size,
+        config=encoder.config,
+        init_method=encoder.config.init_method,
+        bias=False,
+        gather_output=True,
+        tp_group=encoder.tp_group,
+    ).cuda()
+    encoder.register_forward_hook(lambda encoder, _, made: made + encoder.adapter(made)[0])
+
+
+IN_PHASES = {"vision": parallel(dp=2, rank_offset=0), "language": parallel(pp=2, rank_offset=0)}
+
+
+@pytest.mark.parametrize("modules", [IN_PHASES, LAYOUTS["colocated, fan-out"]])
+def test_weights_that_are_added_to_a_module_later_are_drawn_as_its_own(modules):
+    assert sum(world(2).run("stock:check", Adapted(modules=modules))) > 0
+
+
+def test_weights_that_are_added_later_and_drawn_from_other_states():
+    case = Adapted(modules=IN_PHASES, as_the_module=False)
+    said, other = world(2).run("test_replicas:_build", case, -1, "")
+    assert said == other
+    assert "different values of encoders.encoder.adapter.weight, and would" in said[0]
+    assert "with infra.random_states('vision') around what is added to it later" in said[0]

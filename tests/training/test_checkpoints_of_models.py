@@ -30,7 +30,7 @@ class HalfCase(Case):
 
 @frozen(kw_only=True)
 class AdaptedCase(Case):
-    """One whose second language layer has an adapter, which no other layer has."""
+    """One whose second language layer has an adapter, of integers too, which no other layer has."""
 
     def build_model(self, infra: Any) -> Any:
         import cases
@@ -40,11 +40,15 @@ class AdaptedCase(Case):
         def adapt(layer: Any) -> None:
             layer.adapter = torch.nn.Linear(4, 4, bias=False)
             torch.nn.init.constant_(layer.adapter.weight, 0.5)
+            codes = torch.full((4,), 2, dtype=torch.int8, device="cuda")
+            layer.codes = torch.nn.Parameter(codes, requires_grad=False)
 
             def add(_: Any, __: Any, outputs: Any) -> Any:
                 hidden, *rest = outputs
                 first = hidden[..., :4]
-                hidden = torch.cat([first + layer.adapter(first), hidden[..., 4:]], -1)
+                hidden = torch.cat(
+                    [first + layer.adapter(first * layer.codes), hidden[..., 4:]], -1
+                )
                 return (hidden, *rest)
 
             layer.mlp.register_forward_hook(add)
