@@ -27,8 +27,16 @@ from megatron_mimo_coord.layout.problems import (
 )
 from megatron_mimo_coord.planning.costs import Cluster, ModuleCosts
 from megatron_mimo_coord.planning.durations import Durations
-from megatron_mimo_coord.planning.events import Action, StageRanks, channel, run
-from megatron_mimo_coord.planning.schedule import ActionsAt, actions_of_ends, order
+from megatron_mimo_coord.planning.schedule import (
+    Action,
+    ActionsAt,
+    Channel,
+    StageRanks,
+    actions_of_ends,
+    channel,
+    order,
+    run,
+)
 from megatron_mimo_coord.planning.timeline import (
     BACKWARD,
     EXCHANGE,
@@ -168,23 +176,24 @@ class _Step:
 
     def run(self) -> Timeline:
         """Simulate it."""
-        ahead, behind = self._phases() if self.encoders_first else ({}, {})
+        if self.encoders_first:
+            self._encode()
         for ranks in self.stages:
             actions = self._actions(ranks)
             warm_up = stages_behind(self.grids, ranks.modules[-1], ranks.stage)
-            ranks.actions += ahead.get(ranks.stage, ())
-            for event in order(self.num_microbatches, warm_up):
-                ranks.actions += actions.get(event, ())
-            ranks.actions += behind.get(ranks.stage, ())
-            ranks.actions += self._reductions(ranks)
+            for event, microbatch in order(self.num_microbatches, warm_up):
+                ranks.add(*actions.get(event, ()), microbatch=microbatch)
+        if self.encoders_first:
+            self._encode_backward()
+        for ranks in self.stages:
+            ranks.add(*self._reductions(ranks))
         run(self.stages)
         reduced = max(ranks.now for ranks in self.stages)
         for ranks in self.stages:
             ranks.wait_until(reduced)
-            ranks.actions += [
-                Action(OPTIMIZER, name, self.durations.optimizer(name, self._own(name, ranks)))
-                for name in ranks.modules
-            ]
+            for name in ranks.modules:
+                seconds = self.durations.optimizer(name, self._own(name, ranks))
+                ranks.add(Action(OPTIMIZER, name, seconds))
         run(self.stages)
         seconds = max(ranks.now for ranks in self.stages)
         shares = {
@@ -219,42 +228,45 @@ class _Step:
         self.messages[following].append(ends[1])
         self.messages[module, stage].append(ends[0])
 
-    def _phases(self) -> tuple[dict[int, list[Action]], dict[int, list[Action]]]:
-        """What each stage of the language model does before its pipeline, and after it.
+    def _channels(self, encoder: str, forward: bool) -> list[tuple[StageRanks, Channel]]:
+        """Between an encoder's ranks on each stage and the language model's first, for a step."""
+        seconds = self.num_microbatches * self.durations.over_bridge(encoder, forward=forward)
+        return [(ranks, channel(seconds)) for ranks in self.stages if encoder in ranks.modules]
 
-        The encoders there run all microbatches of the step; the first stage then waits for their
-        tokens. Behind the pipeline they have their gradients from it.
-        """
-        durations, times = self.durations, self.num_microbatches
-        ahead: dict[int, list[Action]] = defaultdict(list)
-        behind: dict[int, list[Action]] = defaultdict(list)
-        arriving: list[Action] = []
-        leaving: list[Action] = []
+    def _encode(self) -> None:
+        """Encoders run all microbatches; the pipeline's first stage then waits for their tokens."""
+        times, arriving = self.num_microbatches, list[Action]()
         for name in self.shared:
-            hosts = [ranks.stage for ranks in self.stages if name in ranks.modules]
-            learns = durations.has_backward(name, 0)
-            tokens, gradients = (
-                {each: channel(times * durations.over_bridge(name, forward=way)) for each in hosts}
-                for way in (True, False)
-            )
-            forward, backward = (
-                of(name, 0, times) for of in (durations.forward, durations.backward)
-            )
-            backwards = [Action(BACKWARD, name, backward)] * (times - self.num_repeated)
-            backwards += [Action(BACKWARD, name, forward + backward)] * self.num_repeated
-            for stage in hosts:
-                ahead[stage] += [Action(FORWARD, name, forward)] * times
-                ahead[stage].append(Action(EXCHANGE, name, 0.0, (tokens[stage][0],), (), name))
-                if learns:
-                    back = (gradients[stage][1],)
-                    behind[stage] += [Action(EXCHANGE, name, 0.0, back, back, name), *backwards]
-            received = tuple(tokens[stage][1] for stage in hosts)
+            tokens = self._channels(name, forward=True)
+            forward = Action(FORWARD, name, self.durations.forward(name, 0, times))
+            for ranks, (sent, _) in tokens:
+                for microbatch in range(times):
+                    ranks.add(forward, microbatch=microbatch)
+                ranks.add(Action(EXCHANGE, name, 0.0, (sent,), (), name), microbatch=times - 1)
+            received = tuple(taken for _, (_, taken) in tokens)
             arriving.append(Action(EXCHANGE, name, 0.0, received, received, name))
-            sent = tuple(gradients[stage][0] for stage in hosts)
-            leaving += [Action(EXCHANGE, name, 0.0, sent, (), name)] if learns else []
-        ahead[0] += arriving
-        behind[0] = leaving + behind[0]
-        return ahead, behind
+        self.stages[0].add(*arriving, microbatch=times - 1)
+
+    def _encode_backward(self) -> None:
+        """They have their gradients from there, and run all microbatches again."""
+        times, durations = self.num_microbatches, self.durations
+        learning = [name for name in self.shared if durations.has_backward(name, 0)]
+        gradients = {name: self._channels(name, forward=False) for name in learning}
+        for name in learning:
+            sent = tuple(sent for _, (sent, _) in gradients[name])
+            leaving = Action(EXCHANGE, name, 0.0, sent, (), name)
+            self.stages[0].add(leaving, microbatch=times - 1)
+        for name in learning:
+            forward, backward = (
+                durations.forward(name, 0, times),
+                durations.backward(name, 0, times),
+            )
+            for ranks, (_, taken) in gradients[name]:
+                arriving = Action(EXCHANGE, name, 0.0, (taken,), (taken,), name)
+                ranks.add(arriving, microbatch=times - 1)
+                for microbatch in range(times):
+                    repeated = forward if microbatch >= times - self.num_repeated else 0.0
+                    ranks.add(Action(BACKWARD, name, repeated + backward), microbatch=microbatch)
 
     def _reductions(self, ranks: StageRanks) -> Iterator[Action]:
         """Of gradients; the language model's go on while encoders run backward behind it."""
