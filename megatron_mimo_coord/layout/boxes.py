@@ -8,6 +8,7 @@ Nothing here needs torch.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from attrs import field, frozen
 
@@ -74,18 +75,11 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
         yield Box((), ())
         return
     row, rest = math.prod(shape[1:]), shape[1:]
-    first, last = -(-start // row), stop // row  # the whole rows
-    begin = min(first * row, stop)
-    if start < begin:
-        yield from _inside(start // row, rest, start, begin)
-    if first < last:
-        yield Box((first, *(0 for _ in rest)), (last - first, *rest))
-    if begin <= last * row < stop:
-        yield from _inside(last, rest, last * row, stop)
-
-
-def _inside(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """A range inside one row of this shape."""
-    before = row * math.prod(shape)
-    for box in boxes_of_range(shape, start - before, stop - before):
-        yield Box((row, *box.offset), (1, *box.size))
+    first, last = min(-(-start // row) * row, stop), max(stop // row * row, start)
+    for begin, end in pairwise(sorted({start, first, last, stop})):
+        at = begin // row
+        if begin % row == end % row == 0:
+            yield Box((at, *(0 for _ in rest)), ((end - begin) // row, *rest))
+        else:  # inside one row
+            for box in boxes_of_range(rest, begin - at * row, end - at * row):
+                yield Box((at, *box.offset), (1, *box.size))

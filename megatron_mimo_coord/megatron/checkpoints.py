@@ -136,7 +136,7 @@ class ShardedWeights:
         return id(param) in self._of_param and not any(
             count > 1
             for shard, _ in self._shards(param)
-            for count in (shard.axis_fragmentations or ())[_added(shard) :]
+            for count in (shard.axis_fragmentations or ())[shard.prepend_axis_num :]
         )
 
     def frozen_keys(self) -> set[str]:
@@ -166,7 +166,7 @@ class ShardedWeights:
                 writes = isinstance(shard.replica_id, int) or not any(shard.replica_id[:-1])
                 weight = evolve(weight, writes=writes)
             first, last = max(start, begin), min(stop, begin + shard.data.numel())
-            added, at = tuple(shard.global_offset[: _added(shard)]), first - start
+            added, at = tuple(shard.global_offset[: shard.prepend_axis_num]), first - start
             for box in boxes_of_range(tuple(shard.local_shape), first - begin, last - begin):
                 starts = zip(shard.global_offset[len(added) :], box.offset, strict=True)
                 whole = Box((*added, *map(sum, starts)), (*(1 for _ in added), *box.size))
@@ -207,16 +207,12 @@ class ShardedWeights:
         self._model.load_state_dict(apply_factory_merges(state, self._factories))
 
 
-def _added(tensor: ShardedTensor) -> int:
-    """Dims of the whole tensor before those of a part: layers or experts as one."""
-    return int(tensor.prepend_axis_num)
-
-
 def _chunk(shard: ShardedTensor) -> Chunk:
+    added = (1,) * shard.prepend_axis_num  # dims of the whole tensor: layers or experts as one
     return Chunk(
         key=shard.key,
         shape=tuple(shard.global_shape),
-        box=Box(shard.global_offset, (*(1 for _ in range(_added(shard))), *shard.local_shape)),
+        box=Box(shard.global_offset, (*added, *shard.local_shape)),
         data=shard.data.detach(),
         writes=is_main_replica(shard.replica_id),
         padded_for=int(shard.axis_fragmentations[0]) if shard.allow_shape_mismatch else 0,

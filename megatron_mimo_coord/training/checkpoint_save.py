@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,16 @@ class CheckpointSave:
         self.failure, self._rank, parts = None, part.rank, [part]
 
         def write() -> None:
-            parts.pop().write(folder)  # nothing holds its memory afterwards
-            if self._rank == 0 and self._await(_lists(folder, content)):
-                join_parts(folder, content, keep)
+            try:
+                parts.pop().write(folder)  # nothing holds its memory afterwards
+                if self._rank == 0 and self._await(_lists(folder, content)):
+                    join_parts(folder, content, keep)
+            except BaseException as error:  # nobody hears it in a thread: told by wait
+                self._errors.append(f"{type(error).__name__}: {error}")
+                logger.error("the checkpoint %s could not be written: %s", self.path, error)
 
         # Not a daemon: a trainer that ends waits until its last checkpoint is there.
-        self._thread = threading.Thread(target=self._run, args=(write,), daemon=False)
+        self._thread = threading.Thread(target=write, daemon=False)
         self._thread.start()
 
     def wait(self) -> Path:
@@ -185,14 +189,6 @@ class CheckpointSave:
                 f"the checkpoint {self.path} could not be written: rank {self._rank}: "
                 f"{self._errors[0]}"
             )
-
-    def _run(self, write: Callable[[], None]) -> None:
-        """The thread."""
-        try:
-            write()
-        except BaseException as error:  # nobody hears it in a thread: told by wait
-            self._errors.append(f"{type(error).__name__}: {error}")
-            logger.error("the checkpoint %s could not be written: %s", self.path, self._errors[0])
 
     def _await(self, missing: list[Path]) -> bool:
         """Wait until every rank has written its list; whether it has, or one could not."""

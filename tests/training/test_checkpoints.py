@@ -194,11 +194,15 @@ def test_a_vocabulary_may_be_padded_for_another_tensor_parallel_size(tmp_path):
 
 
 def keep_everything(folder: Path) -> None:
-    """Settings of the optimizer, random states of each rank, and what the trainer gives."""
+    """Settings of the optimizer, random states of each rank, and what the trainer gives.
+
+    A save needs no thread, as none can be started at the end of a process.
+    """
     import threading
 
     import numpy
     import torch
+    from counting import Counter as CollectiveCounter
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
     from trainings import training
 
@@ -223,10 +227,11 @@ def keep_everything(folder: Path) -> None:
         one.steps(0)
         one.optimizer.param_groups[0]["lr"] = 0.25
         given = {"extra": extra, "rank_state": of_rank}
-        with cases._replaced(threading.Thread, "start", fail):  # as at the end of a process
+        with CollectiveCounter() as counter, cases._replaced(threading.Thread, "start", fail):
             path = one.coordinator.save_checkpoint(
                 folder, one.optimizer, step=1, **given, keep=1
             ).path
+        assert sum("allgather" in name for name, _ in counter.collectives) == 4, "over the world"
         files = {file.name: file.read_bytes() for file in path.iterdir()}
         for rank in range(3):
             data = (1000 * rank + torch.arange(1000)).numpy().tobytes()
