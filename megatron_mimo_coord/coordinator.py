@@ -102,7 +102,7 @@ class MultiModuleCoordinator:
     """Holds, on every rank, which modules live there and how their gradients become the loss's.
 
     Build it once, on every rank, when the submodules are wrapped in DDP; then call :meth:`attach`.
-    The ranks compare what they were given with one small collective.
+    The ranks compare what they were given, and replicas their weights, with small collectives.
 
     Args:
         infra: grids and process groups: a ``MegatronMIMOInfra``, this package's or

@@ -8,6 +8,7 @@ lost but for one.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from weakref import WeakSet
 
 import torch
@@ -57,7 +58,7 @@ def check_replicas(ddps: Modules, groups: Groups) -> None:
     problems = []
     for module, ddp in ddps.items():
         params = dict(bare(ddp).named_parameters()) if ddp not in _compared else {}
-        digests = {name: _digest(param) for name, param in params.items()}
+        digests = _digests(params)
         alike = {name: replicated_over(param) for name, param in params.items()}
         whole = [name for name in params if alike[name] == "tp_dp_cp"]
         dense = [name for name in params if alike[name] != "expt_dp"]
@@ -188,14 +189,16 @@ def differing_gradients(ddp: DistributedDataParallel, tp: dist.ProcessGroup) -> 
 
 
 @torch.no_grad()
-def _digest(weight: torch.Tensor) -> torch.Tensor:
-    """A number made of each bit of a weight and its place; sums wrap around."""
-    total = torch.zeros(1, dtype=torch.int64, device=weight.device)
-    for part in weight.detach().reshape(-1).split(CHUNK):
-        bits = part.view(_INTEGERS[part.element_size()])
-        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-        total = total * 1_000_003 + (bits * places).sum()
-    return total
+def _digests(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Numbers made of each bit of a weight and its place; sums wrap around."""
+    found, places = {}, torch.empty(0)
+    for name, weight in weights.items():
+        bits = weight.detach().reshape(-1).view(_INTEGERS[weight.element_size()])
+        if len(places) < min(CHUNK, len(bits)):
+            places = torch.arange(1, 2 * min(CHUNK, len(bits)), 2, device=bits.device)
+        parts = [(each * places[: len(each)]).sum() for each in bits.split(CHUNK)]
+        found[name] = reduce(lambda total, part: total * 1_000_003 + part, parts)[None]
+    return found
 
 
 @torch.no_grad()

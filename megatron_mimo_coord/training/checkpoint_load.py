@@ -20,10 +20,14 @@ from megatron_mimo_coord.layout.problems import raise_problems
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates
 from megatron_mimo_coord.training import checkpoint_folder as folders
-from megatron_mimo_coord.training.checkpoint_matching import Rules, match
+from megatron_mimo_coord.training.checkpoint_matching import (
+    Rules,
+    match,
+    model_sizes,
+    size_problems,
+)
 from megatron_mimo_coord.training.checkpoint_save import FORMAT
 from megatron_mimo_coord.training.checkpoint_tensors import Index
-from megatron_mimo_coord.training.model_sizes import model_sizes, size_problems
 from megatron_mimo_coord.training.plain_data import decode
 from megatron_mimo_coord.training.random_states import restore_random_states
 from megatron_mimo_coord.world.consistency import RankFacts

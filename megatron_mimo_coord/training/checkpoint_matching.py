@@ -1,4 +1,4 @@
-"""What a model finds in a checkpoint, and what it does not: names, shapes and data types.
+"""What a model finds in a checkpoint, and what it does not: names, shapes, data types, sizes.
 
 Weights that are not there are refused, or stay as they are; what an optimizer lacks begins anew. A
 weight in fp32 is filled with the optimizer's fp32 copy of it where the model was in bf16, and such
@@ -6,12 +6,14 @@ a copy with the weight where the model was in fp32.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
+import torch
 from attrs import field, frozen
 
 from megatron_mimo_coord.megatron.checkpoints import Chunk
+from megatron_mimo_coord.megatron.module_configs import configs_inside
 
 _STATE = "optimizer.state."
 _MASTER = "optimizer.state.fp32_param."
@@ -140,3 +142,57 @@ def _is_other_padding(found: Mapping[str, Any], chunk: Chunk) -> bool:
     tps = (found["padded_for"], chunk.padded_for)
     multiple = min(_MAX_PADDING, math.gcd(sizes[0] // tps[0], sizes[1] // tps[1]))
     return max(sizes) - min(sizes) < multiple * tps[sizes.index(max(sizes))]
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+_SIZES = (  # that the shapes of a module's tensors do not tell
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "gated_linear_unit",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "vocab_size",  # of Megatron-Bridge's configs: the vocabulary before it is padded
+)
+
+
+def model_sizes(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Those of each part of a module that has a config of its own. JSON."""
+    found: list[dict[str, Any]] = []
+    for config in configs_inside(module):
+        sizes = {name: getattr(config, name, None) for name in _SIZES}
+        sizes = {name: value for name, value in sizes.items() if value is not None}
+        if sizes not in found:
+            found.append(sizes)
+    return found
+
+
+def size_problems(
+    name: str, here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """What differs between a module and the one that was saved.
+
+    Args:
+        name: of the module.
+        here: its parts on this rank.
+        saved: its parts on all ranks that saved it; nothing is compared where there is none.
+    """
+    for sizes in here:
+        differences = [[size for size in _SIZES if sizes.get(size) != e.get(size)] for e in saved]
+        fewest = min(differences, key=len, default=[])
+        for size in fewest:
+            alike = saved[differences.index(fewest)]
+            yield (
+                f"{size} of module {name!r} is {alike.get(size)} in the checkpoint, "
+                f"{sizes.get(size)} here"
+            )

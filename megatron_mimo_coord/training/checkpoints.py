@@ -23,8 +23,8 @@ from megatron_mimo_coord.megatron.optimizer_states import OptimizerStates, optim
 from megatron_mimo_coord.megatron.optimizers import optimizers_here
 from megatron_mimo_coord.training import checkpoint_folder as folders
 from megatron_mimo_coord.training.checkpoint_load import CheckpointLoad, LoadedCheckpoint
+from megatron_mimo_coord.training.checkpoint_matching import model_sizes
 from megatron_mimo_coord.training.checkpoint_save import FORMAT, CheckpointSave, Part, join_parts
-from megatron_mimo_coord.training.model_sizes import model_sizes
 from megatron_mimo_coord.training.plain_data import Blobs, encode, put
 from megatron_mimo_coord.training.random_states import random_states
 from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
@@ -89,7 +89,7 @@ class Checkpoints:
         headline = f"the checkpoint of step {step} cannot be saved"
         _await_background()
         self._gather_params()
-        job, blobs = self._job, Blobs()
+        job, last, blobs = self._job, self._last, Blobs()
         differing = differing_parameters(job.ddps, job.groups)
 
         def ask() -> tuple[RankFacts, tuple[CheckpointSave, ShardedWeights, dict[str, Any], Any]]:
@@ -112,6 +112,10 @@ class Checkpoints:
             own = _encoded("rank_state", rank_state, blobs)
             path = folders.checkpoint_path(Path(folder).absolute(), step)
             saving = CheckpointSave(path, step, self._holds(path, optimizer, content, own))
+            # Nothing has changed, if every step that changes what is saved is known.
+            watched = self._optimizer_steps.optimizers
+            if last is not None and (optimizer in watched if optimizer is not None else watched):
+                saving = last if last.failure == "" and last.holds == saving.holds else saving
             facts = {
                 "folder": path.parent,
                 "step": step,
@@ -120,15 +124,15 @@ class Checkpoints:
                 "trainable_only": content["trainable_only"],
                 "with an optimizer": optimizer is not None,
                 "with rank_state": rank_state is not None,
-                "written already": self._is_written(saving, optimizer),
+                "written already": saving is last,
                 **{f"extra[{key!r}]": _shortened(each) for key, each in content["extra"].items()},
             }
             told = RankFacts({name: str(fact) for name, fact in facts.items()}, {}, problems)
             return told, (saving, weights, content, own)
 
         _, (saving, weights, content, own) = _agree(ask, headline)
-        if self._last is not None and self._is_written(saving, optimizer):
-            return self._last
+        if saving is last:
+            return saving
 
         def begin() -> tuple[RankFacts, Part | None]:
             """Make the folder to write into, and collect what this rank writes."""
@@ -169,15 +173,6 @@ class Checkpoints:
         with_optimizer, changes = optimizer is not None, self._optimizer_steps.num_changes
         given = (content["trainable_only"], content["extra"], rank_state)
         return (path, with_optimizer, changes, *given)
-
-    def _is_written(self, saving: CheckpointSave, optimizer: Any) -> bool:
-        """Whether it is there: nothing has changed since the last was saved or loaded."""
-        last, watched = self._last, self._optimizer_steps.optimizers
-        # Whether every step that changes what is saved is known.
-        is_watched = bool(watched) if optimizer is None else optimizer in watched
-        if last is None or last.failure != "" or not is_watched:
-            return False
-        return bool(last.holds == saving.holds)
 
     def _part(
         self,
