@@ -441,7 +441,7 @@ class MultiModuleCoordinator:
         if before is not None:
             return before
         grid = encoder_grid(self._grids, module_name)
-        of_step = self._encoders_first.is_running or runs_encoders_first(self._grids)
+        of_step = self._turns.are_taken or runs_encoders_first(self._grids)
         carried = self._assignments.carried(module_name) if of_step else None
         assignment = assign_images(grid, self._job.rank, tokens, costs, sample_ids, carried)
         self._assignments.put(assignment)
@@ -858,7 +858,7 @@ class MultiModuleCoordinator:
         The schedule enters it where a step begins: parameters are gathered from there on. It leaves
         it before its last backward.
         """
-        if not self._encoders_first.is_running:
+        if not self._turns.language:
             self._assignments.begin_pass()
             self._gradients.begin_step()
         with self._gradients.no_sync():
@@ -904,7 +904,7 @@ class MultiModuleCoordinator:
             RuntimeError: called twice in a step, or outside of one, or ``zero_grad_buffer`` was not
                 called since the last one.
         """
-        if self._encoders_first.is_running:  # their backward is yet to come
+        if self._turns.language:  # their backward is yet to come
             self._to_finalize = num_tokens, bool(force_all_reduce)
             self._gradients.start_grad_sync(language_only=True)
         else:

@@ -150,7 +150,7 @@ class PipelineCommunicator(MultiModulePipelineCommunicator):
             "hosts": HostMessages(hosts),
             "dtype": self.config.pipeline_dtype,
             "dim": dim,
-            "assignments": None if name == LANGUAGE else self._assignments,
+            "assignments": self._assignments,
         }
         if self.current_rank in chain(*sources):
             self._outgoing.append(Outgoing(here=sources, there=targets, **more))

@@ -79,9 +79,6 @@ class EncodersFirst:
         turns: which of its modules run.
         assignments: the model's.
         no_sync: inside of it a module's gradients are not reduced.
-
-    Attributes:
-        is_running: whether a step is under way.
     """
 
     def __init__(
@@ -95,7 +92,6 @@ class EncodersFirst:
         self._turns = turns
         self._assignments = assignments
         self._no_sync = no_sync
-        self.is_running = False
         self._first_kept = 0  # the first microbatch of which the encoders' activations are kept
         # What the encoders were given last, and what a second forward of the same runs in.
         self._given: Given | None = None
@@ -130,7 +126,6 @@ class EncodersFirst:
         self._first_kept = num_microbatches - keep
         outputs: dict[str, list[Output]] = {name: [] for name in bridges.encoders}
         encoded: list[_Encoded] = []
-        self.is_running = True
         self._assignments.begin_pass(keeps=True)
         try:
             with self._turns.of_encoders():
@@ -164,7 +159,7 @@ class EncodersFirst:
                 self._backward(encoded, delivered.give_back(delivered.gradients))
             return losses
         finally:
-            self.is_running, communicator.delivered = False, None
+            communicator.delivered = None
             self._assignments.end_step()
 
     # -- the encoders' phases ----------------------------------------------------------------------

@@ -118,10 +118,10 @@ class Incoming(TargetEnd):
     """That on ranks which the schedule has receive each microbatch by itself.
 
     Args:
-        assignments: what the samples are compared with, if the module's images can be assigned.
+        assignments: what the samples are compared with, if the module has images.
     """
 
-    assignments: PendingAssignments | None = None
+    assignments: PendingAssignments
     # Of the microbatches whose backward has run and whose gradient is to be sent. Put there by
     # backward itself: a forward_only pass leaves nothing behind.
     _to_return: deque[Whole] = field(init=False, factory=deque)
@@ -144,9 +144,8 @@ class Incoming(TargetEnd):
     def _exchange(self, sends: Ops) -> torch.Tensor:
         """Send, and receive the next activation, in one batch."""
         headers = self.hear()
-        if self.assignments is not None:
-            peer, first = next(iter(headers.items()))
-            self.assignments.arrived(self.name, self.rank, self.giver(peer), first)
+        peer, first = next(iter(headers.items()))
+        self.assignments.arrived(self.name, self.rank, self.giver(peer), first)
         receives, activation, to_return = self.arrival(headers)
         self.run(sends + receives)
         tensor = activation().requires_grad_()

@@ -72,13 +72,13 @@ class Outgoing(SourceEnd):
     """That of a module on ranks of its own, which the schedule calls for each microbatch.
 
     Args:
-        assignments: where the module's assignments wait, if its images can be assigned.
+        assignments: where those of its images wait, if it has any.
         agreement: on them, of all ranks that send; None from a stage to the next, which gets all.
             One that was left out of a call says nothing: the others wait for it, until its next
             call tells that it is at a later microbatch.
     """
 
-    assignments: PendingAssignments | None = None
+    assignments: PendingAssignments
     agreement: Agreement | None = None
     # Outputs whose gradients are to come, and what of them wants one. The schedule keeps an output
     # until its backward; one that is gone was sent in a forward_only pass, and nothing will come.
@@ -102,10 +102,7 @@ class Outgoing(SourceEnd):
         return self._exchange(self._forward(output))
 
     def _forward(self, output: torch.Tensor) -> Ops:
-        microbatch, assignment = 0, None
-        if self.assignments is not None:
-            microbatch = self.assignments.microbatch
-            assignment = self.assignments.take(self.name)
+        microbatch, assignment = self.assignments.microbatch, self.assignments.take(self.name)
         if assignment is None or self.agreement is None:
             deliveries = in_turn(self.turn, self._sizes(output))
         else:

@@ -5,9 +5,8 @@ between modules that share all ranks, which refuse a pipeline, unless ``RankRole
 they are not colocated. Without these a rank cannot run one module at a time.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakSet
 
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -64,6 +63,11 @@ class Turns:
         self._must = must
         self.encoders = self.language = False
 
+    @property
+    def are_taken(self) -> bool:
+        """Whether it is somebody's turn."""
+        return self.encoders or self.language
+
     def check(self, _: Given | None = None) -> None:
         """Refuse to run without a turn.
 
@@ -71,38 +75,29 @@ class Turns:
             RuntimeError: encoders share ranks with a pipelined language model, and somebody runs
                 both at once.
         """
-        if self._must and not (self.encoders or self.language):
+        if self._must and not self.are_taken:
             raise RuntimeError(
                 "encoders share ranks with stages of the language model, and so run before and "
                 "after it: call coordinator.forward_backward_func(...) in place of Megatron's "
                 "forward_backward_pipelining_without_interleaving, with the same arguments"
             )
 
-    @contextmanager
-    def of_encoders(self) -> Iterator[None]:
+    def of_encoders(self) -> AbstractContextManager[None]:
         """Inside, the model runs this rank's encoders."""
-        self.encoders = True
-        try:
-            with self._role(_EncodersRole, lambda name: name != LANGUAGE):
-                yield
-        finally:
-            self.encoders = False
+        return self._turn("encoders", _EncodersRole, LANGUAGE.__ne__)
 
-    @contextmanager
-    def of_language(self) -> Iterator[None]:
+    def of_language(self) -> AbstractContextManager[None]:
         """Inside, it runs the language model's stage."""
-        self.language = True
-        try:
-            with self._role(RankRole, lambda name: name == LANGUAGE):
-                yield
-        finally:
-            self.language = False
+        return self._turn("language", RankRole, LANGUAGE.__eq__)
 
     @contextmanager
-    def _role(self, kind: type[RankRole], has_turn: Any) -> Iterator[None]:
+    def _turn(
+        self, whose: str, kind: type[RankRole], has_turn: Callable[[str], bool]
+    ) -> Iterator[None]:
         model, before = self._model, self._model.role
         modules = {name: stages for name, stages in before.modules.items() if has_turn(name)}
         with Changes() as changes:
+            changes.set(self, whose, True)
             changes.set(model, "role", kind(modules, ModuleLayout.NON_COLOCATED))
             yield
         model.set_input_tensor({})  # or the last microbatch's tensors would stay
