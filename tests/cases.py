@@ -89,6 +89,8 @@ class Case:
         encoders_first: run encoders before the language model's schedule, where that is a choice.
         encoder_microbatches: of how many microbatches the encoders' activations are kept.
         seed: of the data.
+        rehearse: whether to, in a world that does. It takes as long again, and shows nothing where
+            another case launches the same.
     """
 
     modules: Mapping[str, ModuleParallelism]
@@ -122,6 +124,7 @@ class Case:
     encoders_first: bool = False
     encoder_microbatches: int | None = None
     seed: int = 0
+    rehearse: bool = True
 
     @property
     def encoders(self) -> list[str]:
@@ -684,6 +687,11 @@ def check(case: Case, tolerance: float = TOLERANCE) -> int:
         AssertionError: a gradient, or the reported loss, differs; names the step and parameter.
     """
     case = evolve(case, is_thin=True)  # what is between modules takes no more layers
+    with nullcontext() if case.rehearse else not_rehearsed():
+        return _check(case, tolerance)
+
+
+def _check(case: Case, tolerance: float) -> int:
     with not_rehearsed():
         oracle = Oracle(case)
     compared = 0
@@ -770,7 +778,7 @@ def is_caught(case: Case, mutant: str) -> bool:
     """Whether the check of a case fails on this rank when a term of the formula is broken."""
     with MUTANTS[mutant]():
         try:
-            check(case)
+            check(evolve(case, rehearse=False))
         except AssertionError:
             return True
     return False

@@ -99,7 +99,8 @@ def case_name(case: Any) -> str:
     for field in fields(type(case)):
         value = getattr(case, field.name)
         default = field.default.factory() if isinstance(field.default, Factory) else field.default
-        if value == default or field.name in ("modules", "steps", "num_microbatches", "seed"):
+        unnamed = ("modules", "steps", "num_microbatches", "seed", "rehearse")
+        if value == default or field.name in unnamed:
             continue
         if field.name == "per_token":
             parts.append(_named(value, LOSSES, "some per token"))
