@@ -1,6 +1,6 @@
 """How long the stages of one layout compute and their messages take: costs, dealt out to ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from math import ceil
 
@@ -113,21 +113,19 @@ class Durations:
 
 
 @cache
-def pairs_of_ranks(senders: range, receivers: range, per_node: int) -> list[tuple[int, int]]:
+def pairs_of_ranks(senders: range, receivers: range, per_node: int) -> Collection[tuple[int, int]]:
     """Two ranks of a link in one node and two in different nodes, as far as there are.
 
     Example:
         >>> pairs_of_ranks(range(4), range(6, 10, 2), per_node=8)
-        [(1, 6), (3, 8)]
+        dict_values([(1, 6), (3, 8)])
     """
     parts = max(len(senders), len(receivers))
     every = (
         (senders[part * len(senders) // parts], receivers[part * len(receivers) // parts])
         for part in range(parts)
     )
-    return [
-        *{left // per_node == right // per_node: (left, right) for left, right in every}.values()
-    ]
+    return {left // per_node == right // per_node: (left, right) for left, right in every}.values()
 
 
 def busiest(sender: ModuleParallelism, receiver: ModuleParallelism) -> int:

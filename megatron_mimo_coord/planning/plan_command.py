@@ -38,7 +38,7 @@ from megatron_mimo_coord.planning.terminal import (
     write_problem,
 )
 from megatron_mimo_coord.planning.timeline_drawing import timeline_svg
-from megatron_mimo_coord.planning.trace import stage_trace
+from megatron_mimo_coord.planning.trace import chrome_trace
 
 FIELDS = fill(", ".join(fields_dict(ModuleSizes)), 80)
 EXAMPLE = f"""{DESCRIPTION}
@@ -165,9 +165,14 @@ def write_files(best: Layout, options: argparse.Namespace) -> Iterator[str]:
         "global_batch_size": best.request.global_batch_size,
         "micro_batch_size": best.micro_batch_size,
     }
+
+    def trace() -> str:
+        spans = best.timeline.spans
+        return json.dumps(chrome_trace(("stage", span.stage, 0.0, [span]) for span in spans))
+
     for name, text in (
         ("write", lambda: layout_text(best.modules, job)),
-        ("trace", lambda: json.dumps(stage_trace(best.timeline))),
+        ("trace", trace),
         ("svg", lambda: timeline_svg(best.timeline)),
     ):
         path = getattr(options, name)

@@ -179,42 +179,38 @@ class Candidates:
     ) -> list[Combination]:
         """Ways to lay out an encoder: on the language model's ranks, or on GPUs of its own."""
         found: list[Combination] = []
-        samples, number = start.samples, self.request.global_batch_size // start.samples
-        repeated = kept is not None
+        request, samples, repeated = self.request, start.samples, kept is not None
+        number = request.global_batch_size // samples
         beside = 0 if repeated or not start.encoders_first else number - 1
         of_stage, fastest = language.gpus // language.stages, inf
+        room = language.gpus if start.shared else request.gpus - language.gpus
         for encoder in self._fitting(name):
             few, many = sorted((encoder.replicas, language.replicas))
-            if samples % encoder.replicas or many % few:
+            if encoder.gpus > room or samples % encoder.replicas or many % few:
                 continue
-            if start.shared and encoder.gpus <= language.gpus:
-                if encoder.stages == 1 and encoder.gpus % of_stage == 0:
-                    for way in encoder.ways:
-                        step = self._durations(samples, way, language, shared=True)
-                        seconds = turn_seconds(step, number, name, repeated)
-                        found.append((seconds, way.held(samples, beside), (way,)))
-            elif not start.shared and encoder.gpus + language.gpus <= self.request.gpus:
-                step = self._durations(samples, language, encoder)
-                if pipeline_seconds(step, number, name) >= fastest:
-                    continue  # those with fewer GPUs are as fast
-                for way in encoder.ways:
-                    if way.held(samples, language.stages) <= self.request.memory_bytes:
-                        step = self._durations(samples, language, way)
-                        fastest = min(fastest, pipeline_seconds(step, number, name))
-                        found.append((fastest, way.gpus, (way,)))
-                        break
+            if start.shared and (encoder.stages > 1 or encoder.gpus % of_stage):
+                continue
+            for way in encoder.ways:
+                step = self._durations(samples, language, way, shared=start.shared)
+                if start.shared:
+                    seconds = turn_seconds(step, number, name, repeated)
+                    found.append((seconds, way.held(samples, beside), (way,)))
+                elif (seconds := pipeline_seconds(step, number, name)) >= fastest:
+                    break  # those with fewer GPUs are as fast
+                elif way.held(samples, language.stages) <= request.memory_bytes:
+                    found.append((seconds, way.gpus, (way,)))
+                    fastest = seconds
+                    break
         return _front(found)
 
     def _durations(self, samples: int, *chosen: Choice, shared: bool = False) -> Durations:
-        modules = {each.name: each.parallelism for each in chosen}
+        modules, request = {each.name: each.parallelism for each in chosen}, self.request
         grids = pack(modules)
         if shared:
             grids = {name: evolve(grid, rank_offset=0) for name, grid in grids.items()}
         costs = {each.name: each.costs for each in chosen}
-        request = self.request
-        return Durations(
-            modules, grids, costs, request.cluster, samples, request.distributed_optimizer
-        )
+        is_distributed = request.distributed_optimizer
+        return Durations(modules, grids, costs, request.cluster, samples, is_distributed)
 
 
 def _front(combinations: Iterable[Combination]) -> list[Combination]:

@@ -7,7 +7,7 @@ where it was measured. The form is the "Trace Event Format" of the Chromium proj
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron_mimo_coord.planning.timeline import Span, Timeline
+from megatron_mimo_coord.planning.timeline import Span
 
 Thread = tuple[str, int, float, Iterable[Span]]
 """What its number counts (``"stage"`` or ``"rank"``), its number, when its clock was 0, spans."""
@@ -25,11 +25,6 @@ def chrome_trace(threads: Iterable[Thread]) -> dict[str, Any]:
         ('vision', 'rank 7')
     """
     return {"displayTimeUnit": "ms", "traceEvents": list(_events(threads))}
-
-
-def stage_trace(timeline: Timeline) -> dict[str, Any]:
-    """A simulated step as a trace, a thread for each stage of each module."""
-    return chrome_trace(("stage", span.stage, 0.0, [span]) for span in timeline.spans)
 
 
 def _events(threads: Iterable[Thread]) -> Iterator[dict[str, Any]]:
