@@ -20,8 +20,8 @@ from megatron_mimo_coord.planning.module_sizes import ModuleSizes
 from megatron_mimo_coord.planning.parameters import layers_parameters
 
 ROUNDS = 5
-SUMMED = 2**22  # numbers in fp32
-SUMS = 16  # in a row, each behind a product
+SUMMED = 2**21  # numbers in fp32
+SUMS = 64  # in a row, each behind a product, as in a step
 
 
 def products(sizes: ModuleSizes, language_hidden_size: int) -> dict[tuple[int, int], float]:
