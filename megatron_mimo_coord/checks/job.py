@@ -13,8 +13,8 @@ from megatron.core.models.mimo import MimoModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mimo_coord.checks.modules import (
-    ddp_facts,
     find_ddp,
+    module_facts,
     module_problems_here,
     weight_problems_here,
 )
@@ -132,7 +132,7 @@ def _read(infra: Infra | GridsAndGroups, model: torch.nn.Module, read: dict[str,
                 for field, value in grid.fields().items()
             },
         },
-        modules={name: ddp_facts(ModuleDdp(ddp)) for name, ddp in ddps.items()},
+        modules={name: module_facts(ModuleDdp(ddp)) for name, ddp in ddps.items()},
         problems=problems,
         flags=sum(
             (

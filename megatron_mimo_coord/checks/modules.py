@@ -24,10 +24,21 @@ def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
     return module
 
 
-def ddp_facts(ddp: ModuleDdp) -> dict[str, str]:
+_OF_A_MODEL = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "normalization", "layernorm_epsilon", "gated_linear_unit", "add_bias_linear"),
+    *("hidden_dropout", "attention_dropout", "num_moe_experts", "moe_router_topk"),
+    *("sequence_parallel", "params_dtype"),
+)
+"""Settings of a config that are one model's, whatever the stage or replica."""
+
+
+def module_facts(ddp: ModuleDdp) -> dict[str, str]:
     """What all ranks of a module must agree about."""
-    settings = {name: str(value) for name, value in vars(ddp.settings).items()}
-    return {"calculate_per_token_loss": str(ddp.delivers_sum), **settings}
+    config = vars(ddp.ddp.config)
+    facts = {name: str(config.get(name)) for name in _OF_A_MODEL}
+    facts |= {name: str(value) for name, value in vars(ddp.settings).items()}
+    return {"calculate_per_token_loss": str(ddp.delivers_sum), **facts}
 
 
 def module_problems_here(model: MimoModel, infra: Infra, grid: ModuleGrid) -> Iterator[str]:

@@ -58,7 +58,7 @@ def check_replicas(ddps: Modules, groups: Groups) -> None:
     problems = []
     for module, ddp in ddps.items():
         params = dict(bare(ddp).named_parameters()) if ddp not in _compared else {}
-        digests = _digests(params)
+        digests = {n: 2 * each + params[n].requires_grad for n, each in _digests(params).items()}
         alike = {name: replicated_over(param) for name, param in params.items()}
         whole = [name for name in params if alike[name] == "tp_dp_cp"]
         dense = [name for name in params if alike[name] != "expt_dp"]
@@ -72,11 +72,12 @@ def check_replicas(ddps: Modules, groups: Groups) -> None:
             shards = "; a weight that they share out is to be one of Megatron's layers"
             problems.append(
                 f"replicas of module {module!r} hold different values of "
-                f"{listed([name for name in params if name in differing])}, and would stay "
-                f"different: seed their initialisation alike, with infra.initialize_megatron(seed) "
-                f"before the model is built, and with infra.random_states({module!r}) around what "
-                f"is added to it later, such as adapters; or load the same weights on all of them "
-                f"before the coordinator is built{shards if on_tp else ''}"
+                f"{listed([name for name in params if name in differing])}, or some freeze it and "
+                f"some do not, and would stay different: freeze the same on all of them, seed "
+                f"their initialisation alike, with infra.initialize_megatron(seed) before the "
+                f"model is built, and with infra.random_states({module!r}) around what is added to "
+                f"it later, such as adapters; or load the same weights on all of them before the "
+                f"coordinator is built{shards if on_tp else ''}"
             )
     check_consistency(lambda: RankFacts({}, {}, problems))
     _compared.update(ddps.values())

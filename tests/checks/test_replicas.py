@@ -50,7 +50,8 @@ def test_one_element_of_one_replica(rank, weight, module, ranks):
     assert said[0] == said[1] == said[2] == said[3]
     assert len(said[0]) == 1
     assert (
-        f"replicas of module {module!r} hold different values of {weight}, and would" in said[0][0]
+        f"replicas of module {module!r} hold different values of {weight}, or some freeze it"
+        in said[0][0]
     )
     assert f"(says ranks {ranks})" in said[0][0]
 
@@ -120,5 +121,37 @@ def test_weights_that_are_added_later_and_drawn_from_other_states():
     case = Adapted(modules=IN_PHASES, as_the_module=False)
     said, other = world(2).run("test_replicas:_build", case, -1, "")
     assert said == other
-    assert "different values of encoders.encoder.adapter.weight, and would" in said[0]
+    assert "different values of encoders.encoder.adapter.weight, or some freeze" in said[0]
     assert "with infra.random_states('vision') around what is added to it later" in said[0]
+
+
+@frozen(kw_only=True)
+class OneOtherwise(StockCase):
+    """Whose rank 1 freezes a weight that others train, or whose rank 3 has another config."""
+
+    otherwise: int
+
+    def is_frozen(self, whole_name: str) -> bool:
+        return _rank() == self.otherwise == 1 and whole_name.endswith("encoder.embed.bias")
+
+    def _config(self, name: str, *args: Any, **more: Any) -> Any:
+        config = super()._config(name, *args, **more)
+        if _rank() == self.otherwise == 3:
+            config.layernorm_epsilon = 1e-2
+        return config
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def test_what_one_rank_freezes_or_is_configured_alone():
+    for rank, text in (
+        (1, "encoders.encoder.embed.bias, or some freeze it and some do not"),
+        (3, "language: layernorm_epsilon: rank 2 has 1e-05, rank 3 has 0.01"),
+    ):
+        case = OneOtherwise(modules=LAYOUT, otherwise=rank)
+        for said in world(4).run("test_replicas:_build", case, -1, ""):
+            assert len(said) == 1 and text in said[0]
