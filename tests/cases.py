@@ -250,6 +250,11 @@ class Microbatch:
 
 def draw(case: Case, step: int, microbatch: int) -> Microbatch:
     """The same data on every rank."""
+    with not_rehearsed():
+        return _draw(case, step, microbatch)
+
+
+def _draw(case: Case, step: int, microbatch: int) -> Microbatch:
     generator = torch.Generator().manual_seed(1000 * case.seed + 10 * step + microbatch)
     text = VOCABULARY - len(case.encoders)
     tokens = torch.randint(text, (case.micro_batch_size, case.sequence), generator=generator)

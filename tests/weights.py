@@ -34,8 +34,9 @@ def build_model(
 
 def draw(model: MimoModel, groups: vlm.Groups) -> None:
     """Draw all weights of a bare model by name."""
-    for name, module in vlm.submodules(model).items():
-        draw_by_name(name, module, groups[name], SEED)
+    with torch._C._DisableTorchDispatch():  # no rehearsal needs to see it
+        for name, module in vlm.submodules(model).items():
+            draw_by_name(name, module, groups[name], SEED)
 
 
 @frozen
