@@ -9,11 +9,11 @@ lost but for one.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -65,9 +65,11 @@ def check_replicas(ddps: Modules, groups: Groups) -> None:
         experts = [name for name in params if alike[name] == "expt_dp"]
         tp, dp_cp = groups[module].tp, groups[module].dp_cp
         expt_dp = getattr(groups[module], "expt_dp", None) or dp_cp
-        on_tp = _differing(whole, digests, tp)
-        differing = {*on_tp, *_differing(dense, digests, dp_cp)}
-        differing.update(_differing(experts, digests, expt_dp))
+        differing = {
+            *_differing(whole, digests, tp),
+            *_differing(dense, digests, dp_cp),
+            *_differing(experts, digests, expt_dp),
+        }
         if differing:
             shards = "; a weight that they share out is to be one of Megatron's layers"
             problems.append(
@@ -77,21 +79,14 @@ def check_replicas(ddps: Modules, groups: Groups) -> None:
                 f"their initialisation alike, with infra.initialize_megatron(seed) before the "
                 f"model is built, and with infra.random_states({module!r}) around what is added to "
                 f"it later, such as adapters; or load the same weights on all of them before the "
-                f"coordinator is built{shards if on_tp else ''}"
+                f"coordinator is built{shards if differing.intersection(whole) else ''}"
             )
     check_consistency(lambda: RankFacts({}, {}, problems))
     _compared.update(ddps.values())
 
 
-@frozen
-class Differing:
-    """A parameter that ranks hold differently.
-
-    Args:
-        module, name: which parameter.
-        over_tp: whether these ranks are tensor-parallel, or else data-parallel.
-        ranks: which hold the same if they hold copies.
-    """
+class Differing(NamedTuple):
+    """A parameter that some ranks hold differently, tensor-parallel or data-parallel ones."""
 
     module: str
     name: str

@@ -156,6 +156,7 @@ def test_what_is_saved_is_the_same_on_every_layout(
             layers_in_first_stage=first,
             ddp=ddp,
             per_token=PER_TOKEN,
+            num_microbatches=1,
             **settings,
         )
         for modules, first, ddp in zip(layouts, first_stages, ddps, strict=True)

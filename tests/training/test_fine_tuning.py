@@ -20,6 +20,7 @@ from trainings import GatedCase
 from megatron_mimo_coord import checkpoint_steps
 
 ADAPTER = "language_model.decoder.layers.1.adapter.weight"
+CODES = "language_model.decoder.layers.1.codes"  # beside it, and frozen
 NORMS = {  # which Megatron keeps under the names that they have where they are fused
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -159,12 +160,12 @@ def adapters(folder: Path, bases: list[Case], adapted: list[Case], wrapped: list
             assert f"has no {ADAPTER}" in refusal(load, folder / "base", None)
             with Lines() as lines:
                 loaded = load(folder / "base", None, strict=False)
-            assert loaded.missing_keys == [ADAPTER] and loaded.unexpected_keys == []
+            assert loaded.missing_keys == [ADAPTER, CODES] and loaded.unexpected_keys == []
             assert bool(lines) == (one.coordinator._job.rank == 0)
-            assert all("1 parameters of module 'language': decoder" in line for line in lines)
+            assert all("2 parameters of module 'language': decoder" in line for line in lines)
             if number:
                 loaded = load(folder / "adapter 0", one.optimizer)
-                assert loaded.step == 3 and loaded.missing_keys == sorted(weights)
+                assert loaded.step == 3 and loaded.missing_keys == sorted({*weights, CODES})
             else:
                 one.steps(2)
                 save(folder / "adapter 0", one.optimizer, step=3, trainable_only=True)
