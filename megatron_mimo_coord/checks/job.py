@@ -80,7 +80,7 @@ class Job:
         """
         read: dict[str, Any] = {}
         flags = check_consistency(partial(_read, infra, model, read))
-        check_replicas(read["ddps"], read["groups"])
+        check_replicas(list(read["grids"]), read["ddps"], read["groups"])
         grids, factors, meeting = read["grids"], {}, {}
         for index, name in enumerate(sorted(grids)):
             of_module = flags[grids[name].rank_offset] >> 2 * index

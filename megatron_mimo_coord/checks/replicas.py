@@ -6,6 +6,7 @@ apart what began alike, and shards that Megatron's ``sharded_state_dict`` calls 
 lost but for one.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mimo_coord.layout.problems import listed
+from megatron_mimo_coord.layout.problems import listed, raise_problems
 from megatron_mimo_coord.megatron.checkpoints import ShardedWeights
 from megatron_mimo_coord.megatron.mimo_model import bare
 from megatron_mimo_coord.megatron.parameters import (
@@ -25,7 +26,9 @@ from megatron_mimo_coord.megatron.parameters import (
     is_tensor_parallel,
     replicated_over,
 )
-from megatron_mimo_coord.world.consistency import RankFacts, check_consistency
+from megatron_mimo_coord.world.consistency import CANNOT_START
+from megatron_mimo_coord.world.device import world_device
+from megatron_mimo_coord.world.gather import all_gather_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,48 +44,80 @@ _SUMMED = (
     "a weight that feeds shards, such as an adapter's first"
 )
 
+_Key = tuple[str, str]
+_KINDS = ("dp_cp", "tp_dp_cp", "expt_dp")
+"""Process groups over which weights are replicated."""
+
 _compared: WeakSet[DistributedDataParallel] = WeakSet()
 """While parameters are gathered late, replicas of a model that has been trained may differ."""
 
 
-def check_replicas(ddps: Modules, groups: Groups) -> None:
-    """Compare the weights of replicas. Collective in the groups of the modules and over the world.
+def check_replicas(names: Sequence[str], ddps: Modules, groups: Groups) -> None:
+    """Compare the weights of replicas. One small collective over the world.
+
+    Each rank has a digest of what it shares with others: of the weights that are replicated over
+    DP x CP, of those that its tensor-parallel peers hold too, and of its experts. If these are the
+    same nobody says more; else all ranks tell each other the digest of each weight.
 
     Args:
+        names: all modules of the job.
         ddps: the modules on this rank.
         groups: their process groups.
 
     Raises:
         ValueError: on every rank, if replicas hold different values; names the weights.
     """
-    problems = []
+    keys = [(module, kind) for module in names for kind in _KINDS]
+    digests: dict[_Key, dict[str, torch.Tensor]] = {}
     for module, ddp in ddps.items():
         params = dict(bare(ddp).named_parameters()) if ddp not in _compared else {}
-        digests = {n: 2 * each + params[n].requires_grad for n, each in _digests(params).items()}
-        alike = {name: replicated_over(param) for name, param in params.items()}
-        whole = [name for name in params if alike[name] == "tp_dp_cp"]
-        dense = [name for name in params if alike[name] != "expt_dp"]
-        experts = [name for name in params if alike[name] == "expt_dp"]
-        tp, dp_cp = groups[module].tp, groups[module].dp_cp
-        expt_dp = getattr(groups[module], "expt_dp", None) or dp_cp
-        differing = {
-            *_differing(whole, digests, tp),
-            *_differing(dense, digests, dp_cp),
-            *_differing(experts, digests, expt_dp),
-        }
-        if differing:
-            shards = "; a weight that they share out is to be one of Megatron's layers"
-            problems.append(
-                f"replicas of module {module!r} hold different values of "
-                f"{listed([name for name in params if name in differing])}, or some freeze it and "
-                f"some do not, and would stay different: freeze the same on all of them, seed "
-                f"their initialisation alike, with infra.initialize_megatron(seed) before the "
-                f"model is built, and with infra.random_states({module!r}) around what is added to "
-                f"it later, such as adapters; or load the same weights on all of them before the "
-                f"coordinator is built{shards if differing.intersection(whole) else ''}"
-            )
-    check_consistency(lambda: RankFacts({}, {}, problems))
+        for name, digest in _digests(params).items():
+            of_kind = digests.setdefault((module, replicated_over(params[name])), {})
+            of_kind[name] = 2 * digest + params[name].requires_grad
+    row = torch.full((len(keys), 2), -1, dtype=torch.int64, device=world_device())
+    for (module, kind), found in digests.items():
+        group = getattr(groups[module], kind, None) or groups[module].dp_cp
+        total = torch.cat([*found.values()]).sum()
+        first = total.new_tensor(dist.get_process_group_ranks(group)[0])
+        row[keys.index((module, kind))] = torch.stack([first, total])
+    rows = row.new_empty((dist.get_world_size(), *row.shape))
+    dist.all_gather_into_tensor(rows, row[None])
+    held: dict[tuple[_Key, int], dict[int, int]] = {}
+    for rank, of_rank in enumerate(rows.tolist()):
+        for key, (first_rank, total) in zip(keys, of_rank, strict=True):
+            if first_rank >= 0:
+                held.setdefault((key, first_rank), {})[rank] = total
+    different = [
+        (key, [*totals]) for (key, _), totals in held.items() if len({*totals.values()}) > 1
+    ]
+    if different:
+        raise_problems(CANNOT_START, [*_sentences(different, digests)])
     _compared.update(ddps.values())
+
+
+def _sentences(
+    different: Sequence[tuple[_Key, list[int]]], digests: Mapping[_Key, Mapping[str, torch.Tensor]]
+) -> Iterator[str]:
+    """What replicas hold differently, by its key and its ranks. Collective over the world."""
+    mine = [
+        {name: int(digest) for name, digest in digests.get(key, {}).items()} for key, _ in different
+    ]
+    texts = all_gather_text(json.dumps(mine), device=world_device())
+    everyone: list[list[dict[str, int]]] = [json.loads(text) for text in texts]
+    for index, ((module, kind), ranks) in enumerate(different):
+        held = [everyone[rank][index] for rank in ranks]
+        every = dict.fromkeys(name for each in held for name in each)
+        weights = [name for name in every if len({each.get(name) for each in held}) > 1]
+        shards = "; a weight that they share out is to be one of Megatron's layers"
+        yield (
+            f"replicas of module {module!r} hold different values of {listed(weights)} on ranks "
+            f"{listed(ranks, most=8)}, or some freeze it and some do not, and would stay "
+            f"different: freeze the same on all of them, seed their initialisation alike, with "
+            f"infra.initialize_megatron(seed) before the model is built, and with "
+            f"infra.random_states({module!r}) around what is added to it later, such as adapters; "
+            f"or load the same weights on all of them before the coordinator is built"
+            f"{shards if kind == 'tp_dp_cp' else ''}"
+        )
 
 
 class Differing(NamedTuple):
@@ -218,13 +253,13 @@ def _differing(
     names: Sequence[str],
     numbers: Mapping[str, torch.Tensor],
     group: dist.ProcessGroup | None,
-    tolerance: float = 0.0,
+    tolerance: float,
 ) -> list[str]:
     """Names of the tensors that differ on the ranks of a group. Collective in it.
 
     Args:
         names: of those that are compared.
-        numbers: of each its digest alone, or what :func:`_sums` says.
+        numbers: of each, what :func:`_sums` says.
         group: None where nobody else holds them.
         tolerance: the part of its norm by which a sum may differ.
     """
@@ -233,8 +268,6 @@ def _differing(
     own = torch.stack([numbers[name] for name in names])
     extremes = torch.cat([own, -own[:, :1]], dim=1)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    most, *norms, least = extremes.unbind(1)
-    differs = most != -least
-    if norms:
-        differs = most + least > torch.maximum(norms[0] * tolerance, norms[1])
+    most, norms, rounding, least = extremes.unbind(1)
+    differs = most + least > torch.maximum(norms * tolerance, rounding)
     return [name for name, flag in zip(names, differs.tolist(), strict=True) if flag]

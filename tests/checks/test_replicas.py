@@ -50,10 +50,9 @@ def test_one_element_of_one_replica(rank, weight, module, ranks):
     assert said[0] == said[1] == said[2] == said[3]
     assert len(said[0]) == 1
     assert (
-        f"replicas of module {module!r} hold different values of {weight}, or some freeze it"
+        f"replicas of module {module!r} hold different values of {weight} on ranks {ranks}, or"
         in said[0][0]
     )
-    assert f"(says ranks {ranks})" in said[0][0]
 
 
 def test_shards_and_experts_of_one_rank_alone_may_be_anything():
@@ -121,15 +120,23 @@ def test_weights_that_are_added_later_and_drawn_from_other_states():
     case = Adapted(modules=IN_PHASES, as_the_module=False)
     said, other = world(2).run("test_replicas:_build", case, -1, "")
     assert said == other
-    assert "different values of encoders.encoder.adapter.weight, or some freeze" in said[0]
+    assert "different values of encoders.encoder.adapter.weight on ranks 0, 1, or" in said[0]
     assert "with infra.random_states('vision') around what is added to it later" in said[0]
 
 
 @frozen(kw_only=True)
 class OneOtherwise(StockCase):
-    """Whose rank 1 freezes a weight that others train, or whose rank 3 has another config."""
+    """Whose rank 0 has a weight more, rank 1 freezes one, or rank 3 has another config."""
 
     otherwise: int
+
+    def wrap_modules(self, infra: Any, model: Any) -> None:
+        import torch
+
+        if _rank() == self.otherwise == 0:
+            encoder = model.modality_submodules["vision"].encoders["encoder"]
+            encoder.more = torch.nn.Parameter(torch.zeros(2, device="cuda"))
+        super().wrap_modules(infra, model)
 
     def is_frozen(self, whole_name: str) -> bool:
         return _rank() == self.otherwise == 1 and whole_name.endswith("encoder.embed.bias")
@@ -147,9 +154,10 @@ def _rank() -> int:
     return dist.get_rank()
 
 
-def test_what_one_rank_freezes_or_is_configured_alone():
+def test_what_one_rank_has_freezes_or_is_configured_alone():
     for rank, text in (
-        (1, "encoders.encoder.embed.bias, or some freeze it and some do not"),
+        (0, "different values of encoders.encoder.more on ranks 0, 1, or"),
+        (1, "encoders.encoder.embed.bias on ranks 0, 1, or some freeze it and some do not"),
         (3, "language: layernorm_epsilon: rank 2 has 1e-05, rank 3 has 0.01"),
     ):
         case = OneOtherwise(modules=LAYOUT, otherwise=rank)
