@@ -12,7 +12,7 @@ from megatron_mimo_coord.infra import Infra
 from megatron_mimo_coord.layout import LANGUAGE, ModuleGrid
 from megatron_mimo_coord.layout.problems import listed
 from megatron_mimo_coord.megatron.ddp import ModuleDdp
-from megatron_mimo_coord.megatron.module_configs import configs_inside
+from megatron_mimo_coord.megatron.module_configs import SIZES, configs_inside
 from megatron_mimo_coord.megatron.parameters import layers_on_other_ranks, unmarked_weights
 
 
@@ -25,10 +25,9 @@ def find_ddp(model: MimoModel, name: str) -> DistributedDataParallel | None:
 
 
 _OF_A_MODEL = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "normalization", "layernorm_epsilon", "gated_linear_unit", "add_bias_linear"),
-    *("hidden_dropout", "attention_dropout", "num_moe_experts", "moe_router_topk"),
-    *("sequence_parallel", "params_dtype"),
+    *SIZES,
+    *("normalization", "layernorm_epsilon", "add_bias_linear", "hidden_dropout"),
+    *("attention_dropout", "moe_router_topk", "sequence_parallel", "params_dtype"),
 )
 """Settings of a config that are one model's, whatever the stage or replica."""
 

@@ -11,6 +11,26 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.module import Float16Module
 
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "gated_linear_unit",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "vocab_size",  # of Megatron-Bridge's configs: the vocabulary before it is padded
+)
+"""Settings that are one model's, and that the shapes of its tensors do not tell."""
+
 
 def config_of(name: str, module: torch.nn.Module) -> ModelParallelConfig:
     """The config of a module, or of the encoders inside it.

@@ -13,7 +13,7 @@ import torch
 from attrs import field, frozen
 
 from megatron_mimo_coord.megatron.checkpoints import Chunk
-from megatron_mimo_coord.megatron.module_configs import configs_inside
+from megatron_mimo_coord.megatron.module_configs import SIZES, configs_inside
 
 _STATE = "optimizer.state."
 _MASTER = "optimizer.state.fp32_param."
@@ -146,31 +146,12 @@ def _is_other_padding(found: Mapping[str, Any], chunk: Chunk) -> bool:
 
 # -- sizes -----------------------------------------------------------------------------------------
 
-_SIZES = (  # that the shapes of a module's tensors do not tell
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "gated_linear_unit",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "vocab_size",  # of Megatron-Bridge's configs: the vocabulary before it is padded
-)
-
 
 def model_sizes(module: torch.nn.Module) -> list[dict[str, Any]]:
     """Those of each part of a module that has a config of its own. JSON."""
     found: list[dict[str, Any]] = []
     for config in configs_inside(module):
-        sizes = {name: getattr(config, name, None) for name in _SIZES}
+        sizes = {name: getattr(config, name, None) for name in SIZES}
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if sizes not in found:
             found.append(sizes)
@@ -188,7 +169,7 @@ def size_problems(
         saved: its parts on all ranks that saved it; nothing is compared where there is none.
     """
     for sizes in here:
-        differences = [[size for size in _SIZES if sizes.get(size) != e.get(size)] for e in saved]
+        differences = [[size for size in SIZES if sizes.get(size) != e.get(size)] for e in saved]
         fewest = min(differences, key=len, default=[])
         for size in fewest:
             alike = saved[differences.index(fewest)]
